@@ -1,0 +1,1 @@
+"""What starts processes. One machine: torchrun (see the README)."""

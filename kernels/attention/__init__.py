@@ -1,0 +1,184 @@
+"""Softmax attention inside the segments of a packed stream, and the pieces ring attention is made of.
+
+Backends: `reference` (all scores at once), `blockwise` (plain torch, memory linear in the stream), `flash` (torch's own fused
+kernels: any floating type on a CPU, float16 and bfloat16 on CUDA). `auto` takes flash wherever it runs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ltrain.kernels.attention import blockwise, flash, reference
+from ltrain.kernels.attention.pairs import Pair, causal_pairs, merge
+from ltrain.kernels.segments import accumulator, boundaries, choose
+
+__all__ = ["Pair", "attention", "backward_pairs", "decode_attention", "forward_pairs", "merge"]
+
+BACKENDS = {"reference": reference, "blockwise": blockwise, "flash": flash}
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
+        raise ValueError(f"q, k and v are [tokens, heads, width], but have {q.ndim}, {k.ndim} and {v.ndim} axes")
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"k's heads are {k.shape[2]} wide and q's {q.shape[2]}: they must be equal")
+    if k.shape[:2] != v.shape[:2]:
+        raise ValueError(f"k has {k.shape[0]} tokens of {k.shape[1]} heads and v {v.shape[0]} of {v.shape[1]}: they must be equal")
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads, which is not a multiple of k's {k.shape[1]}: K/V heads serve equal groups of query heads")
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device) or not q.is_floating_point():
+        raise ValueError(
+            f"q, k and v must share one floating type and device, but are {q.dtype}, {k.dtype} and {v.dtype} on {q.device}, {k.device} and {v.device}"
+        )
+
+
+def _check_pairs(pairs: Sequence[Pair], queries: int, keys: int) -> list[Pair]:
+    for pair in pairs:
+        q_start, q_len, k_start, k_len, causal = pair
+        if min(pair) < 0 or q_start + q_len > queries or k_start + k_len > keys:
+            raise ValueError(f"pairs: {pair} leaves q's {queries} or k's {keys} rows")
+        if causal and q_len > k_len:
+            raise ValueError(f"pairs: {pair} is causal with more queries than keys, so its first queries see nothing: leave those out")
+    return [pair for pair in pairs if pair.q_len and pair.k_len]
+
+
+def _backend(name: str, q: Tensor, v: Tensor) -> Any:
+    choose(name, tuple(BACKENDS))
+    why = flash.refusal(q, v)
+    if name == "flash" and why is not None:
+        raise ValueError(f"backend='flash' {why}: choose blockwise or auto")
+    if name == "auto":
+        name = "flash" if why is None else "blockwise"
+    return BACKENDS[name]
+
+
+def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: Sequence[Pair], *, scale: float, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Attention of query rows over the key rows that `pairs` give them.
+
+    A query in several pairs sees the union of their keys; one in no pair has output 0 and log-sum-exp -inf. Not differentiable:
+    `backward_pairs` is its backward.
+
+    Args:
+        q: [Tq, H, D].
+        k, v: [Tk, Hk, D], [Tk, Hk, Dv]; H is a multiple of Hk and query head h reads K/V head h // (H / Hk).
+        pairs: what sees what; a causal one has q_len <= k_len. No query should meet the same key in two pairs.
+        scale: what scores are multiplied with, usually D ** -0.5.
+        backend: auto | reference | blockwise | flash.
+
+    Returns:
+        out [Tq, H, Dv] and lse [Tq, H], the natural log of the sum of exponentials of scaled scores, in float32 or wider.
+
+    Raises:
+        ValueError: shapes, types, pairs or backend do not fit.
+    """
+    _check(q, k, v)
+    kept = _check_pairs(pairs, len(q), len(k))
+    with torch.no_grad():
+        out, lse = _backend(backend, q, v).forward_pairs(q, k, v, kept, scale)
+    return out.to(accumulator(q.dtype)), lse
+
+
+def backward_pairs(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: Sequence[Pair], *, scale: float, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `pairs` contribute to the gradients of attention over these and possibly many other keys.
+
+    Args:
+        dout: gradient of the final output, [Tq, H, Dv].
+        q, k, v, pairs, scale, backend: as for `forward_pairs`.
+        out, lse: the final ones, merged over every pair of every step, so that exp(score - lse) is the final probability.
+
+    Returns:
+        dq [Tq, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] in float32 or wider, to be summed over the steps.
+
+    Raises:
+        ValueError: shapes, types, pairs or backend do not fit.
+    """
+    _check(q, k, v)
+    if dout.shape != out.shape or out.shape != (*q.shape[:2], v.shape[2]) or lse.shape != q.shape[:2]:
+        given = ", ".join(str(list(x.shape)) for x in (dout, out, lse))
+        raise ValueError(f"dout and out must be {[*q.shape[:2], v.shape[2]]} and lse {list(q.shape[:2])}, but dout, out and lse are {given}")
+    kept = _check_pairs(pairs, len(q), len(k))
+    with torch.no_grad():
+        dq, dk, dv = _backend(backend, q, v).backward_pairs(dout, q, k, v, out, lse, kept, scale)
+    wide = accumulator(q.dtype)
+    return dq.to(wide), dk.to(wide), dv.to(wide)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float, backend: Any) -> Tensor:
+        pairs = causal_pairs(bounds)
+        out, lse = backend.forward_pairs(q, k, v, pairs, scale)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.pairs, ctx.scale, ctx.backend = pairs, scale, backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = ctx.backend.backward_pairs(grads[0], q, k, v, out, lse, ctx.pairs, ctx.scale)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float, backend: str = "auto") -> Tensor:
+    """Causal softmax attention inside every segment. Differentiable in q, k and v.
+
+    Args:
+        q: [T, H, D].
+        k, v: [T, Hk, D], [T, Hk, Dv]; H is a multiple of Hk and query head h reads K/V head h // (H / Hk).
+        cu_seqlens: [segments + 1] int32 boundaries, on the CPU.
+        scale: what scores are multiplied with, usually D ** -0.5.
+        backend: auto | reference | blockwise | flash.
+
+    Returns:
+        [T, H, Dv] in q's type.
+
+    Raises:
+        ValueError: shapes, types, boundaries or backend do not fit.
+    """
+    _check(q, k, v)
+    if len(q) != len(k):
+        raise ValueError(f"q has {len(q)} tokens and k {len(k)}: attention inside segments takes as many keys as queries")
+    bounds = boundaries(cu_seqlens, len(q))
+    chosen = _backend(backend, q, v)
+    if chosen is reference:
+        return reference.attention(q, k, v, bounds, scale)
+    out: Tensor = _Attention.apply(q, k, v, bounds, scale, chosen)
+    return out
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float) -> Tensor:
+    """One new query per sequence over its cached keys.
+
+    Args:
+        q: [N, H, D].
+        k, v: [N, L, Hk, D], [N, L, Hk, Dv], padded to one length L; the padding has weight 0 and must be finite.
+        lengths: [N] integers, the valid keys of each sequence; the new token's own key is among them.
+        scale: what scores are multiplied with, usually D ** -0.5.
+
+    Returns:
+        [N, H, Dv] in q's type; 0 for a sequence of length 0.
+
+    Raises:
+        ValueError: shapes or types do not fit.
+    """
+    if q.ndim != 3 or k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or len(q) != len(k) or k.shape[3] != q.shape[2]:
+        raise ValueError(
+            f"q, k and v are [N, H, D], [N, L, Hk, D] and [N, L, Hk, Dv], but have shapes {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    if not k.shape[2] or q.shape[1] % k.shape[2]:
+        raise ValueError(f"q has {q.shape[1]} heads, which is not a multiple of k's {k.shape[2]}: K/V heads serve equal groups of query heads")
+    if lengths.shape != q.shape[:1] or lengths.is_floating_point():
+        raise ValueError(f"lengths must be {len(q)} integers, one per sequence, but is {lengths.dtype} of shape {list(lengths.shape)}")
+    past = torch.arange(k.shape[1], device=q.device) >= lengths.to(q.device).unsqueeze(1)  # [N, L]
+    queries = q.unflatten(1, (k.shape[2], -1))  # [N, Hk, G, D]
+    scores = (queries @ k.permute(0, 2, 3, 1)).to(accumulator(q.dtype)) * scale  # [N, Hk, G, L]
+    p = scores.masked_fill(past[:, None, None], -torch.inf).softmax(-1)
+    p = p.masked_fill((lengths.to(q.device) == 0)[:, None, None, None], 0.0).to(v.dtype)  # a softmax over nothing is not a number
+    return (p @ v.transpose(1, 2)).flatten(1, 2).to(q.dtype)

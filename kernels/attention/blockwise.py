@@ -1,0 +1,96 @@
+"""Attention by blocks of queries and keys in plain torch: any type, any device, memory linear in the stream.
+
+Source: FlashAttention-2 (Dao 2023), its forward and backward recurrences.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ltrain.kernels.attention.pairs import Pair, merge
+from ltrain.kernels.segments import accumulator
+
+ROWS = 512  # queries of one block
+COLUMNS = 1024  # keys of one block: with ROWS it bounds the scores held at a time to 2 MiB of float32 per head
+
+
+def _blocks(pair: Pair) -> Iterator[tuple[slice, list[tuple[slice, Tensor | None]]]]:
+    """Query rows of the whole tensor, each with the key rows they see and, where only some do, the mask of those that do not."""
+    q_start, q_len, k_start, k_len, causal = pair
+    for first in range(0, q_len, ROWS):
+        last = min(first + ROWS, q_len)
+        offset = k_len - q_len if causal else k_len  # query i sees keys up to i + offset
+        columns: list[tuple[slice, Tensor | None]] = []
+        for left in range(0, min(k_len, last + offset), COLUMNS):
+            right = min(left + COLUMNS, k_len, last + offset)
+            mask = None
+            if causal and right - 1 > first + offset:
+                mask = torch.arange(left, right) > torch.arange(first, last).unsqueeze(1) + offset  # [rows, columns]
+            columns.append((slice(k_start + left, k_start + right), mask))
+        yield slice(q_start + first, q_start + last), columns
+
+
+def _grouped(q: Tensor, kv_heads: int) -> Tensor:
+    """[rows, H, D] -> [Hk, H / Hk * rows, D]: the queries of a K/V head as one matrix."""
+    return q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def _ungrouped(x: Tensor, rows: int) -> Tensor:
+    """[Hk, H / Hk * rows, D] -> [rows, H, D]"""
+    return x.unflatten(1, (-1, rows)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _masked_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """q [Hk, G * rows, D], k [columns, Hk, D] -> [Hk, G * rows, columns]"""
+    scores = (q * scale) @ k.permute(1, 2, 0)
+    if mask is not None:
+        scores.unflatten(1, (-1, len(mask))).masked_fill_(mask.to(q.device), -torch.inf)
+    return scores
+
+
+def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float) -> tuple[Tensor, Tensor]:
+    wide, kv_heads = accumulator(q.dtype), k.shape[1]
+    out = q.new_zeros(len(q), q.shape[1], v.shape[2], dtype=wide)
+    lse = q.new_full((len(q), q.shape[1]), -torch.inf, dtype=wide)
+    for pair in pairs:
+        for rows, columns in _blocks(pair):
+            size = rows.stop - rows.start
+            queries = _grouped(q[rows].to(wide), kv_heads)
+            top = queries.new_full((*queries.shape[:2], 1), -torch.inf)  # running maximum of the scores
+            total = torch.zeros_like(top)  # running sum of exp(score - top)
+            weighted = queries.new_zeros(*queries.shape[:2], v.shape[2])
+            for keys, mask in columns:
+                scores = _masked_scores(queries, k[keys].to(wide), mask, scale)
+                # Finite from the first block on, because every query sees the first key of its pair.
+                raised = torch.maximum(top, scores.amax(-1, keepdim=True))
+                p, fade = (scores - raised).exp_(), (top - raised).exp_()
+                total = total * fade + p.sum(-1, keepdim=True)
+                weighted = torch.baddbmm(weighted * fade, p, v[keys].to(wide).transpose(0, 1))
+                top = raised
+            part, part_lse = _ungrouped(weighted / total, size), _ungrouped(top + total.log(), size).squeeze(-1)
+            out[rows], lse[rows] = merge(out[rows], lse[rows], part, part_lse)
+    return out, lse
+
+
+def backward_pairs(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide, kv_heads = accumulator(q.dtype), k.shape[1]
+    dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+    for pair in pairs:
+        for rows, columns in _blocks(pair):
+            size = rows.stop - rows.start
+            queries, grad = _grouped(q[rows].to(wide), kv_heads), _grouped(dout[rows].to(wide), kv_heads)
+            row_lse = _grouped(lse[rows].to(wide).unsqueeze(-1), kv_heads)  # [Hk, G * rows, 1]
+            delta = _grouped((dout[rows].to(wide) * out[rows].to(wide)).sum(-1, keepdim=True), kv_heads)
+            grad_q = torch.zeros_like(queries)
+            for keys, mask in columns:
+                key, value = k[keys].to(wide), v[keys].to(wide)
+                p = (_masked_scores(queries, key, mask, scale) - row_lse).exp_()
+                dv[keys] += (p.mT @ grad).transpose(0, 1)
+                ds = p.mul_((grad @ value.permute(1, 2, 0)).sub_(delta))
+                grad_q += ds @ key.transpose(0, 1)
+                dk[keys] += (ds.mT @ queries).transpose(0, 1) * scale
+            dq[rows] += _ungrouped(grad_q, size) * scale
+    return dq, dk, dv

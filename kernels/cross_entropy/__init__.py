@@ -1,0 +1,81 @@
+"""Cross entropy of a linear head without the logits of the whole stream: chunk by chunk, once forwards and again backwards."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ltrain.kernels.segments import accumulator
+
+__all__ = ["linear_cross_entropy"]
+
+LOGITS = 2**24  # logits held at a time: 64 MiB of float32
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """[n, hidden], [V, hidden] -> [n, V] in the accumulator's type"""
+    return (x @ weight.T).to(accumulator(x.dtype))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        rows = max(1, LOGITS // len(weight))
+        loss = x.new_zeros(len(x), dtype=accumulator(x.dtype))
+        lse = torch.zeros_like(loss)
+        for begin in range(0, len(x), rows):
+            now = slice(begin, begin + rows)
+            logits, label = _logits(x[now], weight), labels[now]
+            labelled = label >= 0
+            lse[now] = logits.logsumexp(-1) * labelled
+            loss[now] = lse[now] - logits.gather(-1, label.clamp(min=0).unsqueeze(-1)).squeeze(-1) * labelled
+        ctx.save_for_backward(x, weight, labels, lse)
+        ctx.rows = rows
+        return loss, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, labels, lse = ctx.saved_tensors
+        labelled = labels >= 0
+        of_loss, of_lse = grads[0] * labelled, grads[1] * labelled
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.zeros_like(weight, dtype=accumulator(weight.dtype))
+        for begin in range(0, len(x), ctx.rows):
+            now = slice(begin, begin + ctx.rows)
+            # d lse / d logits = p and d loss / d logits = p - onehot(label)
+            p = _logits(x[now], weight).sub_(lse[now].unsqueeze(-1)).exp_()
+            p.mul_((of_loss[now] + of_lse[now]).unsqueeze(-1))
+            p.scatter_add_(-1, labels[now].clamp(min=0).unsqueeze(-1), -of_loss[now].unsqueeze(-1))
+            grad_logits = p.to(x.dtype)  # [n, V]
+            grad_x[now] = grad_logits @ weight
+            grad_weight += grad_logits.T @ x[now]
+        return grad_x, grad_weight.to(weight.dtype), None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of softmax(x W^T) against labels, and the logsumexp of its logits (for a z-loss). Differentiable in x and weight.
+
+    Args:
+        x: [T, hidden].
+        weight: [V, hidden] in x's type.
+        labels: [T] int64 in [0, V), or -100 for a token without a label.
+
+    Returns:
+        loss [T] and logsumexp [T] in nats, float32 or wider; both 0 without a label.
+
+    Raises:
+        ValueError: shapes or types do not fit, or (seen on a CPU) a label is outside the vocabulary.
+    """
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype or not len(weight):
+        raise ValueError(
+            f"x is [T, hidden] and weight [V, hidden] of one type, but are {list(x.shape)} of {x.dtype} and {list(weight.shape)} of {weight.dtype}"
+        )
+    if labels.shape != x.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be {len(x)} int64 numbers, one per token, but is {labels.dtype} of shape {list(labels.shape)}")
+    if labels.device.type == "cpu" and len(labels):
+        if ((labels < 0) & (labels != -100)).any() or labels.max() >= len(weight):
+            raise ValueError(f"labels must lie in [0, {len(weight)}) or be -100, but range from {labels.min()} to {labels.max()}")
+    loss, lse = _LinearCrossEntropy.apply(x, weight, labels)
+    return loss, lse

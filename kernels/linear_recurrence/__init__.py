@@ -1,0 +1,123 @@
+"""Linear recurrences: one K x V state per value head, faded by a decay and updated by each token's key and value.
+
+    S_t = diag(exp(decay_t)) S_{t-1}, then
+    S_t += k_t v_t^T                              (beta None: additive; linear attention, RetNet, GLA, Mamba-2), or
+    S_t += beta_t k_t (v_t - S_t^T k_t)^T         (the delta rule: DeltaNet, Gated DeltaNet, KDA),
+    o_t = scale S_t^T q_t.
+
+Backends: `reference` (token by token) and `chunked` (matrix products over chunks of tokens); `auto` takes chunked.
+Source: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" and "Gated Delta Networks".
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ltrain.kernels.linear_recurrence import chunked, reference
+from ltrain.kernels.segments import accumulator, boundaries, choose
+
+__all__ = ["Result", "linear_recurrence", "step"]
+
+
+class Result(NamedTuple):
+    """output [T, H, V]; final_state [N, H, K, V]; segment_map (M [N, H, K, K], E [N, H, K, V])."""
+
+    output: Tensor
+    final_state: Tensor | None
+    segment_map: tuple[Tensor, Tensor] | None
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> None:
+    if q.ndim != 3 or v.ndim != 3 or k.shape != q.shape or len(v) != len(k):
+        raise ValueError(f"q and k are both [T, Hk, K] and v is [T, H, V], but the shapes are {list(q.shape)}, {list(k.shape)} and {list(v.shape)}")
+    rows, heads, width = len(v), v.shape[1], k.shape[2]
+    if not k.shape[1] or heads % k.shape[1]:
+        raise ValueError(f"v has {heads} heads, which is not a multiple of k's {k.shape[1]}: a key head serves equal groups of value heads")
+    if decay is not None and decay.shape not in ((rows, heads), (rows, heads, width)):
+        raise ValueError(f"decay must be [{rows}, {heads}] (per head) or [{rows}, {heads}, {width}] (per channel), but is {list(decay.shape)}")
+    if beta is not None and beta.shape != (rows, heads):
+        raise ValueError(f"beta must be [{rows}, {heads}], but is {list(beta.shape)}")
+    for name, x in (("q", q), ("k", k), ("decay", decay), ("beta", beta)):
+        if x is not None and (x.device != v.device or not x.is_floating_point()):
+            raise ValueError(f"{name} must be floating-point on v's device {v.device}, but is {x.dtype} on {x.device}")
+
+
+def _check_state(name: str, state: Tensor, segments: int, k: Tensor, v: Tensor) -> None:
+    expected = (segments, v.shape[1], k.shape[2], v.shape[2])
+    if state.shape != expected or state.device != v.device:
+        raise ValueError(f"{name} must be {list(expected)} on {v.device}, but is {list(state.shape)} on {state.device}")
+
+
+def linear_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    return_segment_map: bool = False,
+    backend: str = "auto",
+    chunk: int = 64,
+) -> Result:
+    """The recurrence over every segment of a packed stream. Differentiable in every tensor, through states and maps too.
+
+    Args:
+        q, k: [T, Hk, K]. Delta-rule keys should have length at most 1, or the state can grow without bound.
+        v: [T, H, V]; H is a multiple of Hk and value head h reads key head h // (H / Hk).
+        decay: None, [T, H] or [T, H, K]: natural logs of the factors, finite and <= 0.
+        beta: None (additive) or [T, H] (delta rule).
+        cu_seqlens: [N + 1] int32 boundaries, on the CPU.
+        scale: what outputs are multiplied with, usually K ** -0.5.
+        initial_state: [N, H, K, V], the state before each segment; None: zeros.
+        return_final_state: whether to return the state after each segment.
+        return_segment_map: whether to return M and E of each segment, with final_state = M initial_state + E: what ranks exchange.
+        backend: auto | reference | chunked.
+        chunk: tokens of a chunk, for chunked.
+
+    Returns:
+        output in v's type, states and maps in float32 or wider; what was not asked for is None.
+
+    Raises:
+        ValueError: shapes, types, boundaries or backend do not fit.
+    """
+    _check(q, k, v, decay, beta)
+    bounds = boundaries(cu_seqlens, len(v))
+    choose(backend, ("reference", "chunked"))
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be a number of tokens, such as 64")
+    if initial_state is not None:
+        _check_state("initial_state", initial_state, len(bounds) - 1, k, v)
+    if backend == "reference":
+        wide = accumulator(v.dtype)
+        start = initial_state if initial_state is not None else v.new_zeros(len(bounds) - 1, v.shape[1], k.shape[2], v.shape[2], dtype=wide)
+        output, final = reference.linear_recurrence(q, k, v, decay, beta, bounds, scale, start.to(wide))
+        maps = reference.segment_map(k, v, decay, beta, bounds) if return_segment_map else None
+    else:
+        output, final, maps = chunked.linear_recurrence(q, k, v, decay, beta, bounds, scale, initial_state, return_segment_map, chunk)
+    return Result(output, final if return_final_state else None, maps)
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """One token for each of N sequences, for decoding.
+
+    Args:
+        q, k: [N, Hk, K].
+        v: [N, H, V].
+        decay: None, [N, H] or [N, H, K] logs.
+        beta: None or [N, H].
+        state: [N, H, K, V].
+        scale: what outputs are multiplied with.
+
+    Returns:
+        output [N, H, V] in v's type and the new state in float32 or wider.
+
+    Raises:
+        ValueError: shapes or types do not fit.
+    """
+    _check(q, k, v, decay, beta)
+    _check_state("state", state, len(v), k, v)
+    return reference.step(q, k, v, decay, beta, state, scale)

@@ -1,0 +1,85 @@
+"""Segments of a packed stream: reading their boundaries, and moving rows between the stream and a padded buffer."""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def boundaries(cu_seqlens: Tensor, tokens: int) -> list[int]:
+    """The boundaries as Python numbers, checked: [0, ..., tokens], never falling.
+
+    cu_seqlens lives on the host so that plans are made from it without waiting for a device.
+
+    Raises:
+        ValueError: cu_seqlens is not an int32 vector on the CPU that rises from 0 to `tokens`.
+    """
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.device.type != "cpu" or not len(cu_seqlens):
+        raise ValueError(
+            f"cu_seqlens is a {cu_seqlens.ndim}-axis {cu_seqlens.dtype} tensor on {cu_seqlens.device} of {cu_seqlens.numel()} numbers: "
+            "pass a vector of [segments + 1] int32 boundaries on the CPU"
+        )
+    bounds: list[int] = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to the stream's {tokens} tokens without falling, but is {summary(bounds)}")
+    return bounds
+
+
+def summary(numbers: list[int]) -> str:
+    return str(numbers) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:4]))}, ..., {numbers[-1]}]"
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type sums are kept in: float32, or the input's if that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def choose(backend: str, known: tuple[str, ...]) -> None:
+    """Refuse a backend that does not exist.
+
+    Raises:
+        ValueError: backend is neither "auto" nor one of `known`.
+    """
+    if backend != "auto" and backend not in known:
+        raise ValueError(f"backend={backend!r} does not exist: choose auto, {', '.join(known)}")
+
+
+class _Scatter(torch.autograd.Function):
+    """Indexing's own backward would add row by row; distinct rows need only be copied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, total: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x.new_zeros(total, *x.shape[1:]).index_copy_(0, rows, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.total = len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0].new_zeros(ctx.total, *grads[0].shape[1:]).index_copy_(0, ctx.saved_tensors[0], grads[0]), None
+
+
+def scatter_rows(x: Tensor, rows: Tensor, total: int) -> Tensor:
+    """A buffer of `total` rows, zero but for x [n, ...] at the distinct `rows` [n]."""
+    result: Tensor = _Scatter.apply(x, rows, total)
+    return result
+
+
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], where no row is taken twice."""
+    result: Tensor = _Gather.apply(x, rows)
+    return result

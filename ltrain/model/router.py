@@ -1,0 +1,109 @@
+"""Which experts each token goes to, with which weights, and how their load is balanced."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltrain.model.layers import LocalLayers
+from ltrain.model.options import MoEOptions
+from ltrain.model.sequence import Sequence
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss = (loss.shape, loss.dtype, loss.device)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.loss
+        return grads[0], torch.ones(shape, dtype=dtype, device=device)
+
+
+def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
+    """x unchanged; a backward through it adds d loss with weight 1 to whatever is differentiated.
+
+    A block can so carry a loss of its own without returning it, through checkpointing and across pipeline cuts.
+    """
+    return _AttachLoss.apply(x, loss)
+
+
+class Router(nn.Module):
+    """Top-k routing in float32 or wider, balanced by an auxiliary loss, a selection bias, or both.
+
+    `bias` [E] is added to the scores for the selection only (Wang et al. 2024); `load` [E] counts the tokens that this rank sent
+    to each expert since it was last zeroed: not in evaluation, and once where a block is recomputed.
+    """
+
+    bias: Tensor
+    load: Tensor
+
+    def __init__(self, hidden: int, options: MoEOptions, layers: LocalLayers):
+        super().__init__()
+        if not 0 < options.top_k <= options.experts:
+            raise ValueError(f"ffn.top_k={options.top_k} must be from 1 to ffn.experts={options.experts}")
+        if options.score not in ("softmax", "sigmoid"):
+            raise ValueError(f"ffn.score={options.score!r} is not known: write softmax or sigmoid")
+        self.options = options
+        self.weight = layers.router(hidden, options.experts)
+        self.register_buffer("bias", torch.zeros(options.experts, dtype=torch.float32, device=layers.device))
+        self.register_buffer("load", torch.zeros(options.experts, dtype=torch.int64, device=layers.device), persistent=False)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, E], each in 0..1"""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(wide), self.weight.to(wide))
+        return logits.softmax(-1) if self.options.score == "softmax" else logits.sigmoid()
+
+    def forward(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
+        """x [T, hidden] -> weights [T, k] (float32 or wider) and expert indices [T, k]."""
+        o = self.options
+        scores = self.scores(x)
+        probabilities = scores if o.score == "softmax" else scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        indices, fractions = seq.tape.keep(lambda: self._decide(scores.detach(), probabilities.detach(), seq))
+        weights = scores.gather(-1, indices)
+        if o.renormalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * o.scale
+        if fractions is not None:
+            weights = attach_loss(weights, self._aux_loss(probabilities, fractions) * seq.aux_weight)
+        return weights, indices
+
+    def _decide(self, scores: Tensor, probabilities: Tensor, seq: Sequence) -> tuple[Tensor, Tensor | None]:
+        """What must happen once per forward: the selection [T, k], the counting, and the balance [E] that the auxiliary loss needs."""
+        o = self.options
+        gradients = torch.is_grad_enabled()
+        indices = (scores + self.bias).topk(o.top_k, dim=-1).indices
+        counts = indices.flatten().bincount(minlength=o.experts)  # [E]
+        if gradients and self.training:
+            self.load += counts
+        if not gradients or o.aux_loss == 0:
+            return indices, None
+        everywhere = seq.exchange.sum(counts).to(scores.dtype)  # over all tokens of the micro-batch
+        slots = everywhere.sum()
+        # Fraction of the slots over the number of tokens: f_e / T, so that a sum over all ranks' tokens gives f_e P_e.
+        fractions = everywhere / slots / (slots / o.top_k)
+        loss = self._aux_loss(probabilities, fractions)
+        seq.metrics["aux_loss"] = seq.metrics["aux_loss"] + loss if "aux_loss" in seq.metrics else loss
+        return indices, fractions
+
+    def _aux_loss(self, probabilities: Tensor, fractions: Tensor) -> Tensor:
+        """This rank's term of coefficient * E * sum_e f_e P_e (Fedus et al. 2021): f_e the fraction of slots, P_e the mean probability."""
+        return self.options.aux_loss * self.options.experts * (probabilities.sum(0) * fractions).sum()
+
+    @torch.no_grad()
+    def margin(self, x: Tensor) -> Tensor:
+        """The smallest gap between the last chosen and the first refused selection score over x [T, hidden]: what rounding must not cross."""
+        if self.options.top_k == self.options.experts or not len(x):
+            return torch.tensor(float("inf"))
+        chosen = (self.scores(x) + self.bias).topk(self.options.top_k + 1, dim=-1).values
+        return (chosen[:, -2] - chosen[:, -1]).min()
+
+    @torch.no_grad()
+    def update_bias(self, load: Tensor, rate: float) -> None:
+        """Once per global batch, load [E] summed over all ranks: experts with less than the mean load become easier to choose."""
+        load = load.to(self.bias.dtype)
+        self.bias += rate * torch.sign(load.mean() - load)

@@ -1,0 +1,111 @@
+"""`ltrain bench step`: how long a training step of a config takes on this machine, and what it needs."""
+
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltrain import data
+from ltrain.config import Config, to_dict, validate
+from ltrain.data.packing import MicroBatch
+from ltrain.parallel import mesh as ranks
+from ltrain.parallel.engines.megatron import DTYPES, MegatronEngine
+from ltrain.plan.hardware import device_name, peak_flops, peak_memory, synchronise
+from ltrain.train.loop import round_up
+
+
+def training_flops(engine: MegatronEngine, batches: list[MicroBatch]) -> float:
+    """Of these micro-batches in this rank's pipeline stage, forward and backward (3 x forward), recomputation not counted."""
+    total = 0.0
+    for batch in batches:
+        for length in batch.cu_seqlens.diff().tolist():
+            total += 3 * sum(engine.stack.flops(length, length).values())
+    return total
+
+
+def step(config: Config, warmup: int = 3, steps: int = 10) -> dict[str, Any]:
+    """Time `steps` training steps on the config's own data after `warmup` others; print a table and write run.dir/bench-step.json.
+
+    The time is of forward, backward and update on the slowest rank; loading the data is not in it. MFU is against the peak
+    matrix rate of all devices.
+    """
+    validate(config, int(os.environ.get("WORLD_SIZE", 1)))
+    device = ranks.start(config.device, config.parallel.timeout)
+    mesh = ranks.Mesh(config.parallel, device)
+    try:
+        dataset = data.build(config.data, config.seed) if mesh.rank == 0 else None
+        mesh.barrier()
+        dataset = dataset or data.build(config.data, config.seed)
+        engine = MegatronEngine(config, config.model.vocab or round_up(dataset.tokenizer.vocab_size, 128), mesh)
+        micro_batches = config.train.tokens_per_step // config.data.tokens
+        loader = dataset.loader(mesh.data.rank(), mesh.data.size()) if mesh.replica.rank() == 0 else None
+        times, flops, losses = [], 0.0, []
+        for i in range(warmup + steps):
+            batches = mesh.spread([next(loader) for _ in range(micro_batches // mesh.data.size())] if loader else None)
+            mine = sum(int((b.labels >= 0).sum()) for b in batches) if loader else 0
+            labels = int(mesh.sum(torch.tensor(mine, device=device)))
+            synchronise(device)
+            mesh.barrier()
+            began = time.perf_counter()
+            losses.append(engine.forward_backward(batches, labels, micro_batches)["loss"])
+            engine.step(config.train.lr)
+            synchronise(device)
+            if i >= warmup:
+                times.append(max(mesh.all_gather_object(time.perf_counter() - began)))
+                # each replica's FLOPs once per pipeline stage
+                first = mesh.tensor_context.rank() == 0
+                flops += float(mesh.sum(torch.tensor(training_flops(engine, batches) if first else 0.0, dtype=torch.float64, device=device)))
+        if loader:
+            loader.close()
+        seconds = statistics.median(times)
+        peak, source = peak_flops(device, DTYPES[config.precision])
+        params, active = engine.stack.num_params()
+        result = {
+            "device": device_name(device),
+            "ranks": mesh.size,
+            "torch": torch.__version__,
+            "precision": config.precision,
+            "parallel": to_dict(config)["parallel"],
+            "parameters_of_stage": params,
+            "active_parameters_of_stage": active,
+            "tokens_per_step": config.train.tokens_per_step,
+            "stream_tokens": config.data.tokens,
+            "seconds_per_step": seconds,
+            "seconds_min_max": [min(times), max(times)],
+            "tokens_per_second": config.train.tokens_per_step / seconds,
+            "tflops_per_device": flops / steps / seconds / mesh.size / 1e12,
+            "mfu": flops / steps / seconds / mesh.size / peak,
+            "peak_flops": peak,
+            "peak_flops_source": source,
+            "peak_memory_bytes": max(mesh.all_gather_object(peak_memory(device))),
+            "first_and_last_loss": [losses[0], losses[-1]],
+        }
+        if mesh.rank == 0:
+            show(result)
+            folder = Path(config.run.dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "bench-step.json").write_text(json.dumps(result, indent=2) + "\n")
+            print(f"written to {folder / 'bench-step.json'}")
+        return result
+    finally:
+        mesh.close()
+        ranks.stop()
+
+
+def show(result: dict[str, Any]) -> None:
+    rows = {
+        "device": f"{result['ranks']} x {result['device']}",
+        "parameters (active)": f"{result['parameters_of_stage'] / 1e6:.1f}M ({result['active_parameters_of_stage'] / 1e6:.1f}M)",
+        "precision": result["precision"],
+        "step": f"{result['seconds_per_step'] * 1e3:.1f} ms for {result['tokens_per_step']} tokens in streams of {result['stream_tokens']}",
+        "tokens/s": f"{result['tokens_per_second']:,.0f}",
+        "TFLOP/s per device": f"{result['tflops_per_device']:.2f}",
+        "MFU": f"{result['mfu']:.1%} of {result['peak_flops'] / 1e12:.1f} TFLOP/s ({result['peak_flops_source']})",
+        "peak memory": f"{result['peak_memory_bytes'] / 2**30:.2f} GiB per rank",
+    }
+    for name, value in rows.items():
+        print(f"{name:22} {value}")

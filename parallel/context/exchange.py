@@ -1,0 +1,96 @@
+"""The exchanges of the mixers over context ranks: what a `Sequence` carries under context parallelism."""
+
+from collections import Counter, OrderedDict
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ltrain.kernels import attention, linear_recurrence, short_conv
+from ltrain.model.sequence import Sequence
+from ltrain.parallel.context.halo import Halo, HaloExchange, halo
+from ltrain.parallel.context.layout import ContextLayout, Plan
+from ltrain.parallel.context.messages import Messages
+from ltrain.parallel.context.ring import Ring, RingAttention, ring
+from ltrain.parallel.context.scan import Inputs, Scan, linear_recurrence_over_ranks, scan
+
+PLANS_KEPT = 64  # micro-batches: more than any pipeline schedule has under way
+
+
+class ContextExchange:
+    """Ring, halo and scan over the ranks of one context group (the `Exchange` of `ltrain.model.sequence`).
+
+    layout: how the stream is cut, with this rank's place in it, its rank in `cp_group`. cp_group: the context ranks
+    (None with one); give it to nothing else, so that these messages keep their order. sum_group: every rank that holds
+    tokens of the micro-batch, tensor and context ranks (None: this rank alone).
+
+    Raises ValueError where group and layout disagree. Building it is collective over `cp_group`.
+    """
+
+    def __init__(self, layout: ContextLayout, cp_group: dist.ProcessGroup | None = None, sum_group: dist.ProcessGroup | None = None):
+        here = (0, 1) if cp_group is None else (dist.get_rank(cp_group), dist.get_world_size(cp_group))
+        if here != (layout.rank, layout.size):
+            raise ValueError(
+                f"the context group makes this rank {here[0]} of {here[1]} but the layout says {layout.rank} of {layout.size}: "
+                "give the group that the layout was made for"
+            )
+        self.layout, self.sum_group = layout, sum_group
+        self._messages = Messages(cp_group, layout.size)
+        self._plans: OrderedDict[bytes, Plan] = OrderedDict()
+
+    @property
+    def bytes(self) -> Counter[str]:
+        """Bytes this rank has sent by kind (ring, halo, scan), forward and backward."""
+        return self._messages.bytes
+
+    def plan(self, cu_seqlens: Tensor) -> Plan:
+        """The plan of a micro-batch, made once for all its layers. cu_seqlens [documents + 1] of the whole stream, on the host."""
+        key = cu_seqlens.numpy().tobytes() if cu_seqlens.device.type == "cpu" else b""
+        if key not in self._plans:
+            self._plans[key] = self.layout.plan(cu_seqlens)
+            if len(self._plans) > PLANS_KEPT:
+                self._plans.popitem(last=False)
+        return self._plans[key]
+
+    def _local(self, x: Tensor, what: str, seq: Sequence) -> Plan:
+        if x.shape[0] != self.layout.local_tokens:
+            raise ValueError(
+                f"{what} has {x.shape[0]} tokens but this context rank holds {self.layout.local_tokens}: give ContextLayout.take of the stream"
+            )
+        return self.plan(seq.cu_seqlens)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, *, scale: float) -> Tensor:
+        """q [T, H, D], k [T, Hk, D], v [T, Hk, Dv] of this rank's T tokens -> [T, H, Dv]."""
+        plan = self._local(q, "q", seq)
+        steps: Ring = plan.derive("ring", lambda: ring(plan))
+        if not steps.steps:
+            return attention.attention(q, k, v, plan.cu_seqlens, scale=scale)
+        out: Tensor = RingAttention.apply(q, k, v, steps, self._messages, seq.tape, scale)  # type: ignore[no-untyped-call]
+        return out
+
+    def short_conv(self, x: Tensor, weight: Tensor, seq: Sequence) -> Tensor:
+        """x [T, C], weight [C, W] -> [T, C]."""
+        plan, reach = self._local(x, "x", seq), weight.shape[1] - 1
+        pieces: Halo = plan.derive(("halo", reach), lambda: halo(plan, reach))
+        state: Tensor | None = None
+        if pieces.needed:
+            x, state = HaloExchange.apply(x, pieces, self._messages, seq.tape)  # type: ignore[no-untyped-call]
+        return short_conv.short_conv(x, weight, plan.cu_seqlens, initial_state=state)[0]
+
+    def linear_recurrence(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, seq: Sequence, *, scale: float) -> Tensor:
+        """q, k [T, Hk, K], v [T, H, V], decay [T, H] (log) or None, beta [T, H] or None (additive) -> [T, H, V]."""
+        plan = self._local(q, "q", seq)
+        maps: Scan = plan.derive("scan", lambda: scan(plan))
+        if not maps.needed:
+            return linear_recurrence.linear_recurrence(q, k, v, decay, beta, plan.cu_seqlens, scale=scale).output
+        return linear_recurrence_over_ranks(Inputs(q, k, v, decay, beta), plan.cu_seqlens, maps, self._messages, seq.tape, scale=scale)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x summed over the tensor and context ranks of the micro-batch, without gradient."""
+        x = x.detach().clone()
+        if self.sum_group is not None:
+            dist.all_reduce(x, group=self.sum_group)
+        return x
+
+    def sequence(self, cu_seqlens: Tensor, positions: Tensor) -> Sequence:
+        """This rank's `Sequence` of a micro-batch: cu_seqlens [documents + 1] and positions [tokens] of the whole stream."""
+        return Sequence(cu_seqlens, self.layout.take(positions), exchange=self)

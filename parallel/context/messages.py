@@ -1,0 +1,46 @@
+"""Point-to-point messages between the context ranks, counted."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Transit:
+    """Messages under way. `wait` gives what arrived, by sender."""
+
+    def __init__(self, works: list[dist.Work], sent: list[Tensor], arriving: dict[int, Tensor]):
+        self._works, self._sent, self._arriving = works, sent, arriving
+
+    def wait(self) -> dict[int, Tensor]:
+        """Blocks the host (gloo) or this device stream (NCCL) until all is sent and received."""
+        for work in self._works:
+            work.wait()
+        self._sent.clear()  # only now may the buffers be reused
+        return self._arriving
+
+
+class Messages:
+    """Batched sends and receives over the ranks of one group, at most one message for each pair in a batch.
+
+    Every rank posts the same batches in the same order (one that neither sends nor receives in a batch has nothing to
+    post), so no tag is needed: between two ranks messages arrive in the order in which they were posted.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, size: int):
+        self.group = group
+        self.bytes: Counter[str] = Counter()  # kind of exchange -> bytes sent by this rank, forward and backward
+        if size > 1 and dist.get_backend(group) == "nccl":
+            # A batch in which only some ranks take part must not be the first call of an NCCL group.
+            dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+
+    def post(self, kind: str, sends: Mapping[int, Tensor], receives: Mapping[int, int], *, dtype: torch.dtype, device: torch.device) -> Transit:
+        """Start sending `sends` (group rank -> flat tensor) and receiving `receives` (group rank -> number of elements)."""
+        sent = {peer: x.contiguous() for peer, x in sends.items() if x.numel()}
+        arriving = {peer: torch.empty(n, dtype=dtype, device=device) for peer, n in receives.items() if n}
+        operations = [dist.P2POp(dist.isend, x, group=self.group, group_peer=peer) for peer, x in sent.items()]
+        operations += [dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer) for peer, x in arriving.items()]
+        self.bytes[kind] += sum(x.numel() * x.element_size() for x in sent.values())
+        return Transit(dist.batch_isend_irecv(operations) if operations else [], list(sent.values()), arriving)

@@ -1,0 +1,176 @@
+"""The layers of a model that is sharded over tensor ranks (with sequence parallelism) and expert ranks.
+
+Linear layers and embeddings are megatron-core's. Between blocks a rank holds tokens / tensor of its context rank's tokens;
+a column layer gathers them, a row layer sums and scatters them again.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from torch import Tensor, nn
+
+from ltrain.model.layers import LocalLayers, ParamLayout, declare, layout_of, normal
+from ltrain.parallel.experts import ExpertParallelExperts
+from ltrain.parallel.mesh import Mesh
+
+
+def _unfilled(weight: Tensor) -> None:
+    """megatron's init_method: weights are filled by `seed_parameters`, the same on every layout."""
+
+
+class ColumnLinear(ColumnParallelLinear):
+    def __init__(self, in_features: int, parts: tuple[int, ...], local: tuple[int, ...], config: ModelParallelConfig, group: dist.ProcessGroup):
+        super().__init__(
+            in_features, sum(parts), config=config, init_method=_unfilled, bias=False, gather_output=False, skip_bias_add=False, tp_group=group
+        )
+        self.parts = local
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        y, _ = super().forward(x.unsqueeze(1))  # [T / tensor, 1, in] -> [T, 1, sum(parts) / tensor]
+        return y.squeeze(1).split(self.parts, dim=-1)
+
+
+class RowLinear(RowParallelLinear):
+    def __init__(self, in_features: int, out_features: int, config: ModelParallelConfig, group: dist.ProcessGroup):
+        super().__init__(
+            in_features, out_features, config=config, init_method=_unfilled, bias=False, input_is_parallel=True, skip_bias_add=False, tp_group=group
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        y, _ = super().forward(x.unsqueeze(1))  # [T, 1, in / tensor] -> [T / tensor, 1, out]
+        return y.squeeze(1)
+
+
+class VocabEmbedding(VocabParallelEmbedding):
+    """Each tensor rank embeds its part of the vocabulary; the sum is scattered over the tokens."""
+
+    def __init__(self, vocab: int, hidden: int, config: ModelParallelConfig, group: dist.ProcessGroup):
+        super().__init__(vocab, hidden, init_method=_unfilled, reduce_scatter_embeddings=True, config=config, tp_group=group)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(tokens.unsqueeze(0)).squeeze(1)  # [1, T] -> [T / tensor, 1, hidden] -> [T / tensor, hidden]
+
+
+class _VocabCrossEntropy(torch.autograd.Function):
+    """Cross entropy and logsumexp of logits [T, vocab / tensor] that are sharded over a group."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        local = logits.shape[-1]
+        top = logits.amax(-1)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+        exp = (logits - top.unsqueeze(-1)).exp_()
+        index = labels - group.rank() * local
+        here = (index >= 0) & (index < local) & (labels >= 0)
+        index = index.clamp(0, local - 1).unsqueeze(-1)
+        target = torch.where(here, logits.gather(-1, index).squeeze(-1), 0)
+        sums = torch.stack([exp.sum(-1), target])
+        dist.all_reduce(sums, group=group)
+        lse = sums[0].log() + top
+        exp.div_(sums[0].unsqueeze(-1))
+        labelled = labels >= 0
+        ctx.save_for_backward(exp, index, here, labelled)
+        return torch.where(labelled, lse - sums[1], 0), torch.where(labelled, lse, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        softmax, index, here, labelled = ctx.saved_tensors
+        grad_loss, grad_lse = grad_loss * labelled, grad_lse * labelled
+        grad = softmax * (grad_loss + grad_lse).unsqueeze(-1)
+        return grad.scatter_add_(-1, index, -(grad_loss * here).unsqueeze(-1)), None, None
+
+
+class VocabHead(nn.Module):
+    """The output layer over a vocabulary that is sharded over tensor ranks."""
+
+    def __init__(self, linear: ColumnLinear, group: dist.ProcessGroup, tied: nn.Parameter | None):
+        super().__init__()
+        self.linear, self.group = linear, group
+        if tied is None:
+            self.weight = linear.weight
+        # megatron's layer holds the parameter as its own: the model's name for it is head.weight, or the embedding's
+        del linear._parameters["weight"]
+        self._weight = [self.weight if tied is None else tied]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [T / tensor, hidden] -> [T, vocab / tensor]"""
+        logits, _ = ColumnParallelLinear.forward(self.linear, x.unsqueeze(1), weight=self._weight[0])
+        return logits.squeeze(1)
+
+    def loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `ltrain.model.layers.Head.loss`, for labels [T] of all the tokens; the same on every tensor rank."""
+        logits = self.logits(x)
+        return _VocabCrossEntropy.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, self.group)
+
+
+class ParallelLayers(LocalLayers):
+    """This rank's layers under a mesh. Where a degree is 1, the one-device layer serves."""
+
+    def __init__(self, mesh: Mesh, *, std: float, depth: int, eps: float, dtype: torch.dtype):
+        super().__init__(std=std, depth=depth, eps=eps, device=mesh.device, dtype=dtype)
+        self.mesh = mesh
+        self.shard = mesh.shard
+        self.tensor_parallel = mesh.shard.tensor_size > 1
+        self.config = ModelParallelConfig(
+            tensor_model_parallel_size=mesh.shard.tensor_size,
+            sequence_parallel=self.tensor_parallel,
+            params_dtype=dtype,
+            perform_initialization=False,
+            use_cpu_initialization=mesh.device.type == "cpu",
+            gradient_accumulation_fusion=False,
+        )
+
+    def parameter(self, layout: ParamLayout) -> nn.Parameter:
+        return _mark(super().parameter(layout))
+
+    def _declare(self, param: nn.Parameter, layout: ParamLayout) -> None:
+        _mark(declare(param, layout, self.shard))
+
+    def column(self, in_features: int, parts: tuple[int, ...]) -> nn.Module:
+        if not self.tensor_parallel:
+            return super().column(in_features, parts)
+        local = tuple(self.heads(part, "projection width") for part in parts)
+        linear = ColumnLinear(in_features, parts, local, self.config, self.mesh.tensor)
+        self._declare(linear.weight, ParamLayout((sum(parts), in_features), normal(self.std), axis=0, splits=parts))
+        return linear
+
+    def row(self, in_features: int, out_features: int) -> nn.Module:
+        if not self.tensor_parallel:
+            return super().row(in_features, out_features)
+        linear = RowLinear(in_features, out_features, self.config, self.mesh.tensor)
+        self._declare(linear.weight, ParamLayout((out_features, in_features), normal(self.output_std), axis=1))
+        return linear
+
+    def embedding(self, vocab: int, hidden: int) -> Any:
+        if not self.tensor_parallel:
+            return super().embedding(vocab, hidden)
+        embedding = VocabEmbedding(vocab, hidden, self.config, self.mesh.tensor)
+        self._declare(embedding.weight, ParamLayout((vocab, hidden), normal(self.std), axis=0))
+        return embedding
+
+    def head(self, vocab: int, hidden: int, tied: nn.Parameter | None) -> Any:
+        if not self.tensor_parallel:
+            return super().head(vocab, hidden, tied)
+        linear = ColumnLinear(hidden, (vocab,), (vocab // self.shard.tensor_size,), self.config, self.mesh.tensor)
+        if tied is None:
+            self._declare(linear.weight, ParamLayout((vocab, hidden), normal(self.std), axis=0))
+        return VocabHead(linear, self.mesh.tensor, tied)
+
+    def experts(self, experts: int, hidden: int, inner: int, top_k: int) -> nn.Module:
+        local = super().experts(experts, hidden, inner, top_k)
+        if self.shard.expert_size == 1:
+            return local
+        return ExpertParallelExperts(local.up, local.down, experts, top_k, self.mesh)  # type: ignore[arg-type]
+
+
+def _mark(param: nn.Parameter) -> nn.Parameter:
+    """Tell megatron's data parallelism and gradient norm how this parameter is held."""
+    layout = layout_of(param)
+    param.tensor_model_parallel = layout.axis is not None or layout.experts > 0  # type: ignore[attr-defined]
+    param.allreduce = layout.experts == 0  # type: ignore[attr-defined]
+    return param
+
+

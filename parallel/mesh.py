@@ -1,0 +1,153 @@
+"""Process groups: who computes what with whom, and the few collectives that the loop, the loader and checkpoints need."""
+
+import datetime
+import os
+import unittest.mock
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# megatron-core announces on import which optional packages are missing, and decorates fusions that ltrain never calls
+# with torch.compile, which loads the whole compiler: half of the time of a small run's start.
+with warnings.catch_warnings(), unittest.mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda f: f)):
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+from ltrain.config import ConfigError, ParallelConfig
+from ltrain.model.layers import Shard
+from ltrain.parallel import cpu
+
+
+def start(device: str = "auto", timeout: int = 600) -> torch.device:
+    """Join the ranks that torchrun started (or be the only one) and return this rank's device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no GPU here: write device=cpu or device=auto")
+    if device == "cpu" and torch.cuda.is_available():
+        raise ConfigError("device=cpu on a machine with a GPU: megatron-core uses the GPU it sees; hide it with CUDA_VISIBLE_DEVICES=")
+    place = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        alone = "RANK" not in os.environ
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            rank=0 if alone else int(os.environ["RANK"]),
+            world_size=1 if alone else int(os.environ["WORLD_SIZE"]),
+            store=dist.HashStore() if alone else None,
+            timeout=datetime.timedelta(seconds=timeout),
+            device_id=place if device == "cuda" else None,
+        )
+    cpu.install()
+    return place
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Mesh:
+    """The process groups of one layout over all ranks: tensor x context x expert x data x pipeline, tensor fastest.
+
+    Expert ranks fold over the tensor, context and data ranks of a pipeline stage.
+    """
+
+    def __init__(self, parallel: ParallelConfig, device: torch.device):
+        self.device = device
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=1,
+            distributed_timeout_minutes=max(1, parallel.timeout // 60),
+        )
+        self.groups = ProcessGroupCollection.use_mpu_process_groups()
+        self.tensor, self.context, self.expert, self.pipeline = (self.groups.tp, self.groups.cp, self.groups.ep, self.groups.pp)
+        self.data: dist.ProcessGroup = self.groups.dp
+        self.tensor_context: dist.ProcessGroup = parallel_state.get_tensor_and_context_parallel_group()
+        self.stage: dist.ProcessGroup = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        self._own: list[dist.ProcessGroup] = []
+        # exchanges of the mixers and the spreading of micro-batches have groups of their own, so that their order of
+        # issue never mixes with megatron's collectives
+        self.exchange = self._new_group(dist.get_process_group_ranks(self.context))
+        self.replica = self._new_group(self._ranks_with(self.data.rank()), backend="gloo")
+        self.control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+        if device.type == "cuda":
+            self._own.append(self.control)
+        self.shard = Shard(self.tensor.rank(), self.tensor.size(), self.expert.rank(), self.expert.size())
+
+    def _ranks_with(self, data_rank: int) -> list[int]:
+        ranks: list[Any] = [None] * self.size
+        dist.all_gather_object(ranks, data_rank)
+        return [rank for rank, other in enumerate(ranks) if other == data_rank]
+
+    def _new_group(self, ranks: list[int], backend: str | None = None) -> dist.ProcessGroup:
+        """The group of `ranks`, which this rank is in; every rank calls, each with its own group's ranks."""
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, ranks)
+        mine = None
+        for group_ranks in sorted({tuple(r) for r in every}):
+            group = dist.new_group(list(group_ranks), backend=backend)
+            if self.rank in group_ranks:
+                mine = group
+                self._own.append(group)
+        assert mine is not None
+        return mine
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pipeline.rank() == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+    def close(self) -> None:
+        """Dissolve the groups, leaving the ranks joined: another layout may follow."""
+        for group in self._own:
+            dist.destroy_process_group(group)
+        self._own.clear()
+        parallel_state.destroy_model_parallel()
+
+    # What the loop, the loader and checkpoints ask of the ranks.
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+    def gather_object(self, value: Any) -> list[Any] | None:
+        """Every rank's value, in order of rank, on rank 0; None elsewhere."""
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def spread(self, value: Any) -> Any:
+        """The value of the first rank of this data-parallel replica, on all its ranks: how a micro-batch arrives."""
+        if self.replica.size() == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self.replica, 0), group=self.replica)
+        return box[0]
+
+    def sum(self, value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+        """In place: the sum over `group`, or over every rank."""
+        dist.all_reduce(value, group=group)
+        return value

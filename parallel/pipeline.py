@@ -1,0 +1,90 @@
+"""One pipeline stage: this rank's layers, fed by megatron-core's schedules."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.enums import ModelType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from ltrain.data.packing import MicroBatch
+from ltrain.model.sequence import Sequence
+from ltrain.model.stack import Stack
+from ltrain.parallel.context.exchange import ContextExchange
+from ltrain.parallel.context.layout import ContextLayout
+from ltrain.parallel.mesh import Mesh
+
+
+def cut(depth: int, stages: int) -> list[tuple[int, int]]:
+    """The layers [start, stop) of each stage: as even as they divide, the first stages one longer."""
+    even, more = divmod(depth, stages)
+    starts = [stage * even + min(stage, more) for stage in range(stages + 1)]
+    return list(zip(starts, starts[1:], strict=False))
+
+
+class Stage(nn.Module):
+    """`Stack` under a mesh. What crosses the cut between stages is the hidden states [T / tensor, 1, hidden]."""
+
+    model_type = ModelType.encoder_or_decoder  # megatron's schedules ask
+
+    def __init__(self, stack: Stack, layout: ContextLayout, mesh: Mesh, config: TransformerConfig):
+        super().__init__()
+        self.stack, self.layout, self.mesh, self.config = stack, layout, mesh, config
+        self.exchange = ContextExchange(layout, mesh.exchange if mesh.context.size() > 1 else None, mesh.tensor_context)
+        self._input: Tensor | None = None
+
+    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
+        """What the stage before sent, or None on the first; megatron's schedules call this."""
+        self._input = tensors[0] if tensors else None
+
+    def sequence(self, batch: MicroBatch, aux_weight: float) -> Sequence:
+        positions = self.layout.take(batch.positions).to(self.mesh.device)
+        return Sequence(batch.cu_seqlens, positions, exchange=self.exchange, aux_weight=aux_weight)
+
+    def forward(self, batch: MicroBatch, labels: int, micro_batches: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The hidden states for the next stage, or on the last stage this rank's part of the loss.
+
+        labels: labelled tokens of the global batch, and micro_batches: micro-batches of it; the loss is already divided
+        by them, so gradients add up over micro-batches and ranks. Returns sums for the log beside it.
+        """
+        seq = self.sequence(batch, aux_weight=1.0 / micro_batches)
+        if self.mesh.first_stage:
+            x = self.layout.take(batch.tokens).to(self.mesh.device)
+        else:
+            assert self._input is not None
+            x = self._input.squeeze(1)
+        hidden = self.stack(x, seq)
+        sums = {"aux_loss": seq.metrics.get("aux_loss", torch.zeros((), device=self.mesh.device)) / micro_batches}
+        if not self.mesh.last_stage:
+            return hidden.unsqueeze(1), sums
+        targets = self.layout.take(batch.labels).to(self.mesh.device)
+        ce, z, count = self.stack.loss(hidden, targets, seq)
+        # every tensor rank computes the same loss: one of them counts
+        mine = float(self.mesh.tensor.rank() == 0)
+        sums |= {"loss": ce.detach() * mine, "z_loss": z.detach() * mine, "labels": count * mine}
+        return (ce + self.stack.model.z_loss * z) / labels, sums
+
+
+def add_up_tied_embeddings(grad: Tensor, mesh: Mesh) -> None:
+    """The first and the last stage hold the same tied embedding: both take the sum of their gradients."""
+    dist.all_reduce(grad, group=mesh.groups.embd)
+
+
+def stage_config(hidden: int, depth: int, mesh: Mesh, dtype: torch.dtype) -> Any:
+    """What megatron's schedules and data parallelism read of a model's shape."""
+    return TransformerConfig(
+        num_layers=max(depth, mesh.pipeline.size()),
+        hidden_size=hidden,
+        num_attention_heads=mesh.tensor.size(),
+        tensor_model_parallel_size=mesh.tensor.size(),
+        pipeline_model_parallel_size=mesh.pipeline.size(),
+        context_parallel_size=mesh.context.size(),
+        sequence_parallel=mesh.tensor.size() > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # the loss is divided by the global number of labels before the backward, so data parallelism sums
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+    )

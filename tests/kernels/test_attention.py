@@ -1,0 +1,230 @@
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+
+from ltrain.kernels.attention import Pair, attention, backward_pairs, blockwise, decode_attention, flash, forward_pairs, merge
+
+FAST = ["blockwise", "flash"]
+LENGTHS = [[0], [], [1], [1, 0, 2, 63, 64, 65], [200], [7, 130, 1, 1, 61]]
+
+
+def cu(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def tensors(tokens: int, heads: int, kv_heads: int, width: int, value_width: int, dtype=torch.float64, seed: int = 0) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(tokens, heads, width), (tokens, kv_heads, width), (tokens, kv_heads, value_width)]
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks small and uneven enough for these streams to cross many of them."""
+    monkeypatch.setattr(blockwise, "ROWS", 24)
+    monkeypatch.setattr(blockwise, "COLUMNS", 40)
+
+
+def test_reference_is_softmax_over_the_document_so_far():
+    q, k, v = tensors(9, 4, 2, 8, 6)
+    out = attention(q, k, v, cu([4, 5]), scale=0.3, backend="reference")
+    for begin, end in ((0, 4), (4, 9)):
+        for t in range(begin, end):
+            for h in range(4):
+                p = (k[begin : t + 1, h // 2] @ q[t, h] * 0.3).softmax(0)
+                torch.testing.assert_close(out[t, h], p @ v[begin : t + 1, h // 2])
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "value_width"), [(2, 2, 8), (4, 2, 8), (3, 1, 5), (2, 1, 12)])
+def test_attention_and_its_gradients(backend, lengths, heads, kv_heads, value_width):
+    inputs = tensors(sum(lengths), heads, kv_heads, 8, value_width)
+    weight = torch.randn(sum(lengths), heads, value_width, dtype=torch.float64)
+    expected = attention(*inputs, cu(lengths), scale=0.4, backend="reference")
+    got = attention(*inputs, cu(lengths), scale=0.4, backend=backend)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    if sum(lengths):
+        grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in (got, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_broadcast_gradient(backend):
+    inputs = tensors(70, 4, 2, 8, 8)
+    grads = [torch.autograd.grad(attention(*inputs, cu([30, 40]), scale=0.4, backend=b).sum(), inputs) for b in (backend, "reference")]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_heads_whose_numbers_do_not_follow_each_other(backend):
+    strided = [x.detach().mT.contiguous().mT.requires_grad_() for x in tensors(70, 4, 2, 8, 8)]
+    weight = torch.randn(70, 4, 8, dtype=torch.float64).mT.contiguous().mT
+    outs = [attention(*strided, cu([30, 40]), scale=0.4, backend=b) for b in (backend, "reference")]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(out, strided, weight) for out in outs))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+def test_lower_precision(backend, dtype, tolerance):
+    inputs = tensors(150, 4, 2, 16, 16, dtype)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    expected = attention(*wide, cu([30, 120]), scale=0.25, backend="reference")
+    got = attention(*inputs, cu([30, 120]), scale=0.25, backend=backend)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+    grads = torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(expected.sum(), wide)
+    for got_grad, expected_grad in zip(*grads, strict=True):
+        assert got_grad.dtype == dtype
+        assert (got_grad.double() - expected_grad).norm() < tolerance * expected_grad.norm()
+
+
+PAIRS = [
+    Pair(0, 20, 0, 20, True),
+    Pair(20, 30, 10, 50, True),  # more keys than queries, aligned at the end
+    Pair(20, 10, 60, 7, False),
+    Pair(29, 2, 0, 4, False),  # shares one query with the pair before
+    Pair(50, 3, 0, 0, False),
+    Pair(0, 5, 67, 3, False),
+    Pair(22, 30, 70, 30, True),  # overlaps pairs before it, and reaches past them
+    Pair(60, 1, 5, 1, True),
+    Pair(61, 1, 5, 40, False),
+]
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("heads", "kv_heads", "value_width"), [(2, 2, 8), (4, 2, 5)])
+def test_pairs_in_any_order_and_overlap(backend, heads, kv_heads, value_width):
+    q, _, _ = (x.detach() for x in tensors(70, heads, kv_heads, 8, value_width))
+    _, k, v = (x.detach() for x in tensors(100, heads, kv_heads, 8, value_width, seed=1))
+    pairs = random.Random(0).sample(PAIRS, len(PAIRS))
+    expected, expected_lse = forward_pairs(q, k, v, pairs, scale=0.3, backend="reference")
+    out, lse = forward_pairs(q, k, v, pairs, scale=0.3, backend=backend)
+    torch.testing.assert_close((out, lse), (expected, expected_lse))
+    assert out[65:].eq(0).all() and lse[65:].eq(-torch.inf).all()
+    dout = torch.randn_like(out)
+    torch.testing.assert_close(
+        backward_pairs(dout, q, k, v, out, lse, pairs, scale=0.3, backend=backend),
+        backward_pairs(dout, q, k, v, out, lse, pairs, scale=0.3, backend="reference"),
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_a_ring_of_two_steps_is_one_attention(backend):
+    """The keys come in two halves, as from another rank; out and lse merge, and each half's gradients add up."""
+    inputs = tensors(60, 4, 2, 8, 8)
+    expected = attention(*inputs, cu([60]), scale=0.3, backend="reference")
+    dout = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, inputs, dout)
+    q, k, v = (x.detach() for x in inputs)
+    steps = [(slice(0, 30), [Pair(0, 30, 0, 30, True), Pair(30, 30, 0, 30, False)]), (slice(30, 60), [Pair(30, 30, 0, 30, True)])]
+    parts = [forward_pairs(q, k[keys], v[keys], pairs, scale=0.3, backend=backend) for keys, pairs in steps]
+    out, lse = merge(*parts[0], *parts[1])
+    torch.testing.assert_close(out, expected)
+    grads = [backward_pairs(dout, q, k[keys], v[keys], out, lse, pairs, scale=0.3, backend=backend) for keys, pairs in steps]
+    dq, dk, dv = grads[0][0] + grads[1][0], torch.cat([g[1] for g in grads]), torch.cat([g[2] for g in grads])
+    torch.testing.assert_close((dq, dk, dv), expected_grads)
+
+
+def test_merge_where_a_side_saw_nothing():
+    out_a, out_b = torch.randn(4, 1, 3), torch.randn(4, 1, 3)
+    none = -torch.inf
+    lse_a, lse_b = torch.tensor([[0.5], [none], [1.0], [none]]), torch.tensor([[0.5], [2.0], [none], [none]])
+    out_a[1] = out_a[3] = out_b[2] = out_b[3] = 0
+    out, lse = merge(out_a, lse_a, out_b, lse_b)
+    torch.testing.assert_close(out[0], (out_a[0] + out_b[0]) / 2)
+    torch.testing.assert_close((out[1], out[2]), (out_b[1], out_a[2]))
+    assert out[3].eq(0).all() and lse[3].eq(none).all() and lse[1].eq(2).all()
+    assert merge(out_a.bfloat16(), lse_a, out_b.bfloat16(), lse_b)[0].dtype == torch.float32
+
+
+def test_packed_calls_cover_every_pair_once_and_no_query_twice():
+    kept = [p for p in PAIRS if p.k_len]
+    calls = flash.packed_calls(kept)
+    seen = []
+    for queries, keys, causal in calls:
+        q_rows, k_rows = torch.arange(70), torch.arange(100)
+        q_taken, k_taken = queries.take(q_rows), keys.take(k_rows)
+        assert len(q_taken.unique()) == len(q_taken)
+        for (a, b), (c, d) in zip(pairwise(queries.bounds), pairwise(keys.bounds), strict=True):
+            seen.append(Pair(int(q_taken[a]), b - a, int(k_taken[c]), d - c, causal))
+            assert b - a <= queries.longest and d - c <= keys.longest
+        total = torch.zeros(70, dtype=torch.int64)
+        queries.add(total, q_taken)
+        assert total.equal(torch.where(torch.isin(q_rows, q_taken), q_rows, 0))
+    assert sorted(seen) == sorted(kept)
+    whole = flash.packed_calls([Pair(0, 5, 0, 5, True), Pair(5, 1, 5, 1, True)])
+    assert len(whole) == 1 and whole[0][0].span == slice(0, 6)
+
+
+def test_decode_is_the_last_row_of_attention():
+    lengths = [5, 1, 9, 0]
+    q, k, v = torch.randn(4, 6, 8), torch.randn(4, 9, 2, 8), torch.randn(4, 9, 2, 5)
+    out = decode_attention(q, k, v, torch.tensor(lengths), scale=0.3)
+    for n, length in enumerate(lengths[:3]):
+        queries = torch.cat([torch.zeros(length - 1, 6, 8), q[n : n + 1]])
+        whole = attention(queries, k[n, :length], v[n, :length], cu([length]), scale=0.3, backend="reference")
+        torch.testing.assert_close(out[n], whole[-1])
+    assert out[3].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, "cu_seqlens.*10 tokens"),
+        ({"cu_seqlens": torch.tensor([0, 10])}, "cu_seqlens.*int64"),
+        ({"cu_seqlens": torch.tensor([0, 8, 6, 10], dtype=torch.int32)}, "cu_seqlens.*falling"),
+        ({"k": torch.zeros(10, 3, 8)}, "k has"),
+        ({"q": torch.zeros(10, 5, 8)}, "q has 5 heads"),
+        ({"q": torch.zeros(10, 4, 9)}, "8 wide"),
+        ({"q": torch.zeros(10, 4, 8).half()}, "one floating type"),
+        ({"backend": "fash"}, "backend='fash'.*flash"),
+    ],
+)
+def test_refusals(change, words):
+    args = {"q": torch.zeros(10, 4, 8), "k": torch.zeros(10, 2, 8), "v": torch.zeros(10, 2, 8), "cu_seqlens": cu([10]), "scale": 1.0, **change}
+    with pytest.raises(ValueError, match=words):
+        attention(**args)
+
+
+def test_pairs_are_refused_by_name():
+    q = torch.zeros(10, 2, 8)
+    with pytest.raises(ValueError, match="pairs.*leaves"):
+        forward_pairs(q, q, q, [Pair(5, 6, 0, 3, False)], scale=1.0)
+    with pytest.raises(ValueError, match="pairs.*more queries than keys"):
+        forward_pairs(q, q, q, [Pair(0, 6, 0, 3, True)], scale=1.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "value_width"), [(4, 4, 64, 64), (8, 2, 128, 128), (4, 1, 20, 12), (4, 4, 192, 128)])
+def test_cuda_flash(heads, kv_heads, width, value_width):
+    """Packed calls against float64 on the same bfloat16 numbers: whole streams, and pairs that overlap."""
+    inputs = [x.detach().cuda().requires_grad_() for x in tensors(70, heads, kv_heads, width, value_width, torch.bfloat16)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    scale = width**-0.5
+
+    def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+        assert (got.double() - expected.double()).norm() <= 1e-2 * expected.double().norm()
+
+    for lengths in ([70], [1, 1, 0, 30, 38]):
+        got, expected = attention(*inputs, cu(lengths), scale=scale, backend="flash"), attention(*wide, cu(lengths), scale=scale, backend="reference")
+        close(got, expected)
+        weight = torch.randn_like(expected)
+        for a, b in zip(torch.autograd.grad(got, inputs, weight.bfloat16()), torch.autograd.grad(expected, wide, weight), strict=True):
+            close(a, b)
+    q, k, v = (x.detach() for x in inputs)
+    k, v = torch.cat([k, k[:30].flip(0)]), torch.cat([v, v[:30].flip(0)])  # [100, Hk, .]
+    kept = [p for p in PAIRS if p.k_len]
+    for pairs in (kept, kept[-2:-1], kept[-1:]):
+        out, lse = forward_pairs(q, k, v, pairs, scale=scale, backend="flash")
+        expected_out, expected_lse = forward_pairs(q.double(), k.double(), v.double(), pairs, scale=scale, backend="reference")
+        close(out, expected_out)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-3)
+        dout = torch.randn_like(out)
+        got_grads = backward_pairs(dout, q, k, v, out, lse, pairs, scale=scale, backend="flash")
+        exact = backward_pairs(dout.double(), q.double(), k.double(), v.double(), expected_out, expected_lse, pairs, scale=scale, backend="reference")
+        for a, b in zip(got_grads, exact, strict=True):
+            close(a, b)

@@ -1,0 +1,167 @@
+"""Streams of documents that meet the cuts in every awkward way, and each exchange run on one rank and on several."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ltrain.model.sequence import LocalExchange, Sequence
+from ltrain.parallel.context.exchange import ContextExchange
+from ltrain.parallel.context.layout import ContextLayout
+
+LAYOUTS = [(size, kind) for size in (2, 3, 4) for kind in ("contiguous", "zigzag")]
+
+
+def streams(size: int) -> dict[str, list[int]]:
+    """Document lengths by name. All totals divide into 2 `size` spans."""
+    tokens = 12 * size
+    edges = [tokens // size] * size
+
+    def moved(by: int) -> list[int]:
+        return [edges[0] + by, *edges[1:-1], edges[-1] - by]
+
+    tiny: list[int] = []
+    while (left := tokens - sum(tiny)) > 0:
+        tiny.append(min(left, 1 + len(tiny) * 2 % 5))
+    return {
+        "one document": [tokens],
+        "on the edges": edges,
+        "one past the edges": moved(1),
+        "one before the edges": moved(-1),
+        "over several ranks": [5, tokens - 9, 4],
+        "two long": [tokens // 2 + 1, tokens // 2 - 1],
+        "tiny": tiny,
+        "with empty documents": [0, 7, 0, 0, tokens - 7, 0],
+        "spans shorter than the convolution": [4 * size],
+        "short spans, cut early": [1, 4 * size - 3, 2],
+        "over several chunks": [7, 90 * size - 3, 10 * size - 4],
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one exchange: its inputs are drawn from the seed, the same everywhere."""
+
+    op: str  # attention | short_conv | linear_recurrence
+    lengths: tuple[int, ...]
+    dtype: torch.dtype = torch.float64
+    decay: str = "head"  # none | head | channel
+    update: str = "delta"  # add | delta
+    strength: float = 1e-3  # mean of -log decay
+    recompute: bool = False
+    changed: int | None = None  # a document whose inputs are drawn anew
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return Sequence.of(list(self.lengths)).cu_seqlens
+
+    def inputs(self) -> dict[str, Tensor]:
+        """By name, over the whole stream [T, ...]; `weight` belongs to every token; `dout` is the gradient of the output."""
+        inputs = self._draw(0)
+        if self.changed is not None:
+            start, stop = self.cu_seqlens[self.changed : self.changed + 2].tolist()
+            for name, x in self._draw(1).items():
+                if name not in ("weight", "dout"):
+                    inputs[name][start:stop] = x[start:stop]
+        return {name: x.to(self.dtype) for name, x in inputs.items()}
+
+    def _draw(self, seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(self.tokens, *shape, generator=generator, dtype=torch.float64)
+
+        if self.op == "attention":
+            return {"q": normal(4, 8), "k": normal(2, 8), "v": normal(2, 6), "dout": normal(4, 6)}
+        if self.op == "short_conv":
+            weight = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+            return {"x": normal(5), "weight": weight, "dout": normal(5)}
+        q, k = normal(2, 8), normal(2, 8)
+        inputs = {"q": q, "k": k / k.norm(dim=-1, keepdim=True), "v": normal(4, 6), "dout": normal(4, 6)}
+        if self.decay != "none":
+            inputs["decay"] = -self.strength * normal(*((4, 8) if self.decay == "channel" else (4,))).exp()
+        if self.update == "delta":
+            inputs["beta"] = normal(4).sigmoid()
+        return inputs
+
+
+def compute(case: Case, inputs: dict[str, Tensor], seq: Sequence, between: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
+    """Output and the gradient of every input. `between` is called after the forward."""
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items() if name != "dout"}
+
+    def forward() -> Tensor:
+        if case.op == "attention":
+            return seq.exchange.attention(leaves["q"], leaves["k"], leaves["v"], seq, scale=0.3)
+        if case.op == "short_conv":
+            return seq.exchange.short_conv(leaves["x"], leaves["weight"], seq)
+        return seq.exchange.linear_recurrence(leaves["q"], leaves["k"], leaves["v"], leaves.get("decay"), leaves.get("beta"), seq, scale=0.3)
+
+    out = checkpoint(forward, use_reentrant=False, preserve_rng_state=False, context_fn=seq.tape.contexts) if case.recompute else forward()
+    between()
+    grads = torch.autograd.grad(out, list(leaves.values()), inputs["dout"])
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+@cache
+def whole(case: Case) -> dict[str, Tensor]:
+    """On one rank."""
+    seq = Sequence.of(list(case.lengths))
+    return compute(case, case.inputs(), Sequence(seq.cu_seqlens, seq.positions, LocalExchange()))
+
+
+@cache
+def _exchange(kind: str, tokens: int) -> ContextExchange:
+    return ContextExchange(ContextLayout(tokens, dist.get_rank(), dist.get_world_size(), kind), _group(), _group())
+
+
+@cache
+def _group() -> Any:
+    return dist.new_group(list(range(dist.get_world_size())))
+
+
+def on_rank(kind: str, cases: list[Case]) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
+    """On this rank of a pool: for each case its rows of output and gradients, and bytes sent (forward, and in all), by kind."""
+    results = []
+    for case in cases:
+        exchange = _exchange(kind, case.tokens)
+        exchange.bytes.clear()
+        take, sent = exchange.layout.take, {}
+        inputs = {name: x if name == "weight" else take(x) for name, x in case.inputs().items()}
+        seq = exchange.sequence(case.cu_seqlens, Sequence.of(list(case.lengths)).positions)
+        values = compute(case, inputs, seq, lambda: sent.update({f"{k} forward": n for k, n in exchange.bytes.items()}))  # noqa: B023 - called at once
+        results.append((values, {**sent, **exchange.bytes}))
+    return results
+
+
+def over_ranks(pool: Any, size: int, kind: str, cases: list[Case]) -> list[tuple[dict[str, Tensor], list[dict[str, int]]]]:
+    """Each case over `size` ranks: output and gradients put back in the order of the stream, and bytes sent by rank."""
+    ranks = pool(size).run(on_rank, kind, cases)
+    results = []
+    for i, case in enumerate(cases):
+        order = torch.cat([torch.arange(a, b) for rank in range(size) for a, b in ContextLayout(case.tokens, rank, size, kind).spans(rank)])
+        values = {}
+        for name in ranks[0][i][0]:
+            parts = [rank[i][0][name] for rank in ranks]
+            values[name] = sum(parts) if name == "weight" else torch.cat(parts)[order.argsort()]
+        results.append((values, [rank[i][1] for rank in ranks]))
+    return results
+
+
+def error(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative difference (of the largest value) and whose it is."""
+    assert got.keys() == want.keys()
+    worst = (0.0, "")
+    for name, x in want.items():
+        assert got[name].shape == x.shape and got[name].dtype == x.dtype and bool(got[name].isfinite().all()), name
+        scale = max(float(x.abs().max()), 1e-30)
+        worst = max(worst, (float((got[name] - x).abs().max()) / scale, name))
+    return worst

@@ -1,0 +1,134 @@
+"""Ring, halo and scan over real ranks against one rank."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parallel.context.streams import LAYOUTS, Case, error, over_ranks, streams, whole
+
+MIXERS = {
+    "attention": {"op": "attention"},
+    "short convolution": {"op": "short_conv"},
+    "delta and decay near 1": {"op": "linear_recurrence"},
+    "delta and strong decay": {"op": "linear_recurrence", "strength": 5.0},
+    "delta": {"op": "linear_recurrence", "decay": "none"},
+    "add and decay near 1": {"op": "linear_recurrence", "update": "add"},
+    "add": {"op": "linear_recurrence", "update": "add", "decay": "none"},
+    "delta and decay by channel": {"op": "linear_recurrence", "decay": "channel"},
+    "add and decay by channel": {"op": "linear_recurrence", "update": "add", "decay": "channel"},
+}
+
+
+def _cases(size: int, mixer: str, **options: Any) -> dict[str, Case]:
+    return {name: Case(lengths=tuple(lengths), **{**MIXERS[mixer], **options}) for name, lengths in streams(size).items()}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(("size", "kind"), LAYOUTS)
+def test_any_layout_gives_the_output_and_gradients_of_one_rank(pool: Any, size: int, kind: str, mixer: str) -> None:
+    cases = _cases(size, mixer)
+    results = over_ranks(pool, size, kind, list(cases.values()))
+    errors = {name: error(values, whole(case)) for (name, case), (values, _) in zip(cases.items(), results, strict=True)}
+    assert {name: e for name, e in errors.items() if e[0] > 1e-10} == {}
+
+
+@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1", "add and decay near 1"])
+@pytest.mark.parametrize(("size", "kind"), [(3, "zigzag"), (4, "contiguous")])
+def test_float32(pool: Any, size: int, kind: str, mixer: str) -> None:
+    cases = _cases(size, mixer, dtype=torch.float32)
+    results = over_ranks(pool, size, kind, list(cases.values()))
+    errors = {name: error(values, whole(case)) for (name, case), (values, _) in zip(cases.items(), results, strict=True)}
+    assert {name: e for name, e in errors.items() if e[0] > 1e-5} == {}
+
+
+@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1"])
+def test_bfloat16_travels_as_it_is(pool: Any, mixer: str) -> None:
+    case = Case(lengths=(5, 39, 4), dtype=torch.bfloat16, **MIXERS[mixer])
+    ((values, _),) = over_ranks(pool, 4, "zigzag", [case])
+    assert error(values, whole(case))[0] < 0.02
+
+
+@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1"])
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+def test_a_document_changes_nothing_outside_it(pool: Any, kind: str, mixer: str) -> None:
+    lengths = (7, 30, 1, 10)
+    before, *after = over_ranks(pool, 4, kind, [Case(lengths=lengths, changed=d, **MIXERS[mixer]) for d in (None, 0, 1, 2, 3)])
+    start = 0
+    for length, (values, _) in zip(lengths, after, strict=True):
+        inside = torch.zeros(48, dtype=torch.bool)
+        inside[start : start + length] = True
+        for name, x in values.items():
+            if name != "weight":
+                assert torch.equal(x[~inside], before[0][name][~inside]), name
+        assert not torch.equal(values["out"][inside], before[0]["out"][inside])
+        start += length
+
+
+@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1", "add and decay near 1"])
+@pytest.mark.parametrize(("size", "kind"), [(2, "zigzag"), (4, "zigzag"), (3, "contiguous")])
+def test_recomputation_sends_nothing_again(pool: Any, size: int, kind: str, mixer: str) -> None:
+    plain = list(_cases(size, mixer).values())
+    recomputed = list(_cases(size, mixer, recompute=True).values())
+    for case, (got, bytes_got), (want, bytes_want) in zip(
+        plain, over_ranks(pool, size, kind, recomputed), over_ranks(pool, size, kind, plain), strict=True
+    ):
+        assert bytes_got == bytes_want, case
+        assert error(got, want)[0] < 1e-13, case
+
+
+# Volumes. One document of T tokens over P ranks; n = tokens of a rank; head counts and widths as in streams.Case.
+
+
+def _bytes(pool: Any, size: int, kind: str, **options: Any) -> list[dict[str, int]]:
+    ((_, sent),) = over_ranks(pool, size, kind, [Case(**options)])
+    return sent
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ring_sends_the_keys_that_causal_masks_see(pool: Any, size: int) -> None:
+    n, row = 12, 2 * (8 + 6)  # K and V of one token
+    contiguous = _bytes(pool, size, "contiguous", op="attention", lengths=(n * size,), dtype=torch.bfloat16)
+    # Rank r's keys go to the ranks after it.
+    assert [b.get("ring forward", 0) for b in contiguous] == [(size - 1 - r) * n * row * 2 for r in range(size)]
+    # Backward: keys again, and for what was read, gradients in float32.
+    assert [b["ring"] for b in contiguous] == [(size - 1 - r) * n * row * 2 * 2 + r * n * row * 4 for r in range(size)]
+    zigzag = _bytes(pool, size, "zigzag", op="attention", lengths=(n * size,), dtype=torch.bfloat16)
+    # Later ranks see the first span only, earlier ones both.
+    assert [b.get("ring forward", 0) for b in zigzag] == [((size - 1 - r) * n // 2 + r * n) * row * 2 for r in range(size)]
+    assert sum(b["ring forward"] for b in zigzag) <= 0.75 * size * (size - 1) / size * (n * size) * row * 2
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_halo_sends_one_row_less_than_the_width_for_each_cut(pool: Any, size: int) -> None:
+    contiguous = _bytes(pool, size, "contiguous", op="short_conv", lengths=(12 * size,), dtype=torch.float32)
+    cut = 3 * 5 * 4  # (width - 1) rows of 5 float32 channels
+    assert [b.get("halo forward", 0) for b in contiguous] == [cut if r < size - 1 else 0 for r in range(size)]
+    assert sum(b["halo"] for b in contiguous) == 2 * (size - 1) * cut
+    zigzag = _bytes(pool, size, "zigzag", op="short_conv", lengths=(12 * size,), dtype=torch.float32)
+    assert sum(b.get("halo forward", 0) for b in zigzag) == 2 * (size - 1) * cut  # 2P - 2 cuts between ranks
+    assert sum(b["halo"] for b in zigzag) == 2 * 2 * (size - 1) * cut
+
+
+@pytest.mark.parametrize(
+    ("mixer", "matrix"), [("delta and decay near 1", 4 * 8 * 8), ("add and decay near 1", 4), ("add", 0), ("add and decay by channel", 4 * 8)]
+)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_scan_sends_a_state_and_the_smallest_map(pool: Any, size: int, mixer: str, matrix: int) -> None:
+    state = 4 * 8 * 6
+    sent = _bytes(pool, size, "contiguous", lengths=(12 * size,), dtype=torch.float32, **MIXERS[mixer])
+    # Rank r's map goes to each later rank; the first has no M, as its document starts there.
+    forward = [(size - 1 - r) * 4 * (state + (matrix if r else 0)) for r in range(size)]
+    assert [b.get("scan forward", 0) for b in sent] == forward
+    assert [b["scan"] - b.get("scan forward", 0) for b in sent] == forward[::-1]  # the same towards the earlier ones
+
+
+@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1"])
+@pytest.mark.parametrize(("kind", "lengths"), [("contiguous", (12,) * 4), ("zigzag", (6,) * 8), ("contiguous", (3, 9) * 4)])
+def test_documents_that_end_at_the_cuts_send_nothing(pool: Any, kind: str, lengths: tuple[int, ...], mixer: str) -> None:
+    assert [sum(b.values()) for b in _bytes(pool, 4, kind, lengths=lengths, **MIXERS[mixer])] == [0] * 4
+
+
+def test_ranks_that_share_no_document_do_not_speak(pool: Any) -> None:
+    sent = _bytes(pool, 4, "contiguous", op="attention", lengths=(20, 4, 24))  # ranks 0 and 1, then 2 and 3
+    assert [b.get("ring forward", 0) for b in sent] == [12 * 2 * 14 * 8, 0, 12 * 2 * 14 * 8, 0]

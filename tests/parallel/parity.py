@@ -1,0 +1,195 @@
+"""One model, trained twice: on one device by plain torch, and on a layout by the engine. What the layout tests compare."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltrain.config import Config, ModelConfig, ParallelConfig, TrainConfig
+from ltrain.data.order import Cursor
+from ltrain.data.packing import MicroBatch, Stream
+from ltrain.model.layers import LocalLayers, layout_of, pieces, seed_parameters
+from ltrain.model.options import MoEOptions
+from ltrain.model.sequence import Sequence
+from ltrain.model.stack import Stack
+from ltrain.train.schedule import learning_rate
+
+VOCAB, TOKENS, MICRO_BATCHES = 64, 64, 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
+    pipeline: int = 1
+    context_layout: str = "zigzag"
+    recompute: str = "none"
+    tie: bool = True
+
+    def __str__(self) -> str:
+        parts = [f"{name[0] if name != 'tensor' else 't'}p{n}" for name, n in
+                 (("tensor", self.tensor), ("context", self.context), ("expert", self.expert), ("pipeline", self.pipeline)) if n > 1]  # fmt: skip
+        more = [self.context_layout] if self.context > 1 else []
+        return "-".join(parts + more + ([self.recompute] if self.recompute != "none" else []) + ([] if self.tie else ["untied"])) or "data"
+
+
+def config(layout: Layout, precision: str, model: ModelConfig | None = None) -> Config:
+    model = model or ModelConfig(
+        hidden=32,
+        depth=4,
+        pattern=["linear", "linear", "full", "linear"],
+        layers={
+            "linear": {"mixer": "gated_delta_net", "key_heads": 4, "value_heads": 8, "key_dim": 8, "value_dim": 12},
+            "full": {"mixer": "attention", "heads": 8, "kv_heads": 4, "head_dim": 8},
+        },
+        ffn=MoEOptions(experts=8, top_k=2, inner=16, shared_inner=16, aux_loss=0.05, bias_rate=0.01, scale=1.5),
+        init_std=0.2,
+        tie_embeddings=layout.tie,
+    )
+    out = Config(model=model, precision=precision, seed=3)
+    out.parallel = ParallelConfig(layout.tensor, layout.context, layout.expert, layout.pipeline, layout.context_layout)
+    out.train = TrainConfig(
+        steps=10, tokens_per_step=TOKENS * MICRO_BATCHES, lr=1e-3, min_lr=1e-4, warmup_steps=3, clip=0.5, eps=1e-6, recompute=layout.recompute
+    )
+    out.data.tokens = TOKENS
+    return out
+
+
+def micro_batch(index: int) -> MicroBatch:
+    """Documents of 1 token, over several ranks' cuts, and one that continues an earlier stream (positions from 17)."""
+    lengths = [[37, 1, 2, 24], [64], [15, 1, 33, 15], [1, 16, 47]][index % 4]
+    tokens = np.random.default_rng(index).integers(0, VOCAB, TOKENS).astype(np.int32)
+    starts = np.array([17 if i == 0 else 0 for i in range(len(lengths))], dtype=np.int64)
+    cu = np.cumsum([0, *lengths], dtype=np.int32)
+    return MicroBatch.of(Stream(tokens, cu, starts, ["d"] * len(lengths), 0, Cursor()), index)
+
+
+def step_batches(step: int) -> list[MicroBatch]:
+    return [micro_batch(step * MICRO_BATCHES + i) for i in range(MICRO_BATCHES)]
+
+
+@torch.no_grad()
+def prepare(stack: Stack) -> None:
+    """Decays near 1, so that states really cross the cuts, and balancing biases that move the choice of experts."""
+    for name, param in stack.named_parameters():
+        if name.endswith("A_log"):
+            param.fill_(-3.0)
+    for name, router in stack.routers().items():
+        layer = int(name.split(".")[1])
+        router.bias.copy_(torch.linspace(-0.1, 0.1, len(router.bias)).roll(layer))
+
+
+class Reference:
+    """The model on one device with plain torch: autograd and torch's AdamW, no megatron, no rank."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.precision]
+        self.stack = Stack(config.model, VOCAB, LocalLayers(std=config.model.init_std, depth=config.model.depth, eps=config.model.norm_eps, dtype=dtype))
+        seed_parameters(self.stack, config.seed)
+        prepare(self.stack)
+        params = list(self.stack.parameters())
+        train = config.train
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in params if layout_of(p).decay], "weight_decay": train.weight_decay},
+                {"params": [p for p in params if not layout_of(p).decay], "weight_decay": 0.0},
+            ],
+            betas=(train.betas[0], train.betas[1]),
+            eps=train.eps,
+        )
+        self.margin = float("inf")  # the narrowest choice of an expert so far
+        for router in self.stack.routers().values():
+            router.register_forward_hook(lambda r, inputs, _: self._note(r.margin(inputs[0])))
+
+    def _note(self, margin: Tensor) -> None:
+        self.margin = min(self.margin, float(margin))
+
+    def backward(self, batches: list[MicroBatch]) -> float:
+        self.optimizer.zero_grad()
+        labels = sum(int((b.labels >= 0).sum()) for b in batches)
+        total = 0.0
+        for batch in batches:
+            seq = Sequence(batch.cu_seqlens, batch.positions, aux_weight=1 / len(batches))
+            ce, z, _ = self.stack.loss(self.stack(batch.tokens, seq), batch.labels, seq)
+            ((ce + self.config.model.z_loss * z) / labels).backward()
+            total += float(ce.detach())
+        return total / labels
+
+    def gradients(self) -> dict[str, Tensor]:
+        found = []
+        for name, param in self.stack.named_parameters():
+            for piece in pieces(name, param):
+                assert param.grad is not None
+                found.append((piece.name, piece.shape, piece.start, param.grad[piece.index].clone()))
+        return assemble([{"gradients": found}])
+
+    def step(self, step: int) -> float:
+        lr = learning_rate(step, self.config.train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self.stack.parameters()), self.config.train.clip))
+        self.optimizer.step()
+        for router in self.stack.routers().values():
+            router.update_bias(router.load, router.options.bias_rate)
+            router.load.zero_()
+        return norm
+
+
+def on_ranks(config: Config, steps: int) -> dict[str, Any]:
+    """On every rank of a pool: gradients of step 0 as this rank's pieces, then `steps` steps."""
+    import torch.distributed as dist
+
+    from ltrain.parallel import cpu
+    from ltrain.parallel.engines.megatron import MegatronEngine
+    from ltrain.parallel.mesh import Mesh
+
+    cpu.install()
+    mesh = Mesh(config.parallel, torch.device("cpu"))
+    try:
+        engine = MegatronEngine(config, VOCAB, mesh)
+        prepare(engine.stack)
+        if engine.optimizer is not None:
+            engine.reload_master_weights()
+        out: dict[str, Any] = {"losses": [], "norms": [], "held": {}}
+        for name, param in engine.stack.named_parameters():
+            out["held"][name] = param.numel()
+        for step in range(max(steps, 1)):
+            batches = step_batches(step)
+            labels = sum(int((b.labels >= 0).sum()) for b in batches)
+            mine = batches[mesh.data.rank() :: mesh.data.size()]
+            out["losses"].append(engine.forward_backward(mine, labels, MICRO_BATCHES)["loss"])
+            if step == 0:
+                out["gradients"] = [(e.name, e.shape, e.start, e.tensor.clone()) for e in engine.gradients()]
+                out["sent"] = dict(engine.stage.exchange.bytes)
+            if steps:
+                out["norms"].append(engine.step(learning_rate(step, config.train)))
+        out["biases"] = {name: router.bias.clone() for name, router in engine.stack.routers().items()}
+        dist.barrier()
+        return out
+    finally:
+        mesh.close()
+
+
+def assemble(results: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Whole gradients from the ranks' pieces; NaN where nobody holds a piece."""
+    whole: dict[str, Tensor] = {}
+    for result in results:
+        for name, shape, start, tensor in result["gradients"]:
+            target = whole.setdefault(name, torch.full(shape, float("nan"), dtype=tensor.dtype))
+            target[tuple(slice(s, s + n) for s, n in zip(start, tensor.shape, strict=True))] = tensor
+    return whole
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative error (norm of the difference over norm) and whose it is."""
+    assert found.keys() == expected.keys()
+    errors = [(float((found[n].double() - g.double()).norm() / g.double().norm()), n) for n, g in expected.items()]
+    return max(errors, key=lambda e: float("inf") if np.isnan(e[0]) else e[0])
+
+
+def with_precision(config: Config, precision: str) -> Config:
+    return replace(config, precision=precision)

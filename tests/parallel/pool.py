@@ -1,0 +1,142 @@
+"""Ranks that stay alive for a whole test session: one pool of gloo processes for each world size.
+
+`pool(4).run(function, *args)` calls function(*args) on every rank and gives the results by rank. The function is
+imported by name on the ranks, so it stands at the top of a module; inside it `torch.distributed` is initialised and the
+default group holds the pool's ranks. What it imports, it imports there (a pool that nobody asks for megatron never loads it).
+"""
+
+import faulthandler
+import multiprocessing as mp
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+START = 120.0  # seconds for the ranks to import torch and meet
+GRACE = 2.0  # seconds the others get to answer after one rank failed
+
+
+class RankError(AssertionError):
+    """A rank raised, died or did not answer."""
+
+
+def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session's own process ends the pool
+    stacks = open(Path(folder, f"stack{rank}"), "w")  # noqa: SIM115 - open as long as the process
+    faulthandler.register(signal.SIGUSR1, stacks)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    connection.send_bytes(b"ready")
+    while True:
+        try:
+            request = connection.recv_bytes()
+        except EOFError:
+            break
+        try:
+            sys.path[:], payload = pickle.loads(request)
+            function, args = pickle.loads(payload)
+            reply = pickle.dumps((True, function(*args)))
+        except BaseException:
+            reply = pickle.dumps((False, traceback.format_exc()))
+        connection.send_bytes(reply)
+    os._exit(0)  # no farewell over a network whose other ends may be gone
+
+
+class Pool:
+    """`size` ranks with gloo. After a failure the ranks are replaced, as their groups may be out of step."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._ranks: list[tuple[Any, Connection]] = []
+
+    def _start(self) -> None:
+        context = mp.get_context("forkserver")  # torch (and what its checkpointing imports late) is imported once for all ranks
+        context.set_forkserver_preload(["torch", "torch.utils.checkpoint", "ltrain.parallel.engines.megatron", "ltrain.train.loop"])
+        self._folder = tempfile.mkdtemp(prefix="ranks")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, self._folder, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
+        for rank, (_, connection) in enumerate(self._ranks):
+            if not connection.poll(START):
+                self.close()
+                raise RankError(f"rank {rank} of {self.size} did not start in {START:.0f} s")
+            connection.recv_bytes()
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+        """function(*args) on every rank -> results by rank. RankError with the traceback of a rank that fails or hangs."""
+        if not self._ranks:
+            self._start()
+        request = pickle.dumps((list(sys.path), pickle.dumps((function, args))))
+        for _, connection in self._ranks:
+            connection.send_bytes(request)
+        waiting = {connection: rank for rank, (_, connection) in enumerate(self._ranks)}
+        results: list[Any] = [None] * self.size
+        failures: dict[int, str] = {}
+        deadline = time.monotonic() + timeout
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for ready in wait(list(waiting), left):
+                assert isinstance(ready, Connection)
+                rank = waiting.pop(ready)
+                try:
+                    fine, value = pickle.loads(ready.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    fine, value = False, "its process ended"
+                if fine:
+                    results[rank] = value
+                else:
+                    failures[rank] = value
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        if waiting and not failures:
+            stacks = "\n".join(f"rank {rank} hangs in\n{self._stack(rank)}" for rank in waiting.values())
+            self.close()
+            raise RankError(f"no answer from rank(s) {sorted(waiting.values())} of {self.size} after {timeout:.0f} s\n{stacks}")
+        if failures:
+            self.close()
+            raise RankError("\n".join(f"rank {rank} of {self.size}: {text}" for rank, text in sorted(failures.items())))
+        return results
+
+    def _stack(self, rank: int) -> str:
+        process = self._ranks[rank][0]
+        if not process.is_alive():
+            return "(its process ended)"
+        os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.2)
+        return Path(self._folder, f"stack{rank}").read_text()
+
+    def close(self) -> None:
+        for process, connection in self._ranks:
+            connection.close()
+            process.kill()
+            process.join()
+        if self._ranks:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._ranks = []
+
+
+class Pools:
+    """pools(size): the session's pool of that many ranks."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}
+
+    def __call__(self, size: int) -> Pool:
+        return self._pools.setdefault(size, Pool(size))
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()

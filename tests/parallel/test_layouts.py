@@ -1,0 +1,115 @@
+"""Every layout trains the same model: gradients, losses, gradient norms and balancing biases against one device without megatron."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from tests.parallel.parity import MICRO_BATCHES, Layout, Reference, assemble, config, on_ranks, step_batches, worst
+from torch import Tensor
+
+from ltrain.model.layers import layout_of
+
+WORLD_2 = [
+    Layout(),
+    Layout(expert=2),
+    Layout(tensor=2),
+    Layout(tensor=2, expert=2, recompute="full"),
+    Layout(context=2),
+    Layout(context=2, context_layout="contiguous", expert=2),
+    Layout(pipeline=2),
+    Layout(pipeline=2, tie=False),
+]
+WORLD_4 = [
+    Layout(expert=4),
+    Layout(tensor=2, context=2),
+    Layout(tensor=2, context=2, expert=4, recompute="full"),
+    Layout(tensor=2, context=2, expert=2, context_layout="contiguous"),
+    Layout(tensor=2, pipeline=2),
+    Layout(tensor=2, pipeline=2, expert=2),
+    Layout(context=2, pipeline=2, expert=2, recompute="full"),
+    Layout(context=4),
+    Layout(context=4, expert=2, context_layout="contiguous"),
+    Layout(tensor=4, expert=4),
+    Layout(pipeline=4),
+    Layout(tensor=2, expert=2),  # and data
+    Layout(context=2, expert=4),  # and data
+    Layout(pipeline=2, expert=2),  # and data
+]
+CASES = [pytest.param(2, layout, id=f"2-{layout}") for layout in WORLD_2] + [pytest.param(4, layout, id=f"4-{layout}") for layout in WORLD_4]
+
+
+def run(pool: Any, world: int, layout: Layout, precision: str, steps: int) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = pool(world).run(on_ranks, config(layout, precision), steps, timeout=240)
+    return results
+
+
+@cache
+def expected_gradients(precision: str, tie: bool) -> tuple[dict[str, Tensor], float]:
+    reference = Reference(config(Layout(tie=tie), precision))
+    loss = reference.backward(step_batches(0))
+    assert reference.margin > 1e-6, "two experts are nearly tied: another seed, or a rounding error would look like a wrong layout"
+    return reference.gradients(), loss
+
+
+@cache
+def expected_run(tie: bool, steps: int = 10) -> dict[str, Any]:
+    reference = Reference(config(Layout(tie=tie), "fp32"))
+    losses, norms = [], []
+    for step in range(steps):
+        losses.append(reference.backward(step_batches(step)))
+        norms.append(reference.step(step))
+    assert reference.margin > 1e-6
+    return {"losses": losses, "norms": norms, "biases": {n: r.bias for n, r in reference.stack.routers().items()}}
+
+
+@pytest.mark.parametrize(("world", "layout"), CASES)
+def test_gradients_in_float64(pool: Any, world: int, layout: Layout) -> None:
+    gradients, loss = expected_gradients("fp64", layout.tie)
+    results = run(pool, world, layout, "fp64", steps=0)
+    error, name = worst(assemble(results), gradients)
+    assert error < 1e-10, f"{name} is off by {error:.1e}"
+    for result in results:
+        assert result["losses"][0] == pytest.approx(loss, rel=1e-12)
+
+
+@pytest.mark.parametrize(("world", "layout"), CASES)
+def test_training_in_float32(pool: Any, world: int, layout: Layout) -> None:
+    gradients, _ = expected_gradients("fp32", layout.tie)
+    expected = expected_run(layout.tie)
+    results = run(pool, world, layout, "fp32", steps=10)
+    error, name = worst(assemble(results), gradients)
+    assert error < 1e-5, f"{name} is off by {error:.1e}"
+    for result in results:
+        assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        for router, bias in result["biases"].items():
+            torch.testing.assert_close(bias, expected["biases"][router], rtol=0, atol=1e-6)
+    check_shards(results, layout, world)
+
+
+def check_shards(results: list[dict[str, Any]], layout: Layout, world: int) -> None:
+    """Every rank holds the part that its layout says, so that replication cannot pass for sharding."""
+    reference = Reference(config(Layout(tie=layout.tie), "fp32"))
+    whole = {name: param for name, param in reference.stack.named_parameters()}
+    stages: dict[str, int] = {}
+    for result in results:
+        for name, numel in result["held"].items():
+            declared = layout_of(whole[name])
+            parts = layout.expert if declared.experts else layout.tensor if declared.axis is not None else 1
+            assert numel * parts == whole[name].numel(), name
+            stages[name] = stages.get(name, 0) + 1
+    # a pipeline stage holds its own layers only; a tied embedding is on the first and the last
+    for name, holders in stages.items():
+        copies = 2 if layout.pipeline > 1 and layout.tie and name == "embed.weight" else 1
+        assert holders == world // layout.pipeline * copies, name
+    assert stages.keys() == whole.keys()
+
+
+def test_micro_batches_cross_the_cuts() -> None:
+    """The inputs are hostile: documents over several ranks, of one token, and one that continues an earlier stream."""
+    batches = step_batches(0)
+    assert len(batches) == MICRO_BATCHES
+    assert any(len(b.cu_seqlens) == 2 for b in batches)
+    assert any(1 in b.cu_seqlens.diff() for b in batches)
+    assert all(int(b.positions[0]) == 17 for b in batches)
