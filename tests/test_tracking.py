@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from ltrain import tracking
 from ltrain.tracking import Tracker, environment, git_revision, truncate, without_password
+
+SOURCE = Path(tracking.__file__).resolve().parent
 
 
 def rows(run_dir: Path) -> list[dict[str, object]]:
@@ -32,7 +35,7 @@ time.sleep(60)
 
 
 def test_a_killed_and_resumed_run_is_one_mlflow_run_without_repeated_points(tmp_path: Path) -> None:
-    run_dir = tmp_path / "a run"
+    run_dir, at_start = tmp_path / "a run", git_revision(SOURCE)
     process = subprocess.Popen([sys.executable, "-c", KILLED_RUN, str(run_dir)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGKILL)
@@ -40,9 +43,8 @@ def test_a_killed_and_resumed_run_is_one_mlflow_run_without_repeated_points(tmp_
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "train/lo')  # as if the kill had cut a row
 
-    tracker = Tracker(
-        run_dir, "", "exp", "mine", "model: 1\n", {"train.lr": 0.2, "train.steps": 12, "tracking.uri": "http://me:secret@host"}, resume_step=5
-    )
+    params = {"train.lr": 0.2, "train.steps": 12, "tracking.uri": "http://me:secret@host"}
+    tracker = Tracker(run_dir, "", "exp", "mine", "model: 1\n", params, resume_step=5)
     assert [row["step"] for row in rows(run_dir)] == [1, 2, 3, 4, 5]
     started = time.perf_counter()
     for step in range(6, 13):
@@ -71,8 +73,9 @@ def test_a_killed_and_resumed_run_is_one_mlflow_run_without_repeated_points(tmp_
     assert run.data.params == {"train.lr": "0.1", "train.steps": "12", "tracking.uri": "http://***@host"}
     assert run.data.tags["resumed.train.lr"] == "0.2"
     assert run.data.tags["env.python"] == environment()["python"] and run.data.tags["env.devices"]
-    if revision := git_revision(Path(__file__).parent):
-        assert run.data.tags["mlflow.source.git.commit"] == revision["mlflow.source.git.commit"] and run.data.tags["git.dirty"] in ("true", "false")
+    # a commit may be made in the tree while the test runs
+    revisions = [revision["mlflow.source.git.commit"] for revision in (at_start, git_revision(SOURCE)) if revision]
+    assert not revisions or (run.data.tags["mlflow.source.git.commit"] in revisions and run.data.tags["git.dirty"] in ("true", "false"))
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert files == {"config.yaml", "config-from-step-5.yaml", "environment.json", "environment-from-step-5.json", "summary.txt"}
     kept = Path(client.download_artifacts(run.info.run_id, "config.yaml", str(tmp_path)))

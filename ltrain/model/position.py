@@ -14,7 +14,7 @@ def rotary_width(head_dim: int, rope: RopeOptions) -> int:
     width = int(head_dim * rope.fraction)
     if width < 2 or width % 2 or width > head_dim:
         raise ValueError(
-            f"rope.fraction={rope.fraction} of head_dim={head_dim} makes {width} numbers rotate: choose one that gives an even number in 2..{head_dim}"
+            f"rope.fraction={rope.fraction} of head_dim={head_dim} makes {width} numbers rotate: choose one that gives an even count in 2..{head_dim}"
         )
     return width
 

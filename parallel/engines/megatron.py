@@ -46,6 +46,9 @@ class MegatronEngine:
         start, stop = cut(model.depth, mesh.pipeline.size())[mesh.pipeline.rank()]
         stack = Stack(model, vocab, layers, start=start, stop=stop, recompute=config.train.recompute)
         seed_parameters(stack, config.seed)
+        self.tied = model.tie_embeddings and mesh.pipeline.size() > 1
+        if self.tied and mesh.last_stage:
+            stack.embed.weight.shared = True  # the first stage counts it in the gradient norm
         self.layout = ContextLayout(config.data.tokens, mesh.context.rank(), mesh.context.size(), config.parallel.context_layout)
         self.stage = Stage(stack, self.layout, mesh, stage_config(model.hidden, model.depth, mesh, self.dtype))
         distributed_optimizer = config.precision != "fp64"
@@ -61,7 +64,6 @@ class MegatronEngine:
         self.optimizer = self._build_optimizer() if distributed_optimizer else None
         self.routers = list(stack.routers().values())
         self._forward_backward = get_forward_backward_func()
-        self.tied = model.tie_embeddings and mesh.pipeline.size() > 1
 
     def _build_optimizer(self) -> Any:
         train = self.config.train

@@ -46,7 +46,7 @@ def config(layout: Layout, precision: str, model: ModelConfig | None = None) -> 
             "full": {"mixer": "attention", "heads": 8, "kv_heads": 4, "head_dim": 8},
         },
         ffn=MoEOptions(experts=8, top_k=2, inner=16, shared_inner=16, aux_loss=0.05, bias_rate=0.01, scale=1.5),
-        init_std=0.2,
+        init_std=0.1,
         tie_embeddings=layout.tie,
     )
     out = Config(model=model, precision=precision, seed=3)

@@ -2,7 +2,8 @@
 
 `pool(4).run(function, *args)` calls function(*args) on every rank and gives the results by rank. The function is
 imported by name on the ranks, so it stands at the top of a module; inside it `torch.distributed` is initialised and the
-default group holds the pool's ranks. What it imports, it imports there (a pool that nobody asks for megatron never loads it).
+default group holds the pool's ranks. What it imports, it imports there; what many of them
+import and is slow stands in the preload list, read once for all ranks of all pools.
 """
 
 import faulthandler
@@ -62,7 +63,7 @@ class Pool:
         self._ranks: list[tuple[Any, Connection]] = []
 
     def _start(self) -> None:
-        context = mp.get_context("forkserver")  # torch (and what its checkpointing imports late) is imported once for all ranks
+        context = mp.get_context("forkserver")  # what follows is imported once for all ranks
         context.set_forkserver_preload(["torch", "torch.utils.checkpoint", "ltrain.parallel.engines.megatron", "ltrain.train.loop"])
         self._folder = tempfile.mkdtemp(prefix="ranks")
         for rank in range(self.size):

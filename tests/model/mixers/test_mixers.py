@@ -69,7 +69,6 @@ def test_gated_delta_net_is_that_of_qwen3_next(qwen3_next: Any, key_heads: int, 
         linear_conv_kernel_dim=4, rms_norm_eps=1e-6, num_hidden_layers=1, layer_types=["linear_attention"],
     )  # fmt: skip
     theirs = qwen3_next.Qwen3NextGatedDeltaNet(config, 0).double()
-    group = value_heads // key_heads
     widths = (key_heads * 8, key_heads * 8, value_heads * 12, value_heads * 12, value_heads, value_heads)
 
     def fused(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +86,6 @@ def test_gated_delta_net_is_that_of_qwen3_next(qwen3_next: Any, key_heads: int, 
         theirs.A_log.copy_(names["A_log"])
         theirs.norm.weight.copy_(names["norm.weight"])
         theirs.out_proj.weight.copy_(names["out.weight"])
-    assert group * key_heads == value_heads
 
     lengths, x = [70, 1, 3, 26], inputs(100)
     y = ours(x, Sequence.of(lengths))
