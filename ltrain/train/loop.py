@@ -69,6 +69,7 @@ class Run:
         self.loads_data = mesh.replica.rank() == 0  # the first rank of each data-parallel replica reads for all of it
         checkpoint = self._open_folder()
         self.start = checkpoint.meta["step"] if checkpoint else 0
+        self.checkpoint = checkpoint.path if checkpoint else self.dir
         self._say(f"run {self.dir}: {mesh.size} rank(s) on {mesh.device.type}, " + (f"continuing after step {self.start}" if checkpoint else "from the start"))
 
         # rank 0 trains and caches a tokenizer first, so that the others find it
@@ -99,30 +100,34 @@ class Run:
 
     def _open_folder(self) -> Checkpoint | None:
         """The checkpoint to go on from, which every rank opens; a run that is there already is never overwritten."""
-        found: Any = None
+        refusal = ""
         if self.mesh.rank == 0:
             try:
                 self.dir.mkdir(parents=True, exist_ok=True)
-                path, warnings = newest_whole(self.dir / "checkpoints")
-                for warning in warnings:
-                    self._say(f"warning: {warning}")
-                if path and not self.config.run.resume:
-                    raise ConfigError(f"{self.dir} already holds a run: add run.resume=true to go on with it, or name another folder with run.dir=...")
-                found = path
-                (self.dir / "config.yaml").write_text(to_yaml(self.config))
-            except (ConfigError, OSError) as error:
-                found = error
-        found = self.mesh.broadcast_object(found)
-        if isinstance(found, ConfigError):
-            raise found
-        if isinstance(found, OSError):
-            raise ConfigError(f"run.dir={self.dir} cannot be used ({found.strerror or found}): name a folder that can be written")
-        return Checkpoint(found) if found else None
+                (self.dir / ".writable").touch()
+                (self.dir / ".writable").unlink()
+            except OSError as error:
+                refusal = f"run.dir={self.dir} cannot be used ({error.strerror}): name a folder that can be written"
+        refusal = self.mesh.broadcast_object(refusal)
+        if refusal:
+            raise ConfigError(refusal)
+        path, warnings = newest_whole(self.dir / "checkpoints", self.mesh)
+        for warning in warnings:
+            self._say(f"warning: {warning}")
+        if path and not self.config.run.resume:
+            raise ConfigError(f"{self.dir} already holds a run: add run.resume=true to go on with it, or name another folder with run.dir=...")
+        if self.mesh.rank == 0:
+            (self.dir / "config.yaml").write_text(to_yaml(self.config))
+        return Checkpoint(path) if path else None
 
     # Steps
 
     def train(self) -> Outcome:
         config, mesh = self.config, self.mesh
+        if self.start >= config.train.steps:
+            self._say(f"{self.dir} has done {self.start} steps already: write train.steps={2 * self.start} to go on")
+            self._close_loader()
+            return Outcome(self.start, [], None, None, stopped=False)
         track = Tracker.start(config, self._parameters(), self.start or None) if mesh.rank == 0 else None
         progress = Progress(config.train.steps, self.start) if mesh.rank == 0 else None
         losses: list[float] = []
@@ -164,8 +169,7 @@ class Run:
         finally:
             if progress:
                 progress.close()
-            if self.loader is not None:
-                self.loader.close()
+            self._close_loader()
             if track and status == "FAILED":
                 track.close(status)
         if step < config.train.steps:
@@ -176,6 +180,10 @@ class Run:
             track.close(status)
         mesh.barrier()
         return Outcome(step, losses, self.eval_loss, self.entropy, stopped and step < config.train.steps)
+
+    def _close_loader(self) -> None:
+        if self.loader is not None:
+            self.loader.close()
 
     def _next_batches(self) -> tuple[list[MicroBatch], int, bool]:
         """This replica's micro-batches of the next step, the labels of the whole step, and whether any rank was told to stop."""

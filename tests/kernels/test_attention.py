@@ -207,7 +207,8 @@ def test_cuda_flash(heads, kv_heads, width, value_width):
     scale = width**-0.5
 
     def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-        assert (got.double() - expected.double()).norm() <= 1e-2 * expected.double().norm()
+        # a document of one token has no gradient for its query: there only rounding is left
+        assert (got.double() - expected.double()).norm() <= 1e-2 * expected.double().norm() + 1e-4
 
     for lengths in ([70], [1, 1, 0, 30, 38]):
         got, expected = attention(*inputs, cu(lengths), scale=scale, backend="flash"), attention(*wide, cu(lengths), scale=scale, backend="reference")

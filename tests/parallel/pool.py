@@ -25,11 +25,18 @@ START = 120.0  # seconds for the ranks to import torch and meet
 GRACE = 2.0  # seconds the others get to answer after one rank failed
 
 
+def fork_server() -> Any:
+    """Processes of the session's fork server, which has imported once what they need: a rank starts in a moment."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.utils.checkpoint", "ltrain.parallel.engines.megatron", "ltrain.train.loop"])
+    return context
+
+
 class RankError(AssertionError):
     """A rank raised, died or did not answer."""
 
 
-def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
+def _serve(rank: int, size: int, folder: str, connection: Connection, device: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session's own process ends the pool
     stacks = open(Path(folder, f"stack{rank}"), "w")  # noqa: SIM115 - open as long as the process
@@ -38,7 +45,9 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     connection.send_bytes(b"ready")
     while True:
         try:
@@ -56,19 +65,18 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
 
 
 class Pool:
-    """`size` ranks with gloo. After a failure the ranks are replaced, as their groups may be out of step."""
+    """`size` ranks with gloo, or on a GPU each with NCCL. After a failure the ranks are replaced, as their groups may be out of step."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, device: str = "cpu"):
+        self.size, self.device = size, device
         self._ranks: list[tuple[Any, Connection]] = []
 
     def _start(self) -> None:
-        context = mp.get_context("forkserver")  # what follows is imported once for all ranks
-        context.set_forkserver_preload(["torch", "torch.utils.checkpoint", "ltrain.parallel.engines.megatron", "ltrain.train.loop"])
+        context = mp.get_context("spawn") if self.device == "cuda" else fork_server()  # a process that forks cannot hand its CUDA on
         self._folder = tempfile.mkdtemp(prefix="ranks")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, self._folder, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.size, self._folder, theirs, self.device), daemon=True)
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
@@ -132,11 +140,12 @@ class Pool:
 class Pools:
     """pools(size): the session's pool of that many ranks."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self._pools: dict[int, Pool] = {}
 
     def __call__(self, size: int) -> Pool:
-        return self._pools.setdefault(size, Pool(size))
+        return self._pools.setdefault(size, Pool(size, self.device))
 
     def close(self) -> None:
         for pool in self._pools.values():

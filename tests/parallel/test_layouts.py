@@ -48,7 +48,7 @@ def run(pool: Any, world: int, layout: Layout, precision: str, steps: int) -> li
 def expected_gradients(precision: str, tie: bool) -> tuple[dict[str, Tensor], float]:
     reference = Reference(config(Layout(tie=tie), precision))
     loss = reference.backward(step_batches(0))
-    assert reference.margin > 1e-6, "two experts are nearly tied: another seed, or a rounding error would look like a wrong layout"
+    assert reference.margin > 3e-6, "two experts are nearly tied: another seed, or a rounding error would look like a wrong layout"
     return reference.gradients(), loss
 
 
@@ -59,7 +59,7 @@ def expected_run(tie: bool, steps: int = 10) -> dict[str, Any]:
     for step in range(steps):
         losses.append(reference.backward(step_batches(step)))
         norms.append(reference.step(step))
-    assert reference.margin > 1e-6
+    assert reference.margin > 3e-6
     return {"losses": losses, "norms": norms, "biases": {n: r.bias for n, r in reference.stack.routers().items()}}
 
 

@@ -1,7 +1,6 @@
 """Small real runs in processes of their own, for tests that kill them."""
 
 import json
-import multiprocessing as mp
 import os
 import traceback
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from ltrain.config import CheckpointConfig, Config, EvalConfig, ModelConfig, RunConfig, TokenizerConfig, TrackingConfig, TrainConfig
 from ltrain.model.options import MoEOptions
+from tests.parallel.pool import fork_server
 
 
 def texts(folder: Path, count: int = 24) -> str:
@@ -66,7 +66,7 @@ def _main(config: Config, log: str) -> None:
 
 def start(config: Config, log: Path) -> Any:
     """The run in a new process of the session's fork server, whose imports are done."""
-    process = mp.get_context("forkserver").Process(target=_main, args=(config, str(log)), daemon=True)
+    process = fork_server().Process(target=_main, args=(config, str(log)))
     process.start()
     return process
 

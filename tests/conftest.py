@@ -1,3 +1,5 @@
+"""What tests of every part share."""
+
 from collections.abc import Iterator
 
 import pytest
