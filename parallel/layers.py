@@ -172,5 +172,3 @@ def _mark(param: nn.Parameter) -> nn.Parameter:
     param.tensor_model_parallel = layout.axis is not None or layout.experts > 0  # type: ignore[attr-defined]
     param.allreduce = layout.experts == 0  # type: ignore[attr-defined]
     return param
-
-

@@ -1,6 +1,7 @@
 """Process groups: who computes what with whom, and the few collectives that the loop, the loader and checkpoints need."""
 
 import datetime
+import logging
 import os
 import unittest.mock
 import warnings
@@ -13,12 +14,15 @@ import torch.distributed as dist
 # with torch.compile, which loads the whole compiler: half of the time of a small run's start.
 with warnings.catch_warnings(), unittest.mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda f: f)):
     warnings.simplefilter("ignore")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ltrain.config import ConfigError, ParallelConfig
 from ltrain.model.layers import Shard
 from ltrain.parallel import cpu
+
+warnings.filterwarnings("ignore", module=r"megatron\.core\.")  # on options of its own that ltrain does not use
 
 
 def start(device: str = "auto", timeout: int = 600) -> torch.device:
@@ -79,9 +83,8 @@ class Mesh:
         # issue never mixes with megatron's collectives
         self.exchange = self._new_group(dist.get_process_group_ranks(self.context))
         self.replica = self._new_group(self._ranks_with(self.data.rank()), backend="gloo")
-        self.control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
-        if device.type == "cuda":
-            self._own.append(self.control)
+        # objects travel on the CPU
+        self.control = self._new_group(list(range(self.size)), backend="gloo")
         self.shard = Shard(self.tensor.rank(), self.tensor.size(), self.expert.rank(), self.expert.size())
 
     def _ranks_with(self, data_rank: int) -> list[int]:

@@ -49,9 +49,7 @@ class PackedShards(IterableDataset[Stream | Failure]):
         def notice(name: str) -> None:
             self.desk[worker * SLOT : (worker + 1) * SLOT] = name.encode(errors="replace")[:SLOT].ljust(SLOT, b"\0")
 
-        packers = [
-            Packer(partial(read, shard), self.tokenizer, self.tokens, shard=shard, cursor=cursors[shard], notice=notice) for shard in turns
-        ]
+        packers = [Packer(partial(read, shard), self.tokenizer, self.tokens, shard=shard, cursor=cursors[shard], notice=notice) for shard in turns]
         while True:
             for each in packers:
                 stream = each.next()

@@ -70,7 +70,10 @@ class Run:
         checkpoint = self._open_folder()
         self.start = checkpoint.meta["step"] if checkpoint else 0
         self.checkpoint = checkpoint.path if checkpoint else self.dir
-        self._say(f"run {self.dir}: {mesh.size} rank(s) on {mesh.device.type}, " + (f"continuing after step {self.start}" if checkpoint else "from the start"))
+        self._say(
+            f"run {self.dir}: {mesh.size} rank(s) on {mesh.device.type}, "
+            + (f"continuing after step {self.start}" if checkpoint else "from the start")
+        )
 
         # rank 0 trains and caches a tokenizer first, so that the others find it
         dataset = data.build(config.data, config.seed) if mesh.rank == 0 else None
@@ -79,7 +82,9 @@ class Run:
         self.tokenizer = self.dataset.tokenizer
         self.vocab = config.model.vocab or round_up(self.tokenizer.vocab_size, 128)  # 128: any tensor degree divides it
         if self.vocab < self.tokenizer.vocab_size:
-            raise ConfigError(f"model.vocab={self.vocab} is smaller than the tokenizer's {self.tokenizer.vocab_size}: leave it out, or write at least that")
+            raise ConfigError(
+                f"model.vocab={self.vocab} is smaller than the tokenizer's {self.tokenizer.vocab_size}: leave it out, or write at least that"
+            )
 
         self.engine = MegatronEngine(config, self.vocab, mesh)
         self.tokens_seen = 0
@@ -199,11 +204,11 @@ class Run:
             return
         rows = []
         for batch, norms in self.engine.layer_norms(batches):
-            bad = next((layer for layer, norm in norms.items() if not math.isfinite(norm)), None)
-            rows.append(f"  micro-batch {batch.index}: documents {', '.join(batch.documents[:8])}; first non-finite layer: {bad or 'none on this rank'}; rms {norms}")
-        gathered = self.mesh.all_gather_object(rows)
-        lines = [f"rank {rank}:\n" + "\n".join(lines) for rank, lines in enumerate(gathered)]
-        raise NonFiniteLoss(f"the {what} is {value} at step {step + 1}; the last checkpoint is whole. Root mean square of each layer's output:\n" + "\n".join(lines))
+            bad = next((layer for layer, norm in norms.items() if not math.isfinite(norm)), "none on this rank")
+            shown = ", ".join(f"{layer} {norm:.3g}" for layer, norm in norms.items())
+            rows.append(f"  micro-batch {batch.index} of {', '.join(batch.documents[:8])}\n  first non-finite: {bad}; root mean squares: {shown}")
+        ranks_ = [f"rank {rank}:\n" + "\n".join(lines) for rank, lines in enumerate(self.mesh.all_gather_object(rows))]
+        raise NonFiniteLoss(f"the {what} is {value} at step {step + 1}; the checkpoints before it are whole.\n" + "\n".join(ranks_))
 
     # Evaluation, checkpoints, the end
 
@@ -244,5 +249,4 @@ class Run:
         return {"ranks": self.mesh.size, "vocab": self.vocab, "tokenizer": self.tokenizer.fingerprint, "params_total": total, "params_active": active}
 
     def _summarise(self, step: int, losses: list[float], uri: str) -> str:
-        ends = (losses[0], losses[-1]) if losses else (None, None)
-        return text(Summary(self.config, step, *ends, self.eval_loss, self.entropy, self.checkpoint, self.source, uri))
+        return text(Summary(self.config, step, losses[0], losses[-1], self.eval_loss, self.entropy, self.checkpoint, self.source, uri))

@@ -12,8 +12,8 @@ from ltrain.config import Config
 class Summary:
     config: Config
     step: int
-    first_loss: float | None  # of this process's first step
-    last_loss: float | None
+    first_loss: float  # of this process's first step, nats per token
+    last_loss: float
     eval_loss: float | None  # held-out, nats per token
     unigram_entropy: float | None  # of the same held-out tokens
     checkpoint: Path
@@ -22,9 +22,7 @@ class Summary:
 
 
 def learned(s: Summary) -> list[str]:
-    lines = [f"step {s.step}: checkpoint {s.checkpoint}"]
-    if s.first_loss is not None and s.last_loss is not None:
-        lines.append(f"training loss {s.first_loss:.3f} -> {s.last_loss:.3f} nats per token")
+    lines = [f"step {s.step}: checkpoint {s.checkpoint}", f"training loss {s.first_loss:.3f} -> {s.last_loss:.3f} nats per token"]
     if s.eval_loss is not None and s.unigram_entropy is not None:
         gain = s.unigram_entropy - s.eval_loss
         lines.append(

@@ -33,6 +33,17 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def main_grad(param: nn.Parameter) -> Tensor:
+    """The gradient of `param` in megatron's buffer, which data parallelism reduces."""
+    grad: Tensor = param.main_grad  # type: ignore[attr-defined]
+    return grad
+
+
+def embedding(stack: Stack) -> nn.Parameter:
+    assert stack.embed is not None
+    return stack.embed.weight
+
+
 class MegatronEngine:
     """Builds this rank's part of the model, seeds it, and trains it.
 
@@ -48,7 +59,7 @@ class MegatronEngine:
         seed_parameters(stack, config.seed)
         self.tied = model.tie_embeddings and mesh.pipeline.size() > 1
         if self.tied and mesh.last_stage:
-            stack.embed.weight.shared = True  # the first stage counts it in the gradient norm
+            embedding(stack).shared = True  # type: ignore[attr-defined]  # the first stage counts it in the gradient norm
         self.layout = ContextLayout(config.data.tokens, mesh.context.rank(), mesh.context.size(), config.parallel.context_layout)
         self.stage = Stage(stack, self.layout, mesh, stage_config(model.hidden, model.depth, mesh, self.dtype))
         distributed_optimizer = config.precision != "fp64"
@@ -114,14 +125,10 @@ class MegatronEngine:
     def _run(self, batches: list[MicroBatch], labels: int, micro_batches: int, *, forward_only: bool) -> dict[str, float]:
         names = ("loss", "z_loss", "labels", "aux_loss")
         total = torch.zeros(len(names), dtype=torch.float64, device=self.mesh.device)
-        self.local_losses: list[tuple[MicroBatch, Tensor]] = []  # of the last call, for the report on a non-finite loss
 
         def forward_step(feed: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
             batch = next(feed)
             output, sums = model(batch, labels, micro_batches)
-            if "loss" in sums:
-                self.local_losses.append((batch, sums["loss"]))
-
             for i, name in enumerate(names):
                 if name in sums:
                     total[i] += sums[name]
@@ -146,7 +153,7 @@ class MegatronEngine:
         self.model.finish_grad_sync()
         params = [p for p in self.stage.parameters() if p.requires_grad]
         if self.mesh.tensor.size() > 1:
-            shared = [p.main_grad for p in params if layout_of(p).partial_gradient]
+            shared = [main_grad(p) for p in params if layout_of(p).partial_gradient]
             for dtype in sorted({g.dtype for g in shared}, key=str):
                 grads = [g for g in shared if g.dtype == dtype]
                 flat = torch.cat([g.flatten() for g in grads])
@@ -154,7 +161,7 @@ class MegatronEngine:
                 for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                     grad.copy_(part.view_as(grad))
         if self.tied and (self.mesh.first_stage or self.mesh.last_stage):
-            add_up_tied_embeddings(self.stack.embed.weight.main_grad, self.mesh)
+            add_up_tied_embeddings(main_grad(embedding(self.stack)), self.mesh)
 
     def step(self, lr: float) -> float:
         """Clip, update with AdamW at this learning rate, move the balancing biases once. Returns the gradient norm before clipping."""
@@ -177,18 +184,19 @@ class MegatronEngine:
             router.load.zero_()
 
     def layer_norms(self, batches: list[MicroBatch]) -> list[tuple[MicroBatch, dict[str, float]]]:
-        """Forward once more, noting the root mean square of each layer's output: where a non-finite loss came from."""
+        """Forward once more, noting the root mean square of each layer's output: where a number stopped being finite."""
         found: dict[str, float] = {}
+
+        def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            return lambda _, __, y: found.__setitem__(f"layer {name}", float(y.detach().float().square().mean().sqrt()))
+
+        hooks = [block.register_forward_hook(note(name)) for name, block in self.stack.blocks()]
         rows: list[tuple[MicroBatch, dict[str, float]]] = []
-        hooks = [
-            block.register_forward_hook(lambda _, __, y, name=name: found.__setitem__(f"layer {name}", float(y.detach().float().square().mean().sqrt())))
-            for name, block in self.stack.blocks()
-        ]
         try:
             for batch in batches:
-                self.evaluate([batch], int((batch.labels >= 0).sum()) * self.mesh.data.size(), self.mesh.data.size())
+                labels = torch.tensor(int((batch.labels >= 0).sum()), device=self.mesh.device)
+                self.evaluate([batch], int(self.mesh.sum(labels, self.mesh.data)), self.mesh.data.size())
                 rows.append((batch, dict(found)))
-                found.clear()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -210,6 +218,11 @@ class MegatronEngine:
                 return optimizer, optimizer.optimizer.param_groups[group]["params"][order], slice(span.start, span.end)
         return None
 
+    def _replicas(self, param: nn.Parameter) -> dist.ProcessGroup:
+        """The ranks that hold the same part of `param`, over which gradients are summed and optimizer states are cut."""
+        group: dist.ProcessGroup = self.mesh.groups.expt_dp if layout_of(param).experts else self.mesh.groups.dp_cp
+        return group
+
     def _whole(self, param: nn.Parameter, dtype: torch.dtype, part: Tensor | None, span: slice) -> Tensor:
         """A tensor of the parameter's local shape from the parts that the data ranks hold, bit by bit."""
         flat = torch.zeros(param.numel(), dtype=dtype, device=param.device)
@@ -217,16 +230,16 @@ class MegatronEngine:
             flat[span] = part
         # summed as integers, since every other rank adds zero bits: exact for any value, negative zero and NaN included
         bits = flat.view(torch.int64 if dtype.itemsize == 8 else torch.int32)
-        dist.all_reduce(bits, group=self.mesh.groups.dp_cp if param.allreduce else self.mesh.groups.expt_dp)
+        dist.all_reduce(bits, group=self._replicas(param))
         return flat.view_as(param)
 
     def _writes(self, name: str, param: nn.Parameter) -> bool:
         """Exactly one rank writes each piece of each parameter."""
-        if not param.allreduce:
-            return self.mesh.groups.expt_dp.rank() == 0
+        if layout_of(param).experts:
+            return self._replicas(param).rank() == 0
         if name.startswith("embed.") and not self.mesh.first_stage:
             return False
-        return self.mesh.groups.dp_cp.rank() == 0 and (layout_of(param).axis is not None or self.mesh.tensor.rank() == 0)
+        return self._replicas(param).rank() == 0 and (layout_of(param).axis is not None or self.mesh.tensor.rank() == 0)
 
     def _entries(self, kind: str, value: Callable[[nn.Parameter], tuple[Tensor | None, slice]], dtype: torch.dtype) -> Iterator[Entry]:
         for name, param in self._named_parameters():
@@ -257,10 +270,9 @@ class MegatronEngine:
         """This rank's part of the whole model's gradients after `forward_backward`. Every rank must walk through it."""
 
         def grad(param: nn.Parameter) -> tuple[Tensor | None, slice]:
-            flat = param.main_grad.flatten()
+            flat = main_grad(param).flatten()
             if self.optimizer is None:  # all-reduced: every data rank holds all of it
-                group = self.mesh.groups.dp_cp if param.allreduce else self.mesh.groups.expt_dp
-                return (flat, slice(0, flat.numel())) if group.rank() == 0 else (None, slice(0))
+                return (flat, slice(0, flat.numel())) if self._replicas(param).rank() == 0 else (None, slice(0))
             shard = self._shard_of(param)
             return (flat[shard[2]], shard[2]) if shard else (None, slice(0))
 

@@ -48,7 +48,14 @@ def test_bf16_is_near_float32(gpus: Pools, recompute: str) -> None:
     assert half["norms"] == pytest.approx(exact["norms"], rel=0.1)
 
 
-TWO = [Layout(context=2), Layout(context=2, context_layout="contiguous"), Layout(tensor=2), Layout(expert=2), Layout(pipeline=2), Layout(tensor=2, expert=2)]
+TWO = [
+    Layout(context=2),
+    Layout(context=2, context_layout="contiguous"),
+    Layout(tensor=2),
+    Layout(expert=2),
+    Layout(pipeline=2),
+    Layout(tensor=2, expert=2),
+]
 
 
 @two

@@ -88,7 +88,9 @@ class Reference:
     def __init__(self, config: Config):
         self.config = config
         dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.precision]
-        self.stack = Stack(config.model, VOCAB, LocalLayers(std=config.model.init_std, depth=config.model.depth, eps=config.model.norm_eps, dtype=dtype))
+        self.stack = Stack(
+            config.model, VOCAB, LocalLayers(std=config.model.init_std, depth=config.model.depth, eps=config.model.norm_eps, dtype=dtype)
+        )
         seed_parameters(self.stack, config.seed)
         prepare(self.stack)
         params = list(self.stack.parameters())
@@ -172,6 +174,35 @@ def on_ranks(config: Config, steps: int, device: str = "cpu") -> dict[str, Any]:
         return out
     finally:
         mesh.close()
+
+
+def _no_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    return out_a + out_b, torch.logaddexp(lse_a, lse_b)
+
+
+def broken_on_ranks(config: Config, what: str) -> dict[str, Any]:
+    """As `on_ranks`, with one exchange replaced by one that forgets what other ranks hold."""
+    from unittest.mock import patch
+
+    from ltrain.kernels import linear_recurrence
+    from ltrain.model import layers
+    from ltrain.parallel.context import exchange, halo, ring
+    from ltrain.parallel.engines import megatron
+
+    def alone(inputs: Any, cu_seqlens: Tensor, *_: Any, scale: float) -> Tensor:
+        return linear_recurrence.linear_recurrence(*inputs, cu_seqlens, scale=scale).output
+
+    def whole_gradients(param: Any) -> Any:
+        return replace(layers.layout_of(param), partial_gradient=False)
+
+    patches = {
+        "ring": patch.object(ring, "merge", _no_merge),
+        "halo": patch.object(halo.HaloExchange, "apply", lambda x, *_: (x, None)),
+        "scan": patch.object(exchange, "linear_recurrence_over_ranks", alone),
+        "tensor": patch.object(megatron, "layout_of", whole_gradients),
+    }
+    with patches[what]:
+        return on_ranks(config, 0)
 
 
 def assemble(results: list[dict[str, Any]]) -> dict[str, Tensor]:

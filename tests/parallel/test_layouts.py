@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.parallel.parity import MICRO_BATCHES, Layout, Reference, assemble, config, on_ranks, step_batches, worst
 from torch import Tensor
 
 from ltrain.model.layers import layout_of
+from tests.parallel.parity import MICRO_BATCHES, Layout, Reference, assemble, broken_on_ranks, config, on_ranks, step_batches, worst
 
 WORLD_2 = [
     Layout(),
@@ -91,7 +91,7 @@ def test_training_in_float32(pool: Any, world: int, layout: Layout) -> None:
 def check_shards(results: list[dict[str, Any]], layout: Layout, world: int) -> None:
     """Every rank holds the part that its layout says, so that replication cannot pass for sharding."""
     reference = Reference(config(Layout(tie=layout.tie), "fp32"))
-    whole = {name: param for name, param in reference.stack.named_parameters()}
+    whole = dict(reference.stack.named_parameters())
     stages: dict[str, int] = {}
     for result in results:
         for name, numel in result["held"].items():
@@ -104,6 +104,16 @@ def check_shards(results: list[dict[str, Any]], layout: Layout, world: int) -> N
         copies = 2 if layout.pipeline > 1 and layout.tie and name == "embed.weight" else 1
         assert holders == world // layout.pipeline * copies, name
     assert stages.keys() == whole.keys()
+
+
+@pytest.mark.parametrize(
+    ("what", "layout"), [("ring", Layout(context=2)), ("halo", Layout(context=2)), ("scan", Layout(context=2)), ("tensor", Layout(tensor=2))]
+)
+def test_a_broken_layout_is_seen(pool: Any, what: str, layout: Layout) -> None:
+    """The comparison above fails by far when an exchange forgets the other ranks."""
+    gradients, _ = expected_gradients("fp64", layout.tie)
+    error, _ = worst(assemble(pool(2).run(broken_on_ranks, config(layout, "fp64"), what)), gradients)
+    assert error > 1e-3
 
 
 def test_micro_batches_cross_the_cuts() -> None:
