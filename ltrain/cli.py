@@ -29,7 +29,8 @@ def main(words: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug or not _for_people(error):
             raise
-        print(f"ltrain: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # what concerns all ranks is raised on all: the first of this machine says it
+            print(f"ltrain: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
@@ -98,15 +99,10 @@ def _temperature(text: str) -> float:
 
 def _load(args: argparse.Namespace) -> "Config":
     """The config, checked for the ranks that torchrun started (WORLD_SIZE), or for one."""
-    from ltrain.config import ConfigError, load, validate
+    from ltrain.config import load, validate
 
-    try:
-        config = load(args.config, args.overrides)
-        validate(config, int(os.environ.get("WORLD_SIZE", "1")))
-    except ConfigError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # the first rank of this machine says it for all
-            sys.exit(2)
-        raise
+    config = load(args.config, args.overrides)
+    validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     return config
 
 
@@ -114,7 +110,7 @@ def train(args: argparse.Namespace) -> None:
     config = _load(args)
     from ltrain.train.loop import train
 
-    train(config, args.config)
+    train(config)
 
 
 def config_show(args: argparse.Namespace) -> None:

@@ -58,7 +58,7 @@ class Tracker:
     ):
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.uri = uri or f"sqlite:///{self.run_dir / 'mlflow.db'}"
+        self.uri = uri or local_store(self.run_dir)
         self._warned = False
         rows = self.run_dir / "metrics.jsonl"
         if resume_step is None:
@@ -178,6 +178,15 @@ class Tracker:
         if not self._warned:
             print(f"warning: tracking: {text}; training goes on, and metrics stay in {self.run_dir / 'metrics.jsonl'}", file=sys.stderr, flush=True)
         self._warned = True
+
+
+def local_store(run_dir: Path) -> str:
+    return f"sqlite:///{run_dir / 'mlflow.db'}"
+
+
+def store(config: "Config") -> str:
+    """The MLflow tracking URI of a run."""
+    return config.tracking.uri or local_store(Path(config.run.dir))
 
 
 def truncate(rows: Path, step: int) -> None:

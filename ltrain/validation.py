@@ -53,8 +53,12 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "TrainConfig.betas": ("two numbers from 0 to below 1", lambda x: len(x) == 2 and all(0 <= b < 1 for b in x)),
     "ModelConfig.pattern": ("a list of at least one layer kind", lambda x: len(x) > 0),
     "RunConfig.dir": ("the path of a folder", lambda x: bool(x.strip())),
+    "RunConfig.sample_prompt": ("text of at least one character", lambda x: bool(x)),
     "TrackingConfig.experiment": ("a name", lambda x: bool(x.strip())),
 }
+
+
+VOCAB_MULTIPLE = 128  # a vocabulary is rounded up to it, whatever the layout, so that a model is the same on all
 
 
 @dataclass(frozen=True)
@@ -271,6 +275,11 @@ def _check_layout(config: "Config", specs: list[LayerSpec]) -> None:
     model, data, parallel = config.model, config.data, config.parallel
     _multiple("model.hidden", model.hidden, "parallel.tensor", parallel.tensor)
     _multiple("model.vocab", model.vocab, "parallel.tensor", parallel.tensor)
+    if not model.vocab and VOCAB_MULTIPLE % parallel.tensor:
+        raise ConfigError(
+            f"parallel.tensor={parallel.tensor} does not divide the vocabulary, which is rounded up to a multiple of {VOCAB_MULTIPLE}: "
+            "write model.vocab as a multiple of it, at least the tokenizer's"
+        )
     if model.depth < parallel.pipeline:
         raise ConfigError(f"parallel.pipeline={parallel.pipeline} is more than model.depth={model.depth} layers: write at most {model.depth}")
     halves = 2 if parallel.context > 1 and parallel.context_layout == "zigzag" else 1

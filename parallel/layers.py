@@ -123,8 +123,8 @@ class ParallelLayers(LocalLayers):
             gradient_accumulation_fusion=False,
         )
 
-    def parameter(self, layout: ParamLayout) -> nn.Parameter:
-        return _mark(super().parameter(layout))
+    def parameter(self, layout: ParamLayout, dtype: torch.dtype | None = None) -> nn.Parameter:
+        return _mark(super().parameter(layout, dtype))
 
     def _declare(self, param: nn.Parameter, layout: ParamLayout) -> None:
         _mark(declare(param, layout, self.shard))

@@ -5,6 +5,7 @@ import logging
 import os
 import unittest.mock
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,10 @@ def start(device: str = "auto", timeout: int = 600) -> torch.device:
         raise ConfigError("device=cuda, but torch sees no GPU here: write device=cpu or device=auto")
     if device == "cpu" and torch.cuda.is_available():
         raise ConfigError("device=cpu on a machine with a GPU: megatron-core uses the GPU it sees; hide it with CUDA_VISIBLE_DEVICES=")
-    place = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda" and local >= torch.cuda.device_count():
+        raise ConfigError(f"rank {local} of this machine has no GPU: torch sees {torch.cuda.device_count()}; start as many ranks as there are GPUs")
+    place = torch.device(device, local) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(place)
     if not dist.is_initialized():
@@ -65,13 +69,14 @@ class Mesh:
     def __init__(self, parallel: ParallelConfig, device: torch.device):
         self.device = device
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.timeout = datetime.timedelta(seconds=parallel.timeout)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=1,
-            distributed_timeout_minutes=max(1, parallel.timeout // 60),
+            distributed_timeout_minutes=-(-parallel.timeout // 60),  # megatron takes whole minutes
         )
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         self.tensor, self.context, self.expert, self.pipeline = (self.groups.tp, self.groups.cp, self.groups.ep, self.groups.pp)
@@ -98,7 +103,7 @@ class Mesh:
         dist.all_gather_object(every, ranks)
         mine = None
         for group_ranks in sorted({tuple(r) for r in every}):
-            group = dist.new_group(list(group_ranks), backend=backend)
+            group = dist.new_group(list(group_ranks), timeout=self.timeout, backend=backend)
             if self.rank in group_ranks:
                 mine = group
                 self._own.append(group)
@@ -141,6 +146,24 @@ class Mesh:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def agree[T](self, work: Callable[[], T]) -> T:
+        """work() on this rank; where it fails on any rank it raises on all of them, so that none waits for one that is gone.
+
+        Raises the rank's own error where it failed, elsewhere the first failing rank's sentence: ConfigError for what a
+        person can mend, RuntimeError for the rest.
+        """
+        failure: Exception | None = None
+        try:
+            value = work()
+        except Exception as error:
+            failure = error
+        seen = self.all_gather_object(None if failure is None else (isinstance(failure, ValueError), str(failure)))
+        if failure is not None:
+            raise failure
+        for rank, (for_people, sentence) in ((r, f) for r, f in enumerate(seen) if f is not None):
+            raise ConfigError(sentence) if for_people else RuntimeError(f"rank {rank}: {sentence}")
+        return value
 
     def spread(self, value: Any) -> Any:
         """The value of the first rank of this data-parallel replica, on all its ranks: how a micro-batch arrives."""

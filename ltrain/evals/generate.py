@@ -87,8 +87,8 @@ def find(path: str | Path) -> Path:
     raise ValueError(f"{path} is neither a checkpoint (a folder with index.json) nor a run with a finished checkpoint: name one of the two")
 
 
-def load(path: str | Path) -> tuple[Stack, "Tokenizer", Config]:
-    """The model of a checkpoint, or of the newest checkpoint of a run, on this machine's GPU where it has one.
+def load(path: str | Path, device: str = "") -> tuple[Stack, "Tokenizer", Config]:
+    """The model of a checkpoint, or of the newest checkpoint of a run, on `device`, or on this machine's GPU where it has one.
 
     Weights are float32 as saved, or bfloat16 on a GPU where the run's precision is bf16.
 
@@ -99,11 +99,11 @@ def load(path: str | Path) -> tuple[Stack, "Tokenizer", Config]:
 
     folder = find(path)
     config = load_config(folder / "config.yaml")
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" and config.precision == "bf16" else torch.float32
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"))
+    dtype = torch.bfloat16 if place.type == "cuda" and config.precision == "bf16" else torch.float32
     with Checkpoint(folder) as checkpoint:
         vocab = checkpoint.shape("embed.weight", "param")[0]  # rounded up from the tokenizer's
-        layers = LocalLayers(std=config.model.init_std, depth=config.model.depth, eps=config.model.norm_eps, device=device, dtype=dtype)
+        layers = LocalLayers(std=config.model.init_std, depth=config.model.depth, eps=config.model.norm_eps, device=place, dtype=dtype)
         model = Stack(config.model, vocab, layers)
         for name, param in model.named_parameters():
             fill(name, param, "param", param, checkpoint)

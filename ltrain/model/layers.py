@@ -208,8 +208,8 @@ class LocalLayers:
         self.std, self.eps, self.device, self.dtype = std, eps, device, dtype
         self.output_std = std / math.sqrt(2 * depth)  # of what adds to the residual stream (GPT-2)
 
-    def parameter(self, layout: ParamLayout) -> nn.Parameter:
-        return new_parameter(layout, self.shard, self.device, self.dtype)
+    def parameter(self, layout: ParamLayout, dtype: torch.dtype | None = None) -> nn.Parameter:
+        return new_parameter(layout, self.shard, self.device, dtype or self.dtype)
 
     def heads(self, count: int, what: str) -> int:
         """How many of `count` heads this rank holds."""
@@ -236,8 +236,9 @@ class LocalLayers:
         return self.norm(width)
 
     def per_head(self, count: int, init: Init) -> nn.Parameter:
-        """A vector with one number per head, sharded with the heads, without weight decay."""
-        return self.parameter(ParamLayout((count,), init, axis=0, decay=False))
+        """A vector with one number per head, sharded with the heads, without weight decay, in float32 or wider: decays near 1
+        and their steps need more digits than bfloat16 has."""
+        return self.parameter(ParamLayout((count,), init, axis=0, decay=False), torch.promote_types(self.dtype or torch.float32, torch.float32))
 
     def conv(self, parts: tuple[int, ...], width: int) -> nn.Parameter:
         """Depthwise convolution weights [channels, width] for the channels of a `column` with these parts."""

@@ -1,7 +1,6 @@
 """`ltrain bench step`: how long a training step of a config takes on this machine, and what it needs."""
 
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -9,13 +8,11 @@ from typing import Any
 
 import torch
 
-from ltrain import data
-from ltrain.config import Config, to_dict, validate
+from ltrain.config import Config, to_dict
 from ltrain.data.packing import MicroBatch
-from ltrain.parallel import mesh as ranks
 from ltrain.parallel.engines.megatron import DTYPES, MegatronEngine
 from ltrain.plan.hardware import device_name, peak_flops, peak_memory, synchronise
-from ltrain.train.loop import round_up
+from ltrain.train.feed import Feed, joined
 
 
 def training_flops(engine: MegatronEngine, batches: list[MicroBatch]) -> float:
@@ -33,25 +30,17 @@ def step(config: Config, warmup: int = 3, steps: int = 10) -> dict[str, Any]:
     The time is of forward, backward and update on the slowest rank; loading the data is not in it. MFU is against the peak
     matrix rate of all devices.
     """
-    validate(config, int(os.environ.get("WORLD_SIZE", 1)))
-    device = ranks.start(config.device, config.parallel.timeout)
-    mesh = ranks.Mesh(config.parallel, device)
-    try:
-        dataset = data.build(config.data, config.seed) if mesh.rank == 0 else None
-        mesh.barrier()
-        dataset = dataset or data.build(config.data, config.seed)
-        engine = MegatronEngine(config, config.model.vocab or round_up(dataset.tokenizer.vocab_size, 128), mesh)
-        micro_batches = config.train.tokens_per_step // config.data.tokens
-        loader = dataset.loader(mesh.data.rank(), mesh.data.size()) if mesh.replica.rank() == 0 else None
+    with joined(config) as mesh:
+        feed = Feed(config, mesh)
+        engine = MegatronEngine(config, feed.vocab, mesh)
+        device = mesh.device
         times, flops, losses = [], 0.0, []
         for i in range(warmup + steps):
-            batches = mesh.spread([next(loader) for _ in range(micro_batches // mesh.data.size())] if loader else None)
-            mine = sum(int((b.labels >= 0).sum()) for b in batches) if loader else 0
-            labels = int(mesh.sum(torch.tensor(mine, device=device)))
+            batches, labels, _ = feed.step()
             synchronise(device)
             mesh.barrier()
             began = time.perf_counter()
-            losses.append(engine.forward_backward(batches, labels, micro_batches)["loss"])
+            losses.append(engine.forward_backward(batches, labels, feed.micro_batches)["loss"])
             engine.step(config.train.lr)
             synchronise(device)
             if i >= warmup:
@@ -59,8 +48,7 @@ def step(config: Config, warmup: int = 3, steps: int = 10) -> dict[str, Any]:
                 # each replica's FLOPs once per pipeline stage
                 first = mesh.tensor_context.rank() == 0
                 flops += float(mesh.sum(torch.tensor(training_flops(engine, batches) if first else 0.0, dtype=torch.float64, device=device)))
-        if loader:
-            loader.close()
+        feed.close()
         seconds = statistics.median(times)
         peak, source = peak_flops(device, DTYPES[config.precision])
         params, active = engine.stack.num_params()
@@ -91,9 +79,6 @@ def step(config: Config, warmup: int = 3, steps: int = 10) -> dict[str, Any]:
             (folder / "bench-step.json").write_text(json.dumps(result, indent=2) + "\n")
             print(f"written to {folder / 'bench-step.json'}")
         return result
-    finally:
-        mesh.close()
-        ranks.stop()
 
 
 def show(result: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The default engine: megatron-core's data parallelism, distributed optimizer and pipeline schedules."""
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
     from megatron.core.optimizer_param_scheduler import ParamGroupOverride
@@ -58,8 +60,10 @@ class MegatronEngine:
         stack = Stack(model, vocab, layers, start=start, stop=stop, recompute=config.train.recompute)
         seed_parameters(stack, config.seed)
         self.tied = model.tie_embeddings and mesh.pipeline.size() > 1
-        if self.tied and mesh.last_stage:
-            embedding(stack).shared = True  # type: ignore[attr-defined]  # the first stage counts it in the gradient norm
+        if self.tied and (mesh.first_stage or mesh.last_stage):
+            # a bucket of its own: only so do the data ranks of both stages reduce the same parts of it
+            embedding(stack).shared_embedding = True  # type: ignore[attr-defined]
+            embedding(stack).shared = mesh.last_stage  # type: ignore[attr-defined]  # the first stage counts it in the gradient norm
         self.layout = ContextLayout(config.data.tokens, mesh.context.rank(), mesh.context.size(), config.parallel.context_layout)
         self.stage = Stage(stack, self.layout, mesh, stage_config(model.hidden, model.depth, mesh, self.dtype))
         distributed_optimizer = config.precision != "fp64"
@@ -164,15 +168,29 @@ class MegatronEngine:
             add_up_tied_embeddings(main_grad(embedding(self.stack)), self.mesh)
 
     def step(self, lr: float) -> float:
-        """Clip, update with AdamW at this learning rate, move the balancing biases once. Returns the gradient norm before clipping."""
+        """Clip, update with AdamW at this learning rate, move the balancing biases once. Returns the gradient norm before clipping.
+
+        Where the norm is not finite nothing is updated.
+        """
         if self.optimizer is None:
             raise ConfigError("precision=fp64 serves checks of gradients and has no optimizer: write precision=fp32 or bf16 to train")
+        train = self.config.train
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-            group["weight_decay"] = self.config.train.weight_decay * group["wd_mult"]  # megatron leaves this to its own scheduler
-        _, norm, _ = self.optimizer.step()
-        self._move_biases()
-        return float(norm)
+            group["weight_decay"] = train.weight_decay * group["wd_mult"]  # megatron leaves this to its own scheduler
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if math.isfinite(norm):
+            if train.clip:
+                clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), train.clip, norm)
+            self.optimizer.step_with_ready_grads()
+            self._move_biases()
+        return norm
+
+    def bad_gradients(self) -> list[str]:
+        """Names of this rank's parameters whose gradients are not finite, the last layers first, as the backward meets them."""
+        names = [name for name, param in self._named_parameters() if not main_grad(param).isfinite().all()]
+        return names[::-1]
 
     def _move_biases(self) -> None:
         if not self.routers:
@@ -245,7 +263,7 @@ class MegatronEngine:
         for name, param in self._named_parameters():
             whole = self._whole(param, dtype, *value(param))
             if self._writes(name, param):
-                yield from entries(name, param, kind, whole)
+                yield from entries(name, param, kind, whole.cpu())  # a save must not need the device's memory again
 
     def state(self) -> Iterator[Entry]:
         """This rank's part of the master weights, the moments and the balancing biases. Every rank must walk through it."""

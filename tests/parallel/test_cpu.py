@@ -15,7 +15,11 @@ def elsewhere() -> dict[str, Any]:
 
     cpu.install()
     found: dict[str, Any] = {}
-    for name, call in (("device", torch.cuda.current_device), ("zeros", lambda: torch.zeros(1, device="cuda")), ("cuda", lambda: torch.ones(1).cuda())):
+    for name, call in (
+        ("device", torch.cuda.current_device),
+        ("zeros", lambda: torch.zeros(1, device="cuda")),
+        ("cuda", lambda: torch.ones(1).cuda()),
+    ):
         try:
             call()
             found[name] = "worked"

@@ -1,7 +1,9 @@
 """A run that is killed and resumed is the run that was not killed, bit for bit."""
 
+import math
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -11,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from ltrain.checkpoint import Checkpoint, newest_whole
+from ltrain.checkpoint import Checkpoint, Entry, LocalCollectives, newest_whole, save
 from ltrain.config import Config
 from tests.train.runs import metrics, small, start
 
-KILLS = int(os.environ.get("LTRAIN_TEST_KILLS", "6"))  # the exhaustive tier takes 20
+# each is one more part of a run to wait for: six for a quick look, LTRAIN_TEST_KILLS=20 before a release
+KILLS = int(os.environ.get("LTRAIN_TEST_KILLS", "6"))
 
 
 def finish(config: Config, log: Path, timeout: float = 120) -> None:
@@ -127,13 +130,43 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    """An absurd learning rate: the message names step, rank, documents and layers, and the last checkpoint stays."""
+    """An absurd learning rate: the first step is fine, its update is not, and the last checkpoint stays."""
     config = small(tmp_path, train__lr=1e30, train__min_lr=1e30, train__clip=0.0, train__warmup_steps=0, checkpoint__every=1)
-    process = start(config, tmp_path / "log")
-    process.join(60)
-    assert process.exitcode == 1
-    text = (tmp_path / "log").read_text()
-    assert "NonFiniteLoss: the loss is" in text or "NonFiniteLoss: the gradient norm is" in text
-    assert "at step 2" in text and "rank 0" in text and ".txt" in text and "layer 0" in text
+    text = failure(config, tmp_path / "log")
+    assert "NonFiniteLoss: the loss is nan at step 2;" in text
+    report = text[text.index("NonFiniteLoss") :]
+    assert report.count("first non-finite output: layer 0;") == 2  # both micro-batches of the step, and their documents
+    assert re.search(r"rank 0:\n  micro-batch 2 of \S+\d\d\.txt\n", report) and re.search(r"\n  micro-batch 3 of \S+\d\d\.txt", report)
     path, _ = newest_whole(tmp_path / "run" / "checkpoints")
     assert path is not None and path.name == "step-00000001"
+
+
+def test_the_layer_where_a_number_stops_being_finite_is_named(tmp_path: Path) -> None:
+    """A weight of layer 1 is infinite: layer 0 is not suspected."""
+    finish(small(tmp_path, steps=2), tmp_path / "log")
+    folder = tmp_path / "run" / "checkpoints"
+    path = folder / "step-00000002"
+    with Checkpoint(path) as checkpoint:
+        meta = checkpoint.meta
+        changed = [(kind, name, checkpoint.read(name, kind)) for kind in checkpoint.kinds for name in checkpoint.names(kind)]
+    files = {name: (path / name).read_bytes() for name in ("config.yaml", "tokenizer.json") if (path / name).exists()}
+    shutil.rmtree(path)
+    for kind, name, tensor in changed:
+        if (kind, name) == ("param", "layers.1.ffn_norm.weight"):
+            tensor[3] = float("inf")
+    entries = [Entry(name, kind, tuple(tensor.shape), (0,) * tensor.dim(), tensor) for kind, name, tensor in changed]
+    save(folder, 2, entries, meta, LocalCollectives(), files=files)
+    text = failure(small(tmp_path, run__resume=True), tmp_path / "log")
+    report = text[text.index("NonFiniteLoss") :]
+    assert report.startswith("NonFiniteLoss: the loss is nan at step 3;")
+    assert report.count("first non-finite output: layer 1; root mean squares: layer 0 ") == 2
+    assert all(math.isfinite(float(norm)) for norm in re.findall(r"layer 0 ([^,\s]+)", report))
+    assert newest_whole(folder)[0] == path  # nothing was saved after it
+
+
+def failure(config: Config, log: Path) -> str:
+    """What a run says that must fail."""
+    process = start(config, log)
+    process.join(60)
+    assert process.exitcode == 1, log.read_text()
+    return log.read_text()
