@@ -4,6 +4,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -227,14 +228,25 @@ class MegatronEngine:
             if param.requires_grad:
                 yield name, param
 
-    def _shard_of(self, param: nn.Parameter) -> tuple[DistributedOptimizer, nn.Parameter, slice] | None:
+    def _shard_of(self, param: nn.Parameter) -> tuple[DistributedOptimizer, Tensor, slice] | None:
         """Which optimizer holds part of `param` on this rank, its master weight there, and the range in the flat parameter."""
+        if param not in self._shards:
+            return None
+        optimizer, master = self._shards[param]
+        span = optimizer._get_model_param_range_map(param)["param"]
+        return optimizer, master, slice(span.start, span.end)
+
+    @cached_property
+    def _shards(self) -> dict[nn.Parameter, tuple[DistributedOptimizer, Tensor]]:
+        """Parameter -> its optimizer and master weight on this rank. Not by megatron's own index, which is wrong in a group
+        that mixes bfloat16 and float32 parameters."""
+        found: dict[nn.Parameter, tuple[DistributedOptimizer, Tensor]] = {}
         for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-            if isinstance(optimizer, DistributedOptimizer) and param in optimizer.model_param_group_index_map:
-                group, order = optimizer.model_param_group_index_map[param]
-                span = optimizer._get_model_param_range_map(param)["param"]
-                return optimizer, optimizer.optimizer.param_groups[group]["params"][order], slice(span.start, span.end)
-        return None
+            wide = zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True)
+            half = zip(optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups, strict=True)
+            for params, masters in (*wide, *half):
+                found |= {param: (optimizer, master) for param, master in zip(params, masters, strict=True)}
+        return found
 
     def _replicas(self, param: nn.Parameter) -> dist.ProcessGroup:
         """The ranks that hold the same part of `param`, over which gradients are summed and optimizer states are cut."""

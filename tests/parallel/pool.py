@@ -7,6 +7,7 @@ import and is slow stands in the preload list, read once for all ranks of all po
 """
 
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -60,8 +61,26 @@ def _serve(rank: int, size: int, folder: str, connection: Connection, device: st
             reply = pickle.dumps((True, function(*args)))
         except BaseException:
             reply = pickle.dumps((False, traceback.format_exc()))
+        function = args = None
+        _dissolve_groups()
         connection.send_bytes(reply)
     os._exit(0)  # no farewell over a network whose other ends may be gone
+
+
+def _dissolve_groups() -> None:
+    """The groups that a function leaves, megatron's among them: each keeps threads that poll, hundreds after some layouts."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+    # Its threads end with the last reference to a group, and megatron's data parallelism hangs on hooks of autograd in a
+    # circle that Python's collector cannot see: it stays, emptied.
+    for left in gc.get_objects():
+        if type(left).__name__ == "DistributedDataParallel":
+            vars(left).clear()
+    gc.collect()
 
 
 class Pool:

@@ -79,7 +79,9 @@ def recurrent(tmp: Path) -> tuple[Config, float]:
 
 def attending(tmp: Path) -> tuple[Config, float]:
     """Attention with experts, and the floating-point operations of the mean measured step, by the documents' lengths."""
-    config = tiny(tmp, "full", {"mixer": "attention", "heads": 4, "kv_heads": 2, "head_dim": 8}, MoEOptions(experts=4, top_k=2, inner=16, shared_inner=8))
+    config = tiny(
+        tmp, "full", {"mixer": "attention", "heads": 4, "kv_heads": 2, "head_dim": 8}, MoEOptions(experts=4, top_k=2, inner=16, shared_inner=8)
+    )
     q = gate = 4 * 8
     k = v = 2 * 8
     mixer = 2 * HIDDEN * (q + k + v + gate) + 2 * q * HIDDEN

@@ -173,9 +173,7 @@ OTHER: list[tuple[int, Layout, int, Layout]] = [
 
 
 @pytest.mark.parametrize(("world", "layout", "world_2", "layout_2"), OTHER, ids=[f"{named(*c[:2])}-to-{named(*c[2:])}" for c in OTHER])
-def test_resumed_on_another_layout(
-    pool: Any, run_on: RunOn, tmp_path: Path, world: int, layout: Layout, world_2: int, layout_2: Layout
-) -> None:
+def test_resumed_on_another_layout(pool: Any, run_on: RunOn, tmp_path: Path, world: int, layout: Layout, world_2: int, layout_2: Layout) -> None:
     run = cut_short(run_on(world, layout), tmp_path)
     outcome = train(pool, world_2, config_of(tmp_path, "run", layout_2, run__resume=True))[0]
     assert outcome["start"] == SAVED
@@ -236,10 +234,9 @@ def test_another_seed_on_resume_ends_every_rank(pool: Any, run_on: RunOn, tmp_pa
     assert "seed" in refusal(pool, config_of(tmp_path, "run", DATA_AND_TENSOR, run__resume=True, seed=7))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_document_ends_every_rank(pool: Any, tmp_path: Path, workers: int) -> None:
+def test_an_unreadable_document_ends_every_rank(pool: Any, tmp_path: Path) -> None:
     """One data rank alone comes upon it, after steps that went well; the last checkpoint stays."""
-    config = config_of(tmp_path, "run", DATA_AND_TENSOR, data__workers=workers)
+    config = config_of(tmp_path, "run", DATA_AND_TENSOR)
     config.checkpoint.every = 1
     bad = only_of_second_rank(config)
     text = bad.read_bytes()
@@ -263,10 +260,10 @@ def only_of_second_rank(config: Config) -> Path:
 
 
 def test_the_command_line_under_torchrun(pool: Any, run_on: RunOn, tmp_path: Path) -> None:
-    """Everything together as a user starts it: four processes, tensor and context parallelism."""
+    """Everything together as a user starts it: four processes, tensor and context parallelism, a tokenising process."""
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config_of(tmp_path, "run", {})))
-    words = [str(file), "parallel.tensor=2", "parallel.context=2", f"train.steps={STEPS}"]
+    words = [str(file), "parallel.tensor=2", "parallel.context=2", "data.workers=1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "ltrain", "train", *words]
     done = subprocess.run(torchrun, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
     assert done.returncode == 0, done.stderr
