@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     config = small(tmp_path, train__lr=1e30, train__min_lr=1e30, train__clip=0.0, train__warmup_steps=0, checkpoint__every=1)
     text = failure(config, tmp_path / "log")
     assert "NonFiniteLoss: the loss is nan at step 2;" in text
-    report = text[text.index("NonFiniteLoss") :]
+    report = text[text.index("NonFiniteLoss: ") :]
     assert report.count("first non-finite output: layer 0;") == 2  # both micro-batches of the step, and their documents
     assert re.search(r"rank 0:\n  micro-batch 2 of \S+\d\d\.txt\n", report) and re.search(r"\n  micro-batch 3 of \S+\d\d\.txt", report)
     path, _ = newest_whole(tmp_path / "run" / "checkpoints")
@@ -157,7 +157,7 @@ def test_the_layer_where_a_number_stops_being_finite_is_named(tmp_path: Path) ->
     entries = [Entry(name, kind, tuple(tensor.shape), (0,) * tensor.dim(), tensor) for kind, name, tensor in changed]
     save(folder, 2, entries, meta, LocalCollectives(), files=files)
     text = failure(small(tmp_path, run__resume=True), tmp_path / "log")
-    report = text[text.index("NonFiniteLoss") :]
+    report = text[text.index("NonFiniteLoss: ") :]
     assert report.startswith("NonFiniteLoss: the loss is nan at step 3;")
     assert report.count("first non-finite output: layer 1; root mean squares: layer 0 ") == 2
     assert all(math.isfinite(float(norm)) for norm in re.findall(r"layer 0 ([^,\s]+)", report))
