@@ -47,10 +47,10 @@ def config(layout: Layout, precision: str, model: ModelConfig | None = None) -> 
             "full": {"mixer": "attention", "heads": 8, "kv_heads": 4, "head_dim": 8},
         },
         ffn=MoEOptions(experts=8, top_k=2, inner=16, shared_inner=16, aux_loss=0.05, bias_rate=0.01, scale=1.5),
-        init_std=0.1,
+        init_std=0.05,
         tie_embeddings=layout.tie,
     )
-    out = Config(model=model, precision=precision, seed=1)
+    out = Config(model=model, precision=precision, seed=3)
     out.parallel = ParallelConfig(layout.tensor, layout.context, layout.expert, layout.pipeline, layout.context_layout)
     out.train = TrainConfig(
         steps=10, tokens_per_step=TOKENS * MICRO_BATCHES, lr=1e-3, min_lr=1e-4, warmup_steps=3, clip=0.5, eps=1e-6, recompute=layout.recompute

@@ -18,7 +18,7 @@ from ltrain.config import Config, ParallelConfig, to_yaml
 from tests.train.runs import metrics, small
 
 STEPS, SAVED = 6, 3  # of every run here; a checkpoint in the middle and at the end
-TOLERANCE = 1e-4  # of a loss in nats: float32 sums in another order, six steps long
+TOLERANCE = 1e-5  # of a loss in nats; 2e-7 is usual in float32, and a gradient that is not summed over tensor ranks gives 2e-5
 
 Layout = dict[str, int]
 RunOn = Callable[..., Path]
@@ -143,7 +143,7 @@ def test_the_losses_of_one_rank(run_on: RunOn, world: int, layout: Layout) -> No
         expected = values(one, key)
         assert len(expected) == (STEPS if key.startswith("train") else 1)
         assert values(run, key) == pytest.approx(expected, abs=TOLERANCE), key
-    assert values(run, "train/grad_norm") == pytest.approx(values(one, "train/grad_norm"), rel=1e-3)
+    assert values(run, "train/grad_norm") == pytest.approx(values(one, "train/grad_norm"), rel=1e-5)
     assert values(one, "train/loss")[-1] < values(one, "train/loss")[0] - 0.01, "nothing was learned that could differ"
     found, expected_states = states(run), states(one)
     assert found.keys() == expected_states.keys()
