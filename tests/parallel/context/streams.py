@@ -118,21 +118,16 @@ def whole(case: Case) -> dict[str, Tensor]:
     return compute(case, case.inputs(), Sequence(seq.cu_seqlens, seq.positions, LocalExchange()))
 
 
-@cache
-def _exchange(kind: str, tokens: int) -> ContextExchange:
-    return ContextExchange(ContextLayout(tokens, dist.get_rank(), dist.get_world_size(), kind), _group(), _group())
-
-
-@cache
-def _group() -> Any:
-    return dist.new_group(list(range(dist.get_world_size())))
-
-
 def on_rank(kind: str, cases: list[Case]) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
     """On this rank of a pool: for each case its rows of output and gradients, and bytes sent (forward, and in all), by kind."""
     results = []
+    group = dist.new_group(list(range(dist.get_world_size())))  # it ends with this call
+    exchanges: dict[int, ContextExchange] = {}
     for case in cases:
-        exchange = _exchange(kind, case.tokens)
+        layout = ContextLayout(case.tokens, dist.get_rank(), dist.get_world_size(), kind)
+        if case.tokens not in exchanges:
+            exchanges[case.tokens] = ContextExchange(layout, group, group)
+        exchange = exchanges[case.tokens]
         exchange.bytes.clear()
         take, sent = exchange.layout.take, {}
         inputs = {name: x if name == "weight" else take(x) for name, x in case.inputs().items()}
