@@ -13,6 +13,7 @@ from ltrain.config import DataConfig, TokenizerConfig
 from ltrain.data.loader import Loader
 from ltrain.data.order import Cursor, RandomAccessCorpus, StreamedCorpus
 from ltrain.data.tokenizer import Tokenizer
+from tests.data.doubles import CountingTokenizer
 
 V, T = 8, 32
 
@@ -41,16 +42,6 @@ class Stream:
 
     def open(self, skip):
         yield from ((f"document {i}", text) for i, text in enumerate(self.texts[skip:], skip))
-
-
-class CountingTokenizer(Tokenizer):
-    def __init__(self):
-        super().__init__("bytes", 256)
-        self.encoded: list[str] = []
-
-    def encode(self, text):
-        self.encoded.append(text)
-        return super().encode(text)
 
 
 class BadTokenizer(Tokenizer):

@@ -5,19 +5,7 @@ import pytest
 
 from ltrain.data.order import Cursor, Document
 from ltrain.data.packing import MicroBatch, Packer
-from ltrain.data.tokenizer import Tokenizer
-
-
-class CountingTokenizer(Tokenizer):
-    """Bytes, counting the documents it encodes."""
-
-    def __init__(self):
-        super().__init__("bytes", 256)
-        self.encoded: list[str] = []
-
-    def encode(self, text):
-        self.encoded.append(text)
-        return super().encode(text)
+from tests.data.doubles import CountingTokenizer
 
 
 def random_documents(rng: random.Random, count: int, tokens: int) -> list[str | None]:
