@@ -1,5 +1,7 @@
 """Segments of a packed stream: reading their boundaries, and moving rows between the stream and a padded buffer."""
 
+from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -44,6 +46,27 @@ def choose(backend: str, known: tuple[str, ...]) -> None:
     """
     if backend != "auto" and backend not in known:
         raise ValueError(f"backend={backend!r} does not exist: choose auto, {', '.join(known)}")
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None  # looks through folders: not for every call of a layer
+
+
+def wants_triton(backend: str, x: Tensor) -> bool:
+    """Whether the Triton kernels are to be asked: by name, or by auto for a tensor on a GPU."""
+    return backend == "triton" or (backend == "auto" and x.is_cuda and _triton_is_installed())
+
+
+def permitted(why: str | None, backend: str, others: str) -> bool:
+    """Whether the Triton kernels run, which refuse for the reason `why` (None: they do not).
+
+    Raises:
+        ValueError: they were asked for by name and refuse; `others` are the backends to choose instead.
+    """
+    if why is not None and backend == "triton":
+        raise ValueError(f"backend='triton' {why}: choose {others}")
+    return why is None
 
 
 class _Scatter(torch.autograd.Function):

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,7 +16,12 @@ OVERRIDES = "settings that override the file's, for example train.steps=100 para
 
 def main(words: Sequence[str] | None = None) -> None:
     """The entry point. A refusal is one sentence on stderr and exit code 2; LTRAIN_DEBUG=1 shows where it arose."""
-    args = parser().parse_args(words)
+    top = parser()
+    args, rest = top.parse_known_args(words)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse sees no settings that stand behind an option
+        args.overrides += rest
     debug = os.environ.get("LTRAIN_DEBUG") == "1"
     try:
         args.verb(args)
@@ -58,10 +64,17 @@ def parser() -> argparse.ArgumentParser:
 
     config = verbs.add_parser("config", help="show a config or every key there is").add_subparsers(metavar="WHAT", required=True)
     sub = config.add_parser("show", help="a config with every key resolved, as YAML")
+    sub.add_argument("--stage", metavar="NAME", help="one of its stages, as a config of its own")
     _add_config(sub)
     sub.set_defaults(verb=config_show)
     sub = config.add_parser("schema", help="every key with its type, default and meaning")
     sub.set_defaults(verb=config_schema)
+
+    data = verbs.add_parser("data", help="texts before they are trained on").add_subparsers(metavar="WHAT", required=True)
+    sub = data.add_parser("prepare", help="train the tokenizer and tokenise all documents of a config into the cache")
+    sub.add_argument("--processes", type=_count, default=os.cpu_count() or 1, help="how many tokenise (default one for each core)")
+    _add_config(sub)
+    sub.set_defaults(verb=data_prepare)
 
     sub = verbs.add_parser("generate", help="continue a text with a trained model")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder, or a run's for its newest")
@@ -71,10 +84,94 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     sub.set_defaults(verb=generate)
 
+    sub = verbs.add_parser("extend", help="plan the stages that take a trained model to a longer context")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint's or run's folder, or a Hugging Face model's")
+    sub.add_argument("--to", type=_count, required=True, metavar="TOKENS", help="length of the last stage's sequences, for example 131072")
+    sub.add_argument("--budget-tokens", type=_count, required=True, metavar="TOKENS", help="to train with, over all stages")
+    sub.add_argument("--rope", choices=("yarn", "ntk", "linear", "base"), default="", help="how positions are stretched (default yarn)")
+    sub.add_argument("--out", default="", metavar="FILE", help="where the config goes (default: run.dir with .yaml)")
+    sub.add_argument("--run", action="store_true", help="train it as well")
+    sub.add_argument("overrides", metavar="key=value", nargs="*", help="settings to write into the config, for example train.lr=1e-4")
+    sub.set_defaults(verb=extend)
+
+    convert = verbs.add_parser("convert", help="Hugging Face models in and out").add_subparsers(metavar="WHAT", required=True)
+    dtypes = ("float32", "bfloat16", "keep")
+    sub = convert.add_parser("import", help="a Hugging Face folder to a checkpoint")
+    sub.add_argument("source", metavar="HF_DIR", help="a folder with config.json and safetensors")
+    sub.add_argument("out", metavar="OUT", help="a new folder, for OUT/step-00000000")
+    sub.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights (default float32); keep: each tensor's own")
+    sub.set_defaults(verb=convert_import)
+    sub = convert.add_parser("export", help="a checkpoint to a Hugging Face folder")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder, or a run's for its newest")
+    sub.add_argument("out", metavar="HF_DIR", help="a new folder")
+    sub.add_argument("--dtype", choices=dtypes, default="keep", help="of the weights (default keep: as they are saved)")
+    sub.add_argument("--family", default="", help="the model_type to write (default: the first that has this very model)")
+    sub.add_argument("--length", type=_count, default=0, help="max_position_embeddings (default: what the positions and the run's data say)")
+    sub.set_defaults(verb=convert_export)
+    sub = convert.add_parser("roundtrip", help="import, export, and compare every tensor bit for bit")
+    sub.add_argument("source", metavar="HF_DIR", help="a folder with config.json and safetensors")
+    sub.add_argument("--work", default=None, help="a folder with room for the model twice (default: the system's temporary one)")
+    sub.set_defaults(verb=convert_roundtrip)
+
+    sub = convert.add_parser("gqa", help="fewer K/V heads: the mean of each group, to be trained on")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint's or run's folder, or a Hugging Face model's")
+    sub.add_argument("--kv-heads", type=_count, required=True, metavar="N", help="K/V heads of each attention layer afterwards")
+    sub.add_argument("--out", default="", help="a new folder, for OUT/step-00000000 (default: CHECKPOINT-kvN)")
+    sub.set_defaults(verb=convert_gqa)
+
+    sub = verbs.add_parser("models", help="the mixers and the Hugging Face families there are, and what each works with")
+    sub.add_argument("--markdown", action="store_true", help="as in the README")
+    sub.add_argument("--into", default="", metavar="FILE", help="put the Markdown between the marks of a file, as README.md has them")
+    sub.set_defaults(verb=models)
+
+    sub = verbs.add_parser("eval", help="recall over length and depth, and loss by position, of a trained model")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder, or a run's for its newest")
+    tests = "needle tests (default passkey,single_key,multi_key); an empty text: none"
+    sub.add_argument("--tasks", type=_names, default=["passkey", "single_key", "multi_key"], help=tests)
+    sub.add_argument("--lengths", type=_lengths, default=[4096], help="tokens of the prompts, for example 4096,32768,131072 (default 4096)")
+    sub.add_argument("--samples", type=_count, default=50, help="of each task and length (default 50)")
+    sub.add_argument("--depths", type=_count, default=10, help="how many depths of the needle, which share the samples (default 10)")
+    sub.add_argument("--out", default="", help="folder for the results (default: eval/step-N in the run's)")
+    over = "settings over the checkpoint's, for example parallel.context=2 eval.positions=0"
+    sub.add_argument("overrides", metavar="key=value", nargs="*", help=over)
+    sub.set_defaults(verb=evaluate)
+
     bench = verbs.add_parser("bench", help="measure").add_subparsers(metavar="WHAT", required=True)
     sub = bench.add_parser("step", help="speed, memory and FLOPs utilisation of training steps")
     _add_config(sub)
     sub.set_defaults(verb=bench_step)
+    sub = bench.add_parser("fp8", help="the same training in bf16 and in each FP8 recipe: losses, time and memory")
+    sub.add_argument("--steps", type=_count, default=300, help="steps of each run (default 300)")
+    sub.add_argument("--recipes", default="none,delayed,current,blockwise", help="with commas; none is bf16 (default %(default)s)")
+    _add_config(sub)
+    sub.set_defaults(verb=bench_fp8)
+
+    start = verbs.add_parser("launch", help="train on many ranks").add_subparsers(metavar="WHERE", required=True)
+    sub = start.add_parser("local", help="on this machine")
+    ranks = sub.add_mutually_exclusive_group(required=True)
+    ranks.add_argument("--gpus", type=_count, help="this many ranks, one GPU each")
+    ranks.add_argument("--ranks", type=_count, help="this many ranks on the CPU")
+    sub.add_argument("--max-restarts", type=_natural, default=0, help="how often a run that fails is taken up from its newest checkpoint (default 0)")
+    _add_config(sub)
+    sub.set_defaults(verb=launch_local)
+    sub = start.add_parser("slurm", help="as a Slurm job, which goes on by itself after its time limit")
+    sub.add_argument("--nodes", type=_count, required=True)
+    sub.add_argument("--gpus-per-node", type=_natural, required=True, help="one rank for each; 0: ranks on the CPU")
+    sub.add_argument("--ranks-per-node", type=_count, help="with --gpus-per-node 0")
+    sub.add_argument("--time", default="", help="the job's time limit, for example 24:00:00")
+    sub.add_argument("--partition", default="")
+    sub.add_argument("--account", default="")
+    sub.add_argument("--cpus-per-task", type=_count, default=0, help="cores of a node, for all its ranks (default: whole nodes)")
+    sub.add_argument("--signal-before", type=_count, default=120, help="seconds before the time limit at which the run saves (default 120)")
+    sub.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="another option of sbatch, as in qos=high; may be repeated")
+    sub.add_argument("--dry-run", action="store_true", help="write everything, submit nothing")
+    _add_config(sub)
+    sub.set_defaults(verb=launch_slurm)
+
+    sub = verbs.add_parser("doctor", help="what this machine has for training, and what each missing thing costs")
+    sub.add_argument("--dir", default=".", help="where runs would be written (default: here)")
+    sub.add_argument("--json", action="store_true", help="the same as JSON")
+    sub.set_defaults(verb=doctor)
     return top
 
 
@@ -84,10 +181,26 @@ def _add_config(sub: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    """A whole number of at least 1; 30e6 is one too."""
+    value = int(float(text)) if float(text).is_integer() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def _lengths(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _temperature(text: str) -> float:
@@ -108,29 +221,40 @@ def _load(args: argparse.Namespace) -> "Config":
 
 def train(args: argparse.Namespace) -> None:
     config = _load(args)
+    from ltrain.launch.ranks import STOPPED
     from ltrain.train.loop import train
 
-    train(config)
+    if train(config).stopped:
+        sys.exit(STOPPED)
 
 
 def config_show(args: argparse.Namespace) -> None:
-    from ltrain.config import load, to_yaml
+    from ltrain.config import ConfigError, load, stage_configs, to_yaml
+    from ltrain.schema import suggestion
 
-    print(to_yaml(load(args.config, args.overrides)), end="")
+    config = load(args.config, args.overrides)
+    if args.stage is not None:
+        stages = dict(stage_configs(config))
+        if args.stage not in stages:
+            raise ConfigError(f"--stage {args.stage} is no stage of {args.config}{suggestion(args.stage, stages) if stages else ', which has none'}")
+        config = stages[args.stage]
+    print(to_yaml(config), end="")
 
 
 def config_schema(args: argparse.Namespace) -> None:
-    from ltrain.config import Config
+    from ltrain.config import Config, Stage
     from ltrain.model.options import MIXERS
     from ltrain.schema import Key, keys
+    from ltrain.stages import OWN
 
     def rows(found: list[Key], fixed: dict[str, object] | None = None) -> list[Key]:
         return [key for key in found if key.name.rsplit(".", 1)[-1] not in (fixed or {})]
 
-    sections = [("", rows(keys(Config)))]
+    own = [key for key in keys(Stage, "stages.NAME") if key.name.split(".")[2] in OWN]
+    sections = [("", rows(keys(Config))), ("\n# Keys of a stage, beside any of the above that is laid over the config in it\n", own)]
     for mixer, (_, options, fixed) in MIXERS.items():
         sections.append((f"\n# Options of a layer kind under model.layers with `mixer: {mixer}`\n", rows(keys(options, "model.layers.KIND"), fixed)))
-    for heading, section in sections:
+    for heading, section in (s for s in sections if s[1]):
         width = max(len(key.name) for key in section)
         print(heading, end="")
         for key in section:
@@ -152,11 +276,106 @@ def generate(args: argparse.Namespace) -> None:
     main(args.checkpoint, args.prompt, args.tokens, args.temperature, args.seed)
 
 
+def extend(args: argparse.Namespace) -> None:
+    from ltrain.train.extend import main
+
+    main(args.checkpoint, args.to, args.budget_tokens, args.rope, args.out, args.run, args.overrides)
+
+
+def convert_import(args: argparse.Namespace) -> None:
+    from ltrain.families.convert import import_checkpoint
+
+    path = import_checkpoint(args.source, args.out, args.dtype, log=lambda line: print(line, file=sys.stderr))
+    print(f"imported {args.source} as {path}")
+
+
+def convert_export(args: argparse.Namespace) -> None:
+    from ltrain.families.convert import export_checkpoint
+
+    path = export_checkpoint(args.checkpoint, args.out, args.dtype, args.family, length=args.length, log=lambda line: print(line, file=sys.stderr))
+    print(f"exported {args.checkpoint} as {path}")
+
+
+def convert_roundtrip(args: argparse.Namespace) -> None:
+    from ltrain.families.convert import roundtrip
+
+    tensors, size = roundtrip(args.source, args.work)
+    print(f"{tensors} tensors, {size / 1e6:,.1f} MB: equal bit for bit after import and export")
+
+
+def convert_gqa(args: argparse.Namespace) -> None:
+    from ltrain.families.gqa import pool_heads
+
+    print(f"wrote {args.checkpoint} with {args.kv_heads} K/V heads as {pool_heads(args.checkpoint, args.kv_heads, args.out)}")
+
+
+def models(args: argparse.Namespace) -> None:
+    from ltrain import catalogue
+
+    if args.into:
+        file = Path(args.into)
+        file.write_text(catalogue.placed(file.read_text()))
+    else:
+        print(catalogue.markdown() if args.markdown else catalogue.text())
+
+
+def data_prepare(args: argparse.Namespace) -> None:
+    from ltrain.config import load
+    from ltrain.data.prepare import prepare
+
+    prepare(load(args.config, args.overrides), args.processes)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from ltrain.evals.command import Request, main
+
+    main(Request(args.checkpoint, args.overrides, args.tasks, args.lengths, args.samples, args.depths, args.out))
+
+
 def bench_step(args: argparse.Namespace) -> None:
     config = _load(args)
     from ltrain.plan.bench import step
 
     step(config)
+
+
+def bench_fp8(args: argparse.Namespace) -> None:
+    config = _load(args)
+    from ltrain.plan.fp8 import compare
+
+    compare(config, args.recipes.split(","), args.steps)
+
+
+def launch_local(args: argparse.Namespace) -> None:
+    from ltrain.launch.local import launch
+
+    sys.exit(launch(args.config, args.overrides, args.gpus or args.ranks, bool(args.gpus), args.max_restarts))
+
+
+def launch_slurm(args: argparse.Namespace) -> None:
+    from ltrain.launch.slurm import Job, launch
+    from ltrain.schema import ConfigError
+
+    if (args.gpus_per_node == 0) == (args.ranks_per_node is None):
+        raise ConfigError("write --gpus-per-node G for G ranks on each node, or --gpus-per-node 0 --ranks-per-node R for R ranks on the CPU")
+    job = Job(
+        nodes=args.nodes,
+        ranks_per_node=args.gpus_per_node or args.ranks_per_node,
+        gpus=args.gpus_per_node > 0,
+        time=args.time,
+        partition=args.partition,
+        account=args.account,
+        cpus_per_task=args.cpus_per_task,
+        signal_before=args.signal_before,
+        options=args.sbatch,
+    )
+    launch(args.config, args.overrides, job, args.dry_run)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    from ltrain.doctor import main
+
+    sys.exit(main(args.dir, args.json))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
-from ltrain import schema, validation
-from ltrain.model.options import ModelConfig
+from ltrain import schema, stages, validation
+from ltrain.model.options import ModelConfig, RopeOptions
+from ltrain.pattern import LayerSpec, further_layer, resolve_layers, shared_layer
 from ltrain.schema import ConfigError
-from ltrain.validation import LayerSpec, resolve_layers, validate
+from ltrain.stages import stage_configs
+from ltrain.validation import validate
 
-__all__ = ["Config", "ConfigError", "LayerSpec", "find", "flatten", "load", "resolve_layers", "to_dict", "to_yaml", "validate"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "LayerSpec",
+    "find",
+    "flatten",
+    "further_layer",
+    "load",
+    "parse",
+    "resolve_layers",
+    "shared_layer",
+    "stage_configs",
+    "to_dict",
+    "to_yaml",
+    "validate",
+]
 
 
 @dataclass
@@ -20,36 +37,71 @@ class TokenizerConfig:
     kind: str = "bpe"  # bpe (trained on the training documents, cached) | bytes | file (a tokenizer.json at `path`)
     vocab: int = 4096  # for bpe
     path: str = ""  # for file
-    cache: str = "~/.cache/ltrain"  # where trained tokenizers are kept
+    digits: str = "split"  # for bpe: split (each digit is a token) | merge
+    cache: str = "~/.cache/ltrain"  # where trained tokenizers and tokenised documents are kept
 
 
 @dataclass
-class DataConfig:
-    source: str = "stdlib"  # stdlib | text | jsonl | parquet | hub
+class SourceConfig:
+    source: str = "stdlib"  # stdlib | text | jsonl | parquet | hub | packages (each installed Python package as one document)
     files: list[str] = field(default_factory=list)  # globs, for text, jsonl and parquet
+    roots: list[str] = field(default_factory=list)  # for packages: globs of folders that hold them; empty: the running Python's
     name: str = ""  # for hub: the data set, with `subset` and `split`
     subset: str = ""
     split: str = "train"
+    min_tokens: int = 0  # leave shorter documents out, by their bytes: 3.5 count as a token, 1 with tokenizer.kind=bytes; not for hub
+    max_tokens: int = 0  # leave longer documents out, likewise; 0: none
+    field: str = "text"  # column that holds a document, for jsonl, parquet and hub
+
+
+@dataclass
+class SyntheticConfig:
+    """For a source of a mixture with source=synthetic: recall tasks over real text."""
+
+    tasks: list[str] = field(default_factory=lambda: ["passkey", "kv", "multi_query", "variables"])  # equally often; or copy: runs that return
+    haystack: str = "stdlib"  # the text around the needles: stdlib | packages | filler (a few sentences again and again)
+    length: int = 0  # tokens of a document; 0: data.sequence_length, or else data.tokens
+    min_length: int = 0  # lengths are log-uniform from it to `length`; 0: all are `length`
+    needles_per_1k: float = 5.0  # needles for 1000 tokens
+    max_needles: int = 64  # needles in one document
+
+
+@dataclass
+class MixtureConfig(SourceConfig):
+    """A source of a mixture; `source` may also be synthetic."""
+
+    weight: float = 1.0  # its share of the tokens is this out of all weights
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+
+@dataclass
+class DataConfig(SourceConfig):
+    mixture: dict[str, MixtureConfig] = field(default_factory=dict)  # name -> a source with a weight; given, it takes the place of the one above
     held_out: float = 0.1  # share of the documents kept for evaluation
     tokens: int = 2048  # tokens of one micro-batch: the length of the packed stream
+    sequence_length: int = 0  # longest piece of a document in the stream, each from position 0; 0: only the stream's end cuts, and positions go on
     shards: int = 64  # fixed virtual shards; data-parallel ranks must divide it
     workers: int = 1  # tokenising processes per loading rank; 0: in the training process
+    cache_tokens: bool = True  # keep tokenised documents in tokenizer.cache; no effect on kind=bytes and streams of the hub
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    field: str = "text"  # column that holds a document, for jsonl, parquet and hub
 
 
 @dataclass
 class TrainConfig:
     steps: int = 200
+    tokens: int = 0  # instead of steps: train for so many tokens, rounded up to whole steps
     tokens_per_step: int = 4096  # tokens of one optimizer step over all ranks: a multiple of data.tokens x data ranks
     lr: float = 3e-3
-    min_lr: float = 3e-4  # at the end of the cosine
+    schedule: str = "cosine"  # after a linear warm-up: cosine (to min_lr) | wsd (stable, then a decay by 1 - sqrt to min_lr) | constant
+    min_lr: float = 3e-4  # at the last step, for cosine and wsd
     warmup_steps: int = 20
+    decay_steps: int = 0  # wsd: length of the decay; 0: decay_fraction of the steps
+    decay_fraction: float = 0.2  # wsd: the decay's share of the steps
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.1  # matrices only; norms, biases, decays and convolutions have none
     clip: float = 1.0  # global gradient norm; 0: no clipping
-    recompute: str = "none"  # none | full (each block's activations again in the backward)
+    recompute: str = "none"  # again in the backward: none | selective (what is cheap: norms, gates, convolutions, rotations) | full (each block)
 
 
 @dataclass
@@ -65,15 +117,49 @@ class ParallelConfig:
 
 
 @dataclass
+class DeepSpeedConfig:
+    """For engine=deepspeed."""
+
+    zero: int = 2  # what the data and context ranks share out: 1 optimizer states | 2 and gradients | 3 and weights
+    offload: str = "none"  # none | cpu (optimizer states and the update in host memory)
+
+
+@dataclass
+class NeedleConfig:
+    """Recall of what a prompt says once, over the prompt's length and the needle's depth in it."""
+
+    tasks: list[str] = field(default_factory=list)  # passkey | single_key | multi_key | variables; empty: no needle tests
+    lengths: list[int] = field(default_factory=lambda: [4096])  # tokens of a prompt and its answer, at most
+    depths: int = 10  # rows of the grid
+    samples: int = 50  # of each task and length, the depths in turn
+    every: int = 0  # steps; 0: only at the end
+
+
+@dataclass
+class FP8Config:
+    """Matrix products of the layers in FP8, by Transformer Engine, for precision=bf16 on GPUs that have it; evaluation stays in bf16."""
+
+    recipe: str = "none"  # none | delayed (scales from earlier values) | current (from the tensor itself) | blockwise (a scale per block)
+    bf16_first: int = 0  # so many of the first layers stay in bf16
+    bf16_last: int = 0  # so many of the last layers stay in bf16
+    amax_history: int = 1024  # delayed: micro-batches whose largest values a scale is made for
+
+
+@dataclass
 class EvalConfig:
     every: int = 100  # steps; 0: only at the end
     tokens: int = 65536  # held-out tokens per evaluation, rounded down to whole micro-batches
+    positions: int = 0  # tokens of the longest held-out documents whose loss is told by position; 0: it is not
+    documents: int = 8  # how many of them, for positions
+    short_length: int = 0  # also the loss of eval.tokens held-out tokens in pieces of so many; 0: not
+    needles: NeedleConfig = field(default_factory=NeedleConfig)
 
 
 @dataclass
 class CheckpointConfig:
     every: int = 100  # steps; the last step is always saved
     keep: int = 2  # newest checkpoints kept; 0: all
+    asynchronous: bool = True  # write while training goes on; host memory holds one copy of the state, as it would for a moment without
 
 
 @dataclass
@@ -82,6 +168,7 @@ class TrackingConfig:
     uri: str = ""  # MLflow tracking URI; empty: sqlite in run.dir
     experiment: str = "ltrain"
     every: int = 1  # steps between logged metrics
+    parent: str = ""  # folder of an enclosing run: this one goes to its store, nested under it in MLflow
 
 
 @dataclass
@@ -89,6 +176,8 @@ class RunConfig:
     dir: str = "runs/default"  # everything the run leaves
     name: str = ""  # MLflow run name; empty: the folder's
     resume: bool = False  # continue from the newest checkpoint in dir
+    init: str = ""  # start from its weights and tokenizer: a checkpoint or run of ltrain, or a Hugging Face model's folder
+    init_optimizer: str = "reset"  # with init: reset (new moments) | keep (init's, where it has any)
     sample_tokens: int = 64  # length of the sample generated at the end; 0: none
     sample_prompt: str = "def "
 
@@ -103,9 +192,22 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    engine: str = "megatron"  # megatron | deepspeed (ZeRO, without pipeline stages)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    fp8: FP8Config = field(default_factory=FP8Config)
     precision: str = "fp32"  # fp64 (checks only) | fp32 | bf16 (fp32 master weights)
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> the keys that differ in it; run one after the other
+
+
+@dataclass
+class Stage(Config):
+    """What an entry of `stages` may hold: the config's own parts but its model, run, tracking, seed and device, and keys of its own."""
+
+    rope: RopeOptions = field(default_factory=RopeOptions)  # laid over that of every layer kind that has RoPE
+    optimizer: str = "keep"  # keep (the moments of the stage before; the first goes by run.init_optimizer) | reset
+    batch: str = "tokens"  # what stays as in the stage before where the length changes: tokens (of a step) | sequences (in a step)
 
 
 COMMAND_LINE = "on the command line"
@@ -123,11 +225,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    layers = [*_read(find(path), ()), (COMMAND_LINE, _parse(overrides))]
+    layers = [*_read(find(path), ()), (COMMAND_LINE, parse(overrides))]
     given: dict[str, int] = {}  # dotted key -> the last layer that gave it
     merged = OmegaConf.structured(Config)
     for number, (where, data) in enumerate(layers, start=1):
-        data = schema.conform(Config, data, "", partial(_always, where))
+        data = _conform(_renamed(data), partial(_always, where))
         for key, value in _flat(data):
             if isinstance(value, str) and re.search(r"\$\{[^}]*:", value):
                 raise ConfigError(f"{key} {where} is {value!r}, but only other keys can be referred to, as in ${{model.hidden}}")
@@ -136,6 +238,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         for kind in [k for k, options in kinds.items() if options is None]:
             del kinds[kind]
             merged.model.layers.pop(kind, None)
+        for name in [n for n, source in data.get("data", {}).get("mixture", {}).items() if source is None]:
+            del data["data"]["mixture"][name]
+            merged.data.mixture.pop(name, None)
+        for name in [n for n, overlay in data.get("stages", {}).items() if overlay is None]:
+            del data["stages"][name]
+            merged.stages.pop(name, None)
         try:
             merged = OmegaConf.merge(merged, data)
         except OmegaConfBaseException as error:
@@ -149,15 +257,33 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         numbers = [given[part] for part in _parts(key) if part in given]
         return layers[numbers[-1] - 1][0] if numbers else "in the defaults"
 
-    config: Config = schema.build(Config, schema.conform(Config, plain, "", where_given))
+    assert isinstance(plain, dict)
+    config: Config = schema.build(Config, _conform({str(key): value for key, value in plain.items()}, where_given))
     validation.check_values(config)
     validation.drop_superseded(config, given, where_given)
+    stages.drop_superseded(config, given)
     validate(config)
     return config
 
 
+def _renamed(data: dict[str, Any]) -> dict[str, Any]:
+    """Keys that were once of another name, as the configs in older checkpoints have them."""
+    model = data.get("model")
+    if isinstance(model, dict) and isinstance(model.get("norm_zero_centred"), bool):
+        before = {name: value for name, value in model.items() if name != "norm_zero_centred"}
+        return {**data, "model": {"norm": "rms_zero_centred" if model["norm_zero_centred"] else "rms", **before}}
+    return data
+
+
 def _always(where: str, key: str) -> str:
     return where
+
+
+def _conform(data: dict[str, Any], where: schema.Where) -> dict[str, Any]:
+    found: dict[str, Any] = schema.conform(Config, data, "", where)
+    if isinstance(found.get("stages"), dict):
+        found["stages"] = stages.conform(Stage, found["stages"], where)
+    return found
 
 
 def find(path: str | Path) -> Path:
@@ -221,7 +347,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, 
     yield f"in {shown}", {str(k): v for k, v in data.items()}
 
 
-def _parse(overrides: Sequence[str]) -> dict[str, Any]:
+def parse(overrides: Sequence[str]) -> dict[str, Any]:
     """`key=value` words to nested data. A text key takes its value as it stands; the others take YAML."""
     import yaml
     from omegaconf import OmegaConf
@@ -256,7 +382,12 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
 def _hint(names: list[str]) -> Any:
     """The declared type of a key, None where the schema does not fix one."""
     hint: Any = Config
+    if names[0] == "stages" and len(names) > 2:
+        hint, names = Stage, names[2:]
     for name in names:
+        if get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
+            hint = get_args(hint)[1]
+            continue
         if not is_dataclass(hint) or name not in (f.name for f in fields(hint)):
             return None
         hint, _ = schema.optional(schema.hints(hint)[name])  # type: ignore[arg-type]

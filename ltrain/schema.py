@@ -15,8 +15,23 @@ from typing import Any
 Where = Callable[[str], str]  # dotted key -> what gave it: 'in FILE', 'on the command line'
 
 
+Choices = dict[str, tuple[str, ...]]  # field -> the texts it takes
+Limits = dict[str, tuple[str, Callable[[Any], bool]]]  # field -> the words for what it takes, and the test; numbers without one: not negative
+AT_LEAST_1: tuple[str, Callable[[Any], bool]] = ("at least 1", lambda x: x >= 1)
+ABOVE_0: tuple[str, Callable[[Any], bool]] = ("above 0", lambda x: x > 0)
+
+
 class ConfigError(ValueError):
     """A config that cannot be used, said in one sentence for the person who wrote it."""
+
+
+def check_multiple(what: str, value: int, of: str, unit: int) -> None:
+    if value % unit:
+        raise ConfigError(f"{what}={value} is not a multiple of {of}={unit}: write {math.ceil(value / unit) * unit}, or a {of} that divides {value}")
+
+
+def default_of(part: Any, name: str) -> Any:
+    return getattr(type(part)(), name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,14 +170,22 @@ def build(cls: type, data: dict[str, Any]) -> Any:
         if dataclasses.is_dataclass(inner) and isinstance(value, dict):
             assert isinstance(inner, type)
             value = build(inner, value)
+        elif (entry := _entries(inner)) is not None:
+            value = {key: build(entry, v) if isinstance(v, dict) else v for key, v in value.items()}
         values[name] = value
     return cls(**values)
 
 
+def _entries(hint: Any) -> type | None:
+    """The dataclass of the entries of a mapping with free names, None for any other type."""
+    args = typing.get_args(hint)
+    return args[1] if typing.get_origin(hint) is dict and isinstance(args[1], type) and dataclasses.is_dataclass(args[1]) else None
+
+
 @cache
 def comments(cls: type) -> dict[str, str]:
-    """Field -> the comment at the end of its line in the source of the dataclass."""
-    found: dict[str, str] = {}
+    """Field -> the comment at the end of its line in the source of the dataclass, or of the one that it extends."""
+    found = {name: comment for base in reversed(cls.__bases__) if dataclasses.is_dataclass(base) for name, comment in comments(base).items()}
     name, depth, start = "", 0, True
     for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline):
         if token.type == tokenize.NAME and start and depth == 1:
@@ -185,6 +208,10 @@ def keys(cls: type, prefix: str = "") -> list[Key]:
         if dataclasses.is_dataclass(inner):
             assert isinstance(inner, type)
             found += keys(inner, name)
+            continue
+        if (entry := _entries(inner)) is not None:
+            found.append(Key(name, type_name(inner), {}, comments(cls).get(f.name, "")))
+            found += keys(entry, _join(name, "NAME"))
             continue
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         found.append(Key(name, type_name(hints(cls)[f.name]), default, comments(cls).get(f.name, "")))

@@ -43,6 +43,7 @@ class Tracker:
         resume_step: the step a resumed run continues after: later rows of metrics.jsonl are dropped, since they come again, and the MLflow
             run goes on. None: a new run; the metrics.jsonl of an older one in the folder is renamed.
         enabled: False writes metrics.jsonl only.
+        parent: folder of the run that this one is nested under, with its config.yaml; gets that run's run.json and, without a `uri`, the store.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class Tracker:
         params: dict[str, Any],
         resume_step: int | None = None,
         enabled: bool = True,
+        parent: str = "",
     ):
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.uri = uri or local_store(self.run_dir)
+        self.uri = uri or local_store(Path(parent or run_dir))
         self._warned = False
         rows = self.run_dir / "metrics.jsonl"
         if resume_step is None:
@@ -79,6 +81,7 @@ class Tracker:
                     "params": {key: without_password(_text(value)) for key, value in params.items()},
                     "resume_step": resume_step,
                     "devices": device_names(),
+                    "parent": parent,
                 }
             )
 
@@ -89,7 +92,7 @@ class Tracker:
 
         tracking, run = config.tracking, config.run
         every = {**flatten(config), **params}
-        return cls(run.dir, tracking.uri, tracking.experiment, run.name, to_yaml(config), every, resume_step, tracking.enabled)
+        return cls(run.dir, tracking.uri, tracking.experiment, run.name, to_yaml(config), every, resume_step, tracking.enabled, tracking.parent)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         row = {"step": step, "time": time.time(), **{key: _number(value) for key, value in metrics.items()}}
@@ -186,7 +189,7 @@ def local_store(run_dir: Path) -> str:
 
 def store(config: "Config") -> str:
     """The MLflow tracking URI of a run."""
-    return config.tracking.uri or local_store(Path(config.run.dir))
+    return config.tracking.uri or local_store(Path(config.tracking.parent or config.run.dir))
 
 
 def truncate(rows: Path, step: int) -> None:
@@ -234,7 +237,14 @@ def environment() -> dict[str, str]:
 
 
 def git_revision(folder: Path) -> dict[str, str]:
-    """The commit that `folder` is at, and whether anything differs from it; empty where there is no git or no repository."""
+    """The commit that `folder` is at, and whether anything differs from it; empty where there is no git or no repository.
+
+    A copy of the code that a job runs says in `revision.json` beside it what it is a copy of.
+    """
+    kept = folder.parent / "revision.json"
+    if kept.is_file():
+        found: dict[str, str] = json.loads(kept.read_text())
+        return found
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
@@ -339,11 +349,13 @@ class _Store:
         self.sent: dict[str, int] = {}  # metric -> the last step MLflow has
         run_dir, shown_uri = Path(task["run_dir"]), without_password(task["uri"])
         resumed = task["resume_step"] is not None
+        self.last = True
+        self.parent_id = self._parent(Path(task["parent"]), task, shown_uri) if task["parent"] else None
         self.run_id = self._known_run(run_dir / "run.json", shown_uri) if resumed else None
         if self.run_id is None:
-            self.run_id = self._new_run(task)
-            found = {"mlflow_run_id": self.run_id, "tracking_uri": shown_uri, "experiment": task["experiment"], "name": task["name"]}
-            _write_json(run_dir / "run.json", found)
+            self.run_id = self._new_run(run_dir, task["name"], task, shown_uri)
+        if self.parent_id:
+            self._tags({"mlflow.parentRunId": self.parent_id})
         suffix = f"-from-step-{task['resume_step']}" if resumed else ""
         self._parameters(task["params"])
         self._tags({**revision, **{f"env.{key}": value for key, value in environment().items()}, "env.devices": "; ".join(task["devices"])})
@@ -360,14 +372,32 @@ class _Store:
             self.sent[key] = max(metric.step for metric in self.client.get_metric_history(run_id, key))
         return run_id
 
-    def _new_run(self, task: dict[str, Any]) -> str:
+    def _new_run(self, folder: Path, name: str, task: dict[str, Any], shown_uri: str) -> str:
         experiment = self.client.get_experiment_by_name(task["experiment"])
         if experiment is None:
-            location = (Path(task["run_dir"]).resolve() / "artifacts").as_uri() if task["local"] else None
+            location = (folder.resolve() / "artifacts").as_uri() if task["local"] else None
             experiment_id = self.client.create_experiment(task["experiment"], artifact_location=location)
         else:
             experiment_id = experiment.experiment_id
-        return str(self.client.create_run(experiment_id, run_name=task["name"]).info.run_id)
+        run_id = str(self.client.create_run(experiment_id, run_name=name).info.run_id)
+        _write_json(folder / "run.json", {"mlflow_run_id": run_id, "tracking_uri": shown_uri, "experiment": task["experiment"], "name": name})
+        return run_id
+
+    def _parent(self, folder: Path, task: dict[str, Any], shown_uri: str) -> str:
+        """The run that this one is nested under: made by the first that comes, running while one of them does."""
+        from ltrain.config import flatten, load, stage_configs
+
+        config = load(folder / "config.yaml")
+        stages = [Path(stage.run.dir).name for _, stage in stage_configs(config)]
+        self.last = not stages or Path(task["run_dir"]).name == stages[-1]  # whose end is the parent's
+        known = self._known_run(folder / "run.json", shown_uri)
+        self.sent.clear()
+        if known:
+            return known
+        self.run_id = self._new_run(folder, config.run.name or folder.resolve().name, task, shown_uri)
+        self._parameters({key: without_password(_text(value)) for key, value in flatten(config).items()})
+        self.client.log_text(self.run_id, without_password((folder / "config.yaml").read_text()), "config.yaml")
+        return self.run_id
 
     def _parameters(self, params: dict[str, str]) -> None:
         """MLflow's parameters never change: what a resumed run gives differently becomes a tag."""
@@ -417,6 +447,8 @@ class _Store:
     def close(self, status: str) -> None:
         assert self.run_id is not None
         self.client.set_terminated(self.run_id, status)
+        if self.parent_id and (self.last or status != "FINISHED"):
+            self.client.set_terminated(self.parent_id, status)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -3,25 +3,26 @@
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from ltrain.model.layers import Experts
+from ltrain.model.options import MoEOptions
 from ltrain.parallel.mesh import Mesh
 
 
 class ExpertParallelExperts(Experts):
     """`Experts` whose tokens come through megatron-core's dropless all-to-all dispatcher."""
 
-    def __init__(self, up: nn.Parameter, down: nn.Parameter, experts: int, top_k: int, mesh: Mesh):
-        super().__init__(up, down)
-        self.experts, self.local = experts, up.shape[0]
+    def __init__(self, local: Experts, options: MoEOptions, mesh: Mesh):
+        super().__init__(local.up, local.down, local.activation, local.up_bias, local.down_bias, local.scale_input)
+        self.experts, self.local = options.experts, local.up.shape[0]
         config = TransformerConfig(
             num_layers=1,
-            hidden_size=up.shape[-1],
+            hidden_size=local.up.shape[-1],
             num_attention_heads=1,
-            num_moe_experts=experts,
-            moe_ffn_hidden_size=down.shape[-1],
-            moe_router_topk=top_k,
+            num_moe_experts=options.experts,
+            moe_ffn_hidden_size=options.inner,
+            moe_router_topk=options.top_k,
             moe_token_dispatcher_type="alltoall",
             expert_model_parallel_size=mesh.shard.expert_size,
             expert_tensor_parallel_size=1,
@@ -39,6 +40,6 @@ class ExpertParallelExperts(Experts):
         sent, sent_probs = d.dispatch_preprocess(x.unsqueeze(1), chosen, probs)
         arrived, arrived_probs = d.token_dispatch(sent, sent_probs)
         y, counts, y_probs = d.dispatch_postprocess(arrived, arrived_probs)  # sorted by local expert
-        y = self.grouped(y, counts) * y_probs.unsqueeze(-1).to(x.dtype)
+        y = self.weighted(y, y_probs, counts)
         back = d.token_combine(d.combine_preprocess(y))
         return d.combine_postprocess(back).squeeze(1)

@@ -1,6 +1,7 @@
 """Process groups: who computes what with whom, and the few collectives that the loop, the loader and checkpoints need."""
 
 import datetime
+import gc
 import logging
 import os
 import unittest.mock
@@ -58,6 +59,13 @@ def start(device: str = "auto", timeout: int = 600) -> torch.device:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def free_memory() -> None:
+    """Give the memory of what was let go of back, before another model is built."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Mesh:
@@ -146,6 +154,12 @@ class Mesh:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def all(self, flag: bool) -> bool:
+        """Whether every rank's flag is true."""
+        lowest = torch.tensor(int(flag))
+        dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=self.control)
+        return bool(lowest)
 
     def agree[T](self, work: Callable[[], T]) -> T:
         """work() on this rank; where it fails on any rank it raises on all of them, so that none waits for one that is gone.

@@ -1,5 +1,7 @@
 """One pipeline stage: this rank's layers, fed by megatron-core's schedules."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from ltrain.data.packing import MicroBatch
+from ltrain.model.mtp import Ahead, ahead
 from ltrain.model.sequence import Sequence
 from ltrain.model.stack import Stack
 from ltrain.parallel.context.exchange import ContextExchange
@@ -24,14 +27,22 @@ def cut(depth: int, stages: int) -> list[tuple[int, int]]:
 
 
 class Stage(nn.Module):
-    """`Stack` under a mesh. What crosses the cut between stages is the hidden states [T / tensor, 1, hidden]."""
+    """`Stack` under a mesh. What crosses the cut between stages is the hidden states [T / tensor, 1, hidden], of each stream where
+    the model has several."""
 
     model_type = ModelType.encoder_or_decoder  # megatron's schedules ask
 
-    def __init__(self, stack: Stack, layout: ContextLayout, mesh: Mesh, config: TransformerConfig):
+    def __init__(
+        self,
+        stack: Stack,
+        layout: ContextLayout,
+        mesh: Mesh,
+        config: TransformerConfig,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ):
         super().__init__()
-        self.stack, self.layout, self.mesh, self.config = stack, layout, mesh, config
-        self.exchange = ContextExchange(layout, mesh.exchange if mesh.context.size() > 1 else None, mesh.tensor_context)
+        self.stack, self.layout, self.mesh, self.config, self.autocast = stack, layout, mesh, config, autocast
+        self.exchange = ContextExchange(layout, mesh.exchange if mesh.context.size() > 1 else None, mesh.tensor_context, mesh.tensor)
         self._input: Tensor | None = None
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
@@ -54,7 +65,9 @@ class Stage(nn.Module):
         else:
             assert self._input is not None
             x = self._input.squeeze(1)
-        hidden = self.stack(x, seq)
+        with self.autocast():
+            hidden = self.stack(x, seq)
+            further = self._further_loss(hidden, batch, seq)
         sums = {"aux_loss": seq.metrics.get("aux_loss", torch.zeros((), device=self.mesh.device)) / micro_batches}
         if not self.mesh.last_stage:
             return hidden.unsqueeze(1), sums
@@ -63,7 +76,24 @@ class Stage(nn.Module):
         # every tensor rank computes the same loss: one of them counts
         mine = float(self.mesh.tensor.rank() == 0)
         sums |= {"loss": ce.detach() * mine, "z_loss": z.detach() * mine, "labels": count * mine}
-        return (ce + self.stack.model.z_loss * z) / labels, sums
+        loss = ce + self.stack.model.z_loss * z
+        if further is not None:
+            sums["mtp_loss"] = further.detach() * mine
+            loss = loss + self.stack.model.mtp.weight * further
+        return loss / labels, sums
+
+    def _further_loss(self, hidden: Tensor, batch: MicroBatch, seq: Sequence) -> Tensor | None:
+        """Of the last stage in training, where the model predicts further ahead. Every rank has the whole stream, so that looking ahead
+        crosses the cuts between context ranks without a message."""
+        depth = self.stack.model.mtp.depth
+        if not (self.mesh.last_stage and depth and torch.is_grad_enabled()):
+            return None
+
+        def mine(x: Tensor) -> Tensor:
+            return self.layout.take(x).to(self.mesh.device)
+
+        further = [Ahead(mine(a.tokens), mine(a.labels)) for a in ahead(batch.tokens, batch.labels, batch.cu_seqlens, depth)]
+        return self.stack.further_loss(hidden, further, seq)
 
 
 def add_up_tied_embeddings(grad: Tensor, mesh: Mesh) -> None:
@@ -71,11 +101,11 @@ def add_up_tied_embeddings(grad: Tensor, mesh: Mesh) -> None:
     dist.all_reduce(grad, group=mesh.groups.embd)
 
 
-def stage_config(hidden: int, depth: int, mesh: Mesh, dtype: torch.dtype) -> Any:
-    """What megatron's schedules and data parallelism read of a model's shape."""
+def stage_config(width: int, depth: int, mesh: Mesh, dtype: torch.dtype) -> Any:
+    """What megatron's schedules and data parallelism read of a model's shape. width: of what crosses the cuts, for each token."""
     return TransformerConfig(
         num_layers=max(depth, mesh.pipeline.size()),
-        hidden_size=hidden,
+        hidden_size=width,
         num_attention_heads=mesh.tensor.size(),
         tensor_model_parallel_size=mesh.tensor.size(),
         pipeline_model_parallel_size=mesh.pipeline.size(),

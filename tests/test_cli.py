@@ -13,6 +13,7 @@ from ltrain import cli
 from ltrain.config import ConfigError
 
 QUICKSTART = "configs/quickstart.yaml"
+STRAY = ["config", "schema", "train.steps=3"]
 
 
 def ltrain(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -101,7 +102,7 @@ def test_another_librarys_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
         cli.main(["config", "schema"])
 
 
-@pytest.mark.parametrize("words", [[], ["fly"], ["generate", "runs/x"], ["generate", "runs/x", "--prompt", "a", "--tokens", "0"], ["train"]])
+@pytest.mark.parametrize("words", [[], ["fly"], ["generate", "runs/x"], ["generate", "runs/x", "--prompt", "a", "--tokens", "0"], ["train"], STRAY])
 def test_wrong_usage_exits_with_2(words: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(words)
@@ -110,7 +111,8 @@ def test_wrong_usage_exits_with_2(words: list[str]) -> None:
 
 def test_ctrl_c_is_quiet() -> None:
     verb = "cli.config_schema = lambda args: (print('up', flush=True), time.sleep(60))"
-    code = f"import time; from ltrain import cli; {verb}; cli.main(['config', 'schema'])"
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background job is started deaf to it
+    code = f"import signal, time; from ltrain import cli; {verb}; {heard}; cli.main(['config', 'schema'])"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)

@@ -173,6 +173,8 @@ def test_what_cannot_run_is_refused_in_one_sentence(tmp_path: Path, overrides: s
         ("parallel.expert=4 parallel.pipeline=2", 4, "does not divide the 2 ranks"),
         ("data.shards=6", 4, "data.shards=6 does not divide over 4 data ranks"),
         ("data.tokens=2048 train.tokens_per_step=4096", 4, "write 8192"),
+        ("model.learned_positions=256", 1, "write a sequence_length from 2 to 256"),
+        ("model.learned_positions=256 data.sequence_length=256 eval.positions=512", 1, "eval.positions asks for 512 tokens"),
     ],
 )
 def test_a_layout_that_does_not_fit_the_ranks_is_refused(overrides: str, world: int, words: str) -> None:
@@ -258,7 +260,9 @@ def test_every_rule_names_a_field_and_every_default_passes() -> None:
     for module in (config_module, options_module):
         for cls in vars(module).values():
             if dataclasses.is_dataclass(cls):
-                fields |= {f"{cls.__name__}.{f.name}" for f in dataclasses.fields(cls)}
+                names = {f.name for f in dataclasses.fields(cls)}
+                fields |= {f"{cls.__name__}.{name}" for name in names}
+                assert not ({*getattr(cls, "CHOICES", ()), *getattr(cls, "LIMITS", ())}) - names
     assert not (set(CHOICES) | set(LIMITS)) - fields
     validate(Config(), 1)
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.attention import blockwise, flash, reference
-from ltrain.kernels.attention.pairs import Pair, causal_pairs, merge
+from ltrain.kernels.attention.pairs import FULL, PLAIN, Mask, Pair, Score, masked_pairs, merge
 from ltrain.kernels.segments import accumulator, boundaries, choose
 
-__all__ = ["Pair", "attention", "backward_pairs", "decode_attention", "forward_pairs", "merge"]
+__all__ = ["FULL", "PLAIN", "Mask", "Pair", "Score", "attention", "backward_pairs", "decode_attention", "forward_pairs", "merge", "with_sinks"]
 
 BACKENDS = {"reference": reference, "blockwise": blockwise, "flash": flash}
 
@@ -37,7 +37,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_pairs(pairs: Sequence[Pair], queries: int, keys: int) -> list[Pair]:
     for pair in pairs:
-        q_start, q_len, k_start, k_len, causal = pair
+        q_start, q_len, k_start, k_len, causal, _ = pair
         if min(pair) < 0 or q_start + q_len > queries or k_start + k_len > keys:
             raise ValueError(f"pairs: {pair} leaves q's {queries} or k's {keys} rows")
         if causal and q_len > k_len:
@@ -45,9 +45,10 @@ def _check_pairs(pairs: Sequence[Pair], queries: int, keys: int) -> list[Pair]:
     return [pair for pair in pairs if pair.q_len and pair.k_len]
 
 
-def _backend(name: str, q: Tensor, v: Tensor) -> Any:
+def _backend(name: str, q: Tensor, v: Tensor, plain: bool = True) -> Any:
+    """plain: no windows inside pairs and scores as they are."""
     choose(name, tuple(BACKENDS))
-    why = flash.refusal(q, v)
+    why = flash.refusal(q, v) if plain else "has no windows, soft caps and slopes"
     if name == "flash" and why is not None:
         raise ValueError(f"backend='flash' {why}: choose blockwise or auto")
     if name == "auto":
@@ -77,7 +78,7 @@ def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: Sequence[Pair], *, sca
     _check(q, k, v)
     kept = _check_pairs(pairs, len(q), len(k))
     with torch.no_grad():
-        out, lse = _backend(backend, q, v).forward_pairs(q, k, v, kept, scale)
+        out, lse = _backend(backend, q, v, not any(p.window for p in kept)).forward_pairs(q, k, v, kept, scale)
     return out.to(accumulator(q.dtype)), lse
 
 
@@ -103,38 +104,72 @@ def backward_pairs(
         raise ValueError(f"dout and out must be {[*q.shape[:2], v.shape[2]]} and lse {list(q.shape[:2])}, but dout, out and lse are {given}")
     kept = _check_pairs(pairs, len(q), len(k))
     with torch.no_grad():
-        dq, dk, dv = _backend(backend, q, v).backward_pairs(dout, q, k, v, out, lse, kept, scale)
+        dq, dk, dv = _backend(backend, q, v, not any(p.window for p in kept)).backward_pairs(dout, q, k, v, out, lse, kept, scale)
     wide = accumulator(q.dtype)
     return dq.to(wide), dk.to(wide), dv.to(wide)
 
 
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the same keys and, for each head, one more that has the score sinks [H] and no value (gpt-oss; OpenAI 2025).
+
+    out [T, H, Dv] and lse [T, H], over all keys.
+    """
+    total = torch.logaddexp(lse, sinks.to(lse))
+    return out * (lse - total).exp().unsqueeze(-1).to(out), total
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float, backend: Any) -> Tensor:
-        pairs = causal_pairs(bounds)
-        out, lse = backend.forward_pairs(q, k, v, pairs, scale)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, pairs: list[Pair], scale: float, score: Score, backend: Any
+    ) -> Tensor:
+        more = () if backend is flash else (score,)
+        out, lse = backend.forward_pairs(q, k, v, pairs, scale, *more)
+        if sinks is not None:
+            out, lse = with_sinks(out, lse, sinks)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.pairs, ctx.scale, ctx.backend = pairs, scale, backend
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        ctx.pairs, ctx.scale, ctx.more, ctx.backend = pairs, scale, more, backend
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = ctx.backend.backward_pairs(grads[0], q, k, v, out, lse, ctx.pairs, ctx.scale)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        q, k, v, out, lse, sinks = ctx.saved_tensors
+        # exp(score - lse) is the final probability, the sink's share taken out: nothing else in these gradients knows of sinks
+        dq, dk, dv = ctx.backend.backward_pairs(grads[0], q, k, v, out, lse, ctx.pairs, ctx.scale, *ctx.more)
+        dsinks = None
+        if sinks is not None:
+            pull = (grads[0].to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [T, H]
+            dsinks = -((sinks.to(lse) - lse).exp() * pull).sum(0).to(sinks.dtype)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None, None, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float, backend: str = "auto") -> Tensor:
-    """Causal softmax attention inside every segment. Differentiable in q, k and v.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    mask: Mask = FULL,
+    starts: list[int] | None = None,
+    score: Score = PLAIN,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal softmax attention inside every segment. Differentiable in q, k, v and sinks.
 
     Args:
         q: [T, H, D].
         k, v: [T, Hk, D], [T, Hk, Dv]; H is a multiple of Hk and query head h reads K/V head h // (H / Hk).
         cu_seqlens: [segments + 1] int32 boundaries, on the CPU.
         scale: what scores are multiplied with, usually D ** -0.5.
-        backend: auto | reference | blockwise | flash.
+        mask: what a query sees of its segment.
+        starts: the position of each segment's first token in its document, for chunks and anchors; None: 0.
+        score: what becomes of scores before the softmax.
+        sinks: [H], see `with_sinks`; None: there are none.
+        backend: auto | reference | blockwise | flash (without windows shorter than a segment, soft caps and slopes).
 
     Returns:
         [T, H, Dv] in q's type.
@@ -145,25 +180,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: flo
     _check(q, k, v)
     if len(q) != len(k):
         raise ValueError(f"q has {len(q)} tokens and k {len(k)}: attention inside segments takes as many keys as queries")
+    if mask.anchors and not mask.window:
+        raise ValueError("mask.anchors has an effect with a window only: without one every query sees the first tokens")
     bounds = boundaries(cu_seqlens, len(q))
-    chosen = _backend(backend, q, v)
+    starts = starts or [0] * (len(bounds) - 1)
+    pairs = masked_pairs(bounds, mask, starts)
+    chosen = _backend(backend, q, v, score.plain and not any(pair.window for pair in pairs))
     if chosen is reference:
-        return reference.attention(q, k, v, bounds, scale)
-    out: Tensor = _Attention.apply(q, k, v, bounds, scale, chosen)
+        return reference.attention(q, k, v, bounds, scale, mask, starts, score, sinks)
+    out: Tensor = _Attention.apply(q, k, v, sinks, pairs, scale, score, chosen)
     return out
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float) -> Tensor:
-    """One new query per sequence over its cached keys.
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float, score: Score = PLAIN) -> tuple[Tensor, Tensor]:
+    """One new query per sequence over its cached keys, or those of them that this rank holds.
 
     Args:
         q: [N, H, D].
         k, v: [N, L, Hk, D], [N, L, Hk, Dv], padded to one length L; the padding has weight 0 and must be finite.
-        lengths: [N] integers, the valid keys of each sequence; the new token's own key is among them.
+        lengths: [N] integers, the valid keys of each sequence here; the new token's own key is among them, here or on another rank.
         scale: what scores are multiplied with, usually D ** -0.5.
+        score: what becomes of scores before the softmax; slopes take the keys to be in order and the last valid one to be the query's.
 
     Returns:
-        [N, H, Dv] in q's type; 0 for a sequence of length 0.
+        out [N, H, Dv] and lse [N, H] (natural log of the sum of exponentials of scaled scores) in float32 or wider, for `merge`;
+        0 and -inf for a sequence of length 0.
 
     Raises:
         ValueError: shapes or types do not fit.
@@ -179,6 +220,11 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale:
     past = torch.arange(k.shape[1], device=q.device) >= lengths.to(q.device).unsqueeze(1)  # [N, L]
     queries = q.unflatten(1, (k.shape[2], -1))  # [N, Hk, G, D]
     scores = (queries @ k.permute(0, 2, 3, 1)).to(accumulator(q.dtype)) * scale  # [N, Hk, G, L]
-    p = scores.masked_fill(past[:, None, None], -torch.inf).softmax(-1)
-    p = p.masked_fill((lengths.to(q.device) == 0)[:, None, None, None], 0.0).to(v.dtype)  # a softmax over nothing is not a number
-    return (p @ v.transpose(1, 2)).flatten(1, 2).to(q.dtype)
+    if score.softcap:
+        scores = score.softcap * (scores / score.softcap).tanh_()
+    if score.slopes is not None:
+        behind = lengths.to(q.device).unsqueeze(1) - 1 - torch.arange(k.shape[1], device=q.device)  # [N, L]
+        scores = scores - score.slopes.to(scores).unflatten(0, (k.shape[2], -1)).unsqueeze(-1) * behind[:, None, None]
+    lse = scores.masked_fill_(past[:, None, None], -torch.inf).logsumexp(-1)  # [N, Hk, G]
+    p = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp().to(v.dtype)
+    return (p @ v.transpose(1, 2)).flatten(1, 2).to(lse.dtype), lse.flatten(1, 2)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ltrain.kernels.attention.pairs import Pair, merge
+from ltrain.kernels.attention.pairs import PLAIN, Pair, Score, merge
 from ltrain.kernels.segments import accumulator
 
 ROWS = 512  # queries of one block
@@ -17,16 +17,18 @@ COLUMNS = 1024  # keys of one block: with ROWS it bounds the scores held at a ti
 
 def _blocks(pair: Pair) -> Iterator[tuple[slice, list[tuple[slice, Tensor | None]]]]:
     """Query rows of the whole tensor, each with the key rows they see and, where only some do, the mask of those that do not."""
-    q_start, q_len, k_start, k_len, causal = pair
+    q_start, q_len, k_start, k_len, causal, window = pair
     for first in range(0, q_len, ROWS):
         last = min(first + ROWS, q_len)
         offset = k_len - q_len if causal else k_len  # query i sees keys up to i + offset
         columns: list[tuple[slice, Tensor | None]] = []
-        for left in range(0, min(k_len, last + offset), COLUMNS):
+        begin = max(first + offset - window + 1, 0) if window else 0
+        for left in range(begin, min(k_len, last + offset), COLUMNS):
             right = min(left + COLUMNS, k_len, last + offset)
             mask = None
-            if causal and right - 1 > first + offset:
-                mask = torch.arange(left, right) > torch.arange(first, last).unsqueeze(1) + offset  # [rows, columns]
+            if causal and right - 1 > first + offset or window and left < last + offset - window:
+                behind = torch.arange(first, last).unsqueeze(1) + offset - torch.arange(left, right)  # [rows, columns]
+                mask = (behind < 0) | (behind >= window) if window else behind < 0
             columns.append((slice(k_start + left, k_start + right), mask))
         yield slice(q_start + first, q_start + last), columns
 
@@ -41,15 +43,23 @@ def _ungrouped(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(1, (-1, rows)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def _masked_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """q [Hk, G * rows, D], k [columns, Hk, D] -> [Hk, G * rows, columns]"""
-    scores = (q * scale) @ k.permute(1, 2, 0)
-    if mask is not None:
-        scores.unflatten(1, (-1, len(mask))).masked_fill_(mask.to(q.device), -torch.inf)
-    return scores
+def _scores(q: Tensor, k: Tensor, rows: slice, keys: slice, mask: Tensor | None, scale: float, score: Score) -> tuple[Tensor, Tensor | None]:
+    """q [Hk, G * rows, D], k [columns, Hk, D] -> scores [Hk, G * rows, columns], and their derivative by the scaled product where it is not 1."""
+    scores, slope = (q * scale) @ k.permute(1, 2, 0), None
+    if score.softcap:
+        bent = (scores / score.softcap).tanh_()
+        scores, slope = bent * score.softcap, 1 - bent.square()
+    if mask is not None or score.slopes is not None:
+        apart = scores.unflatten(1, (-1, rows.stop - rows.start))  # [Hk, G, rows, columns]
+        if score.slopes is not None:
+            behind = torch.arange(rows.start, rows.stop, device=q.device).unsqueeze(1) - torch.arange(keys.start, keys.stop, device=q.device)
+            apart.sub_(score.slopes.to(scores).unflatten(0, (len(q), -1))[:, :, None, None] * behind)
+        if mask is not None:
+            apart.masked_fill_(mask.to(q.device), -torch.inf)
+    return scores, slope
 
 
-def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float) -> tuple[Tensor, Tensor]:
+def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float, score: Score = PLAIN) -> tuple[Tensor, Tensor]:
     wide, kv_heads = accumulator(q.dtype), k.shape[1]
     out = q.new_zeros(len(q), q.shape[1], v.shape[2], dtype=wide)
     lse = q.new_full((len(q), q.shape[1]), -torch.inf, dtype=wide)
@@ -61,10 +71,10 @@ def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: flo
             total = torch.zeros_like(top)  # running sum of exp(score - top)
             weighted = queries.new_zeros(*queries.shape[:2], v.shape[2])
             for keys, mask in columns:
-                scores = _masked_scores(queries, k[keys].to(wide), mask, scale)
-                # Finite from the first block on, because every query sees the first key of its pair.
+                scores, _ = _scores(queries, k[keys].to(wide), rows, keys, mask, scale, score)
                 raised = torch.maximum(top, scores.amax(-1, keepdim=True))
-                p, fade = (scores - raised).exp_(), (top - raised).exp_()
+                shift = raised.masked_fill(raised == -torch.inf, 0.0)  # a window may leave a row nothing of its first block
+                p, fade = (scores - shift).exp_(), (top - shift).exp_()
                 total = total * fade + p.sum(-1, keepdim=True)
                 weighted = torch.baddbmm(weighted * fade, p, v[keys].to(wide).transpose(0, 1))
                 top = raised
@@ -74,7 +84,7 @@ def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: flo
 
 
 def backward_pairs(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float, score: Score = PLAIN
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide, kv_heads = accumulator(q.dtype), k.shape[1]
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
@@ -87,9 +97,11 @@ def backward_pairs(
             grad_q = torch.zeros_like(queries)
             for keys, mask in columns:
                 key, value = k[keys].to(wide), v[keys].to(wide)
-                p = (_masked_scores(queries, key, mask, scale) - row_lse).exp_()
+                scores, slope = _scores(queries, key, rows, keys, mask, scale, score)
+                p = (scores - row_lse).exp_()
                 dv[keys] += (p.mT @ grad).transpose(0, 1)
                 ds = p.mul_((grad @ value.permute(1, 2, 0)).sub_(delta))
+                ds = ds if slope is None else ds.mul_(slope)
                 grad_q += ds @ key.transpose(0, 1)
                 dk[keys] += (ds.mT @ queries).transpose(0, 1) * scale
             dq[rows] += _ungrouped(grad_q, size) * scale

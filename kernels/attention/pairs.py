@@ -7,10 +7,33 @@ import torch
 from torch import Tensor
 
 
+class Mask(NamedTuple):
+    """Which keys of its own segment a query may see, beside being causal. 0: the rule is absent."""
+
+    window: int = 0  # the last so many tokens, itself included (Beltagy et al. 2020)
+    chunk: int = 0  # tokens whose position divided by it gives the same whole number (Llama 4)
+    anchors: int = 0  # the first so many tokens of the document, beside the window (attention sinks: Xiao et al. 2023)
+
+
+class Score(NamedTuple):
+    """What becomes of scaled scores before the softmax."""
+
+    softcap: float = 0.0  # softcap x tanh(score / softcap) (Gemma 2); 0: as it is
+    slopes: Tensor | None = None  # [H]: minus slope x distance is added (ALiBi, Press et al. 2021); rows count the distance
+
+    @property
+    def plain(self) -> bool:
+        return not self.softcap and self.slopes is None
+
+
+FULL, PLAIN = Mask(), Score()
+
+
 class Pair(NamedTuple):
     """Query rows [q_start, q_start + q_len) see key rows [k_start, k_start + k_len).
 
-    `causal` aligns the two ranges at their ends: query i of the pair sees its keys 0 .. k_len - q_len + i.
+    `causal` aligns the two ranges at their ends: query i of the pair sees its keys 0 .. k_len - q_len + i, and with a `window` only the
+    last so many of them.
     """
 
     q_start: int
@@ -18,11 +41,34 @@ class Pair(NamedTuple):
     k_start: int
     k_len: int
     causal: bool
+    window: int = 0
 
 
 def causal_pairs(bounds: list[int]) -> list[Pair]:
     """Every segment sees itself, causally."""
     return [Pair(a, b - a, a, b - a, True) for a, b in pairwise(bounds) if b > a]
+
+
+def masked_pairs(bounds: list[int], mask: Mask, starts: list[int]) -> list[Pair]:
+    """Every segment sees what the mask leaves of itself; starts: the position of each segment's first token in its document."""
+    pairs: list[Pair] = []
+    for (a, b), start in zip(pairwise(bounds), starts, strict=True):
+        cuts = [a, *range(a + mask.chunk - start % mask.chunk, b, mask.chunk), b] if mask.chunk else [a, b]
+        for first, last in pairwise(cuts):
+            length, w = last - first, mask.window
+            if not length:
+                continue
+            if not w or length <= w:
+                pairs.append(Pair(first, length, first, length, True))
+                continue
+            pairs.append(Pair(first, length, first, length, True, w))
+            anchors = max(mask.anchors - start, 0)
+            if anchors > 1:  # the queries that the window leaves one anchor after the other
+                count = min(anchors - 1, length - w)
+                pairs.append(Pair(first + w, count, first, count, True))
+            if anchors and length > w + anchors - 1:  # and all of them
+                pairs.append(Pair(first + w + anchors - 1, length - w - anchors + 1, first, anchors, False))
+    return pairs
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

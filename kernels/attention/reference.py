@@ -5,27 +5,44 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ltrain.kernels.attention.pairs import Pair
+from ltrain.kernels.attention.pairs import Mask, Pair, Score
 from ltrain.kernels.segments import accumulator
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float) -> Tensor:
-    """softmax(scale q k^T) v, causal inside segments, in q's type. Differentiable by autograd."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float, mask: Mask, starts: list[int], score: Score, sinks: Tensor | None
+) -> Tensor:
+    """softmax(scale q k^T) v, causal inside segments, under a mask, in q's type. Differentiable by autograd."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [T, H, D], [T, H, Dv]
-    segment = torch.repeat_interleave(torch.tensor([b - a for a, b in pairwise(bounds)], dtype=torch.int64)).to(q.device)
-    position = torch.arange(len(q), device=q.device)
-    seen = (segment[:, None] == segment) & (position[:, None] >= position)  # [T, T]
+    lengths = torch.tensor([b - a for a, b in pairwise(bounds)], dtype=torch.int64)
+    segment = torch.repeat_interleave(lengths).to(q.device)
+    row = torch.arange(len(q), device=q.device)
+    position = row + torch.repeat_interleave(torch.tensor([s - a for s, a in zip(starts, bounds, strict=False)]), lengths).to(q.device)
+    behind = row[:, None] - row
+    seen = (segment[:, None] == segment) & (behind >= 0)  # [T, T]
+    if mask.window:
+        seen &= (behind < mask.window) | (position < mask.anchors)
+    if mask.chunk:
+        seen &= position[:, None] // mask.chunk == position // mask.chunk
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    if score.softcap:
+        scores = score.softcap * (scores / score.softcap).tanh()
+    if score.slopes is not None:
+        scores = scores - score.slopes.to(scores)[:, None, None] * behind
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:  # one more column, which has no value
+        scores = torch.cat((scores, sinks.to(scores)[:, None, None].expand(-1, len(q), 1)), -1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : len(k)], v)
 
 
 def _scores(q: Tensor, k: Tensor, pairs: list[Pair], scale: float) -> Tensor:
     """[H, Tq, Tk] scaled scores plus the log of how many pairs hold each query and key (-inf where none does)."""
     count = torch.zeros(len(q), len(k), dtype=q.dtype, device=q.device)
-    for q_start, q_len, k_start, k_len, causal in pairs:
+    for q_start, q_len, k_start, k_len, causal, window in pairs:
         seen = torch.ones(q_len, k_len, dtype=q.dtype, device=q.device)
-        count[q_start : q_start + q_len, k_start : k_start + k_len] += seen.tril(k_len - q_len) if causal else seen
+        seen = seen.tril(k_len - q_len) if causal else seen
+        count[q_start : q_start + q_len, k_start : k_start + k_len] += seen.triu(k_len - q_len - window + 1) if window else seen
     return torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale + count.log()
 
 

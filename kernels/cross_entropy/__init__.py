@@ -13,25 +13,28 @@ __all__ = ["linear_cross_entropy"]
 LOGITS = 2**24  # logits held at a time: 64 MiB of float32
 
 
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
+def _logits(x: Tensor, weight: Tensor, scale: float, softcap: float) -> Tensor:
     """[n, hidden], [V, hidden] -> [n, V] in the accumulator's type"""
-    return (x @ weight.T).to(accumulator(x.dtype))
+    logits = (x @ weight.T).to(accumulator(x.dtype))
+    if scale != 1:
+        logits = logits.mul_(scale)
+    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
         rows = max(1, LOGITS // len(weight))
         loss = x.new_zeros(len(x), dtype=accumulator(x.dtype))
         lse = torch.zeros_like(loss)
         for begin in range(0, len(x), rows):
             now = slice(begin, begin + rows)
-            logits, label = _logits(x[now], weight), labels[now]
+            logits, label = _logits(x[now], weight, scale, softcap), labels[now]
             labelled = label >= 0
             lse[now] = logits.logsumexp(-1) * labelled
             loss[now] = lse[now] - logits.gather(-1, label.clamp(min=0).unsqueeze(-1)).squeeze(-1) * labelled
         ctx.save_for_backward(x, weight, labels, lse)
-        ctx.rows = rows
+        ctx.rows, ctx.scale, ctx.softcap = rows, scale, softcap
         return loss, lse
 
     @staticmethod
@@ -45,22 +48,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for begin in range(0, len(x), ctx.rows):
             now = slice(begin, begin + ctx.rows)
             # d lse / d logits = p and d loss / d logits = p - onehot(label)
-            p = _logits(x[now], weight).sub_(lse[now].unsqueeze(-1)).exp_()
+            logits = _logits(x[now], weight, ctx.scale, ctx.softcap)
+            p = (logits - lse[now].unsqueeze(-1)).exp_() if ctx.softcap else logits.sub_(lse[now].unsqueeze(-1)).exp_()
             p.mul_((of_loss[now] + of_lse[now]).unsqueeze(-1))
             p.scatter_add_(-1, labels[now].clamp(min=0).unsqueeze(-1), -of_loss[now].unsqueeze(-1))
+            if ctx.softcap:
+                p.mul_(logits.div_(ctx.softcap).square_().neg_().add_(1))  # d c tanh(z / c) / d z
+            if ctx.scale != 1:
+                p.mul_(ctx.scale)
             grad_logits = p.to(x.dtype)  # [n, V]
             grad_x[now] = grad_logits @ weight
             grad_weight += grad_logits.T @ x[now]
-        return grad_x, grad_weight.to(weight.dtype), None
+        return grad_x, grad_weight.to(weight.dtype), None, None, None
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, scale: float = 1.0, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
     """Cross entropy of softmax(x W^T) against labels, and the logsumexp of its logits (for a z-loss). Differentiable in x and weight.
 
     Args:
         x: [T, hidden].
         weight: [V, hidden] in x's type.
         labels: [T] int64 in [0, V), or -100 for a token without a label.
+        scale: times the logits.
+        softcap: the scaled logits z become softcap x tanh(z / softcap); 0: they do not.
 
     Returns:
         loss [T] and logsumexp [T] in nats, float32 or wider; both 0 without a label.
@@ -77,5 +87,5 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Ten
     if labels.device.type == "cpu" and len(labels):
         if ((labels < 0) & (labels != -100)).any() or labels.max() >= len(weight):
             raise ValueError(f"labels must lie in [0, {len(weight)}) or be -100, but range from {labels.min()} to {labels.max()}")
-    loss, lse = _LinearCrossEntropy.apply(x, weight, labels)
+    loss, lse = _LinearCrossEntropy.apply(x, weight, labels, scale, softcap)
     return loss, lse

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.segments import choose
 
-__all__ = ["grouped_linear"]
+__all__ = ["grouped_bias", "grouped_linear"]
 
 
 def _refusal(x: Tensor, weight: Tensor) -> str | None:
@@ -81,3 +81,36 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, *, backend: str = 
         return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(), strict=True)])
     y: Tensor = _GroupedLinear.apply(x.contiguous(), weight.contiguous(), counts.to(x.device))
     return y
+
+
+class _GroupedBias(torch.autograd.Function):
+    """The gradient is a product and not a sum of unordered additions, so it is the same every time."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
+        group = torch.repeat_interleave(counts.to(y.device), output_size=len(y))  # [n]
+        ctx.save_for_backward(group)
+        ctx.groups = len(bias)
+        return y + bias.index_select(0, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (group,) = ctx.saved_tensors
+        member = group == torch.arange(ctx.groups, device=group.device).unsqueeze(-1)  # [E, n]
+        return grads[0], member.to(grads[0].dtype) @ grads[0], None
+
+
+def grouped_bias(y: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
+    """y + b_g for the rows of each group g. Differentiable in y and bias.
+
+    Args:
+        y: [n, out], sorted by group.
+        bias: [E, out] in y's type.
+        counts: [E] int64, rows of each group; they sum to n.
+
+    Returns:
+        [n, out]
+    """
+    biased: Tensor = _GroupedBias.apply(y, bias, counts)
+    return biased

@@ -5,7 +5,8 @@
     S_t += beta_t k_t (v_t - S_t^T k_t)^T         (the delta rule: DeltaNet, Gated DeltaNet, KDA),
     o_t = scale S_t^T q_t.
 
-Backends: `reference` (token by token) and `chunked` (matrix products over chunks of tokens); `auto` takes chunked.
+Backends: `reference` (token by token), `chunked` (matrix products over chunks of tokens, in torch) and `triton` (the same on a GPU, for
+no decay or one per head); `auto` takes triton wherever it runs, chunked elsewhere.
 Source: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" and "Gated Delta Networks".
 """
 
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ltrain.kernels.linear_recurrence import chunked, reference
-from ltrain.kernels.segments import accumulator, boundaries, choose
+from ltrain.kernels.segments import accumulator, boundaries, choose, permitted, wants_triton
 
 __all__ = ["Result", "linear_recurrence", "step"]
 
@@ -75,8 +76,8 @@ def linear_recurrence(
         initial_state: [N, H, K, V], the state before each segment; None: zeros.
         return_final_state: whether to return the state after each segment.
         return_segment_map: whether to return M and E of each segment, with final_state = M initial_state + E: what ranks exchange.
-        backend: auto | reference | chunked.
-        chunk: tokens of a chunk, for chunked.
+        backend: auto | reference | chunked | triton.
+        chunk: tokens of a chunk, for chunked; triton has 64.
 
     Returns:
         output in v's type, states and maps in float32 or wider; what was not asked for is None.
@@ -86,7 +87,7 @@ def linear_recurrence(
     """
     _check(q, k, v, decay, beta)
     bounds = boundaries(cu_seqlens, len(v))
-    choose(backend, ("reference", "chunked"))
+    choose(backend, ("reference", "chunked", "triton"))
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be a number of tokens, such as 64")
     if initial_state is not None:
@@ -96,8 +97,14 @@ def linear_recurrence(
         start = initial_state if initial_state is not None else v.new_zeros(len(bounds) - 1, v.shape[1], k.shape[2], v.shape[2], dtype=wide)
         output, final = reference.linear_recurrence(q, k, v, decay, beta, bounds, scale, start.to(wide))
         maps = reference.segment_map(k, v, decay, beta, bounds) if return_segment_map else None
-    else:
-        output, final, maps = chunked.linear_recurrence(q, k, v, decay, beta, bounds, scale, initial_state, return_segment_map, chunk)
+        return Result(output, final if return_final_state else None, maps)
+    if wants_triton(backend, v):
+        from ltrain.kernels.linear_recurrence import triton_chunked
+
+        if permitted(triton_chunked.refusal(q, k, v, decay, chunk), backend, "chunked or auto"):
+            output, final, maps = triton_chunked.linear_recurrence(q, k, v, decay, beta, bounds, scale, initial_state, return_segment_map)
+            return Result(output, final if return_final_state else None, maps)
+    output, final, maps = chunked.linear_recurrence(q, k, v, decay, beta, bounds, scale, initial_state, return_segment_map, chunk)
     return Result(output, final if return_final_state else None, maps)
 
 

@@ -1,6 +1,7 @@
 """Causal depthwise convolution over a few tokens, inside segments: what recurrent mixers put before q, k and v.
 
-Backends: `reference` (token by token) and `shifted` (a weighted sum of shifted streams); `auto` takes shifted.
+Backends: `reference` (token by token), `shifted` (a weighted sum of shifted streams) and `triton` (one pass on a GPU, from zeros);
+`auto` takes triton wherever it runs, shifted elsewhere.
 """
 
 from itertools import pairwise
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltrain.kernels.segments import accumulator, boundaries, choose, gather_rows, scatter_rows
+from ltrain.kernels.segments import accumulator, boundaries, choose, gather_rows, permitted, scatter_rows, wants_triton
 from ltrain.kernels.short_conv import reference
 
 __all__ = ["short_conv", "step"]
@@ -45,9 +46,10 @@ def short_conv(
     cu_seqlens: Tensor,
     *,
     initial_state: Tensor | None = None,
+    return_final_state: bool = True,
     activation: str | None = "silu",
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """y_t = activation(sum_j weight[:, W - 1 - j] * x_{t - j}) inside every segment. Differentiable in every tensor.
 
     Args:
@@ -55,19 +57,27 @@ def short_conv(
         weight: [C, W]; weight[:, -1] multiplies the current token.
         cu_seqlens: [N + 1] int32 boundaries, on the CPU.
         initial_state: [N, W - 1, C], the inputs before each segment, oldest first; None: zeros.
+        return_final_state: whether to return the state after each segment.
         activation: "silu" or None.
-        backend: auto | reference | shifted.
+        backend: auto | reference | shifted | triton.
 
     Returns:
-        y [T, C] in x's type, and the final state [N, W - 1, C]: the last W - 1 inputs of each segment, those before it included.
+        y [T, C] in x's type, and the final state [N, W - 1, C]: the last W - 1 inputs of each segment, those before it included; None if
+        not asked for.
 
     Raises:
         ValueError: shapes, boundaries, activation or backend do not fit.
     """
     _check(x, weight, activation)
     bounds = boundaries(cu_seqlens, len(x))
-    choose(backend, ("reference", "shifted"))
+    choose(backend, ("reference", "shifted", "triton"))
     segments, before = len(bounds) - 1, weight.shape[1] - 1
+    if len(x) and wants_triton(backend, x):
+        from ltrain.kernels.short_conv import triton_conv
+
+        if permitted(triton_conv.refusal(x, initial_state), backend, "shifted or auto"):
+            y = triton_conv.short_conv(x, weight, bounds, activation == "silu")
+            return y, _last_inputs(x, bounds, before) if return_final_state else None
     if initial_state is None:
         initial_state = x.new_zeros(segments, before, x.shape[1])
     _check_state("initial_state", initial_state, segments, weight)
@@ -79,7 +89,16 @@ def short_conv(
         total, final = _shifted_sum(inputs, weight), inputs[len(x) :].unsqueeze(0)
     else:
         total, final = _packed(x, weight, bounds, initial_state)
-    return (F.silu(total) if activation == "silu" else total).to(x.dtype), final
+    return (F.silu(total) if activation == "silu" else total).to(x.dtype), final if return_final_state else None
+
+
+def _last_inputs(x: Tensor, bounds: list[int], before: int) -> Tensor:
+    """The last `before` tokens of each segment, behind zeros where it is shorter -> [N, before, C]"""
+    ends = torch.tensor(bounds[1:], dtype=torch.int64).unsqueeze(1)
+    rows = ends - torch.arange(before, 0, -1)  # [N, before]
+    inside = rows >= torch.tensor(bounds[:-1], dtype=torch.int64).unsqueeze(1)
+    rows, inside = rows.clamp(min=0).to(x.device, non_blocking=True), inside.to(x.device, non_blocking=True)
+    return x[rows] * inside.unsqueeze(-1)
 
 
 def _packed(x: Tensor, weight: Tensor, bounds: list[int], initial_state: Tensor) -> tuple[Tensor, Tensor]:

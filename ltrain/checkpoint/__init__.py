@@ -11,6 +11,7 @@ from ltrain.checkpoint.collectives import CheckpointError, Collectives, DamagedE
 from ltrain.checkpoint.folder import clean, newest
 from ltrain.checkpoint.load import Checkpoint, newest_whole
 from ltrain.checkpoint.save import Entry, Plan, plan, save, write
+from ltrain.checkpoint.saver import Saved, Saver
 
 __all__ = [
     "Checkpoint",
@@ -20,6 +21,8 @@ __all__ = [
     "Entry",
     "LocalCollectives",
     "Plan",
+    "Saved",
+    "Saver",
     "clean",
     "newest",
     "newest_whole",

@@ -29,6 +29,10 @@ class Collectives(Protocol):
         """Rank 0's object on every rank."""
         ...
 
+    def all(self, flag: bool) -> bool:
+        """Whether every rank's flag is true, on every rank."""
+        ...
+
 
 class LocalCollectives:
     """One rank."""
@@ -41,6 +45,9 @@ class LocalCollectives:
 
     def broadcast_object(self, obj: Any) -> Any:
         return obj
+
+    def all(self, flag: bool) -> bool:
+        return flag
 
 
 def gather[T](collectives: Collectives, work: Callable[[], T]) -> list[T] | None:

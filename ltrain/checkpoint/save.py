@@ -3,9 +3,9 @@
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,15 @@ def save(
     return write(plan(tensors, collectives), Path(root), step, meta, collectives, files or {}, keep)
 
 
-def plan(tensors: Iterable[Entry], collectives: Collectives) -> Plan:
-    """Check that all ranks' pieces make up whole tensors and choose one writer for each; nothing touches the disk."""
+def plan(tensors: Iterable[Entry], collectives: Collectives, copy: Callable[[Tensor], Tensor] = Tensor.cpu) -> Plan:
+    """Check that all ranks' pieces make up whole tensors and choose one writer for each; nothing touches the disk.
+
+    copy: what of a tensor is kept until it is written, on the host.
+    """
     entries: list[Entry] = []
 
     def describe() -> list[_Description]:
-        entries.extend(tensors)
+        entries.extend(_copies(tensors, copy))
         return [_describe(e) for e in entries]
 
     everyone = gather(collectives, describe)
@@ -100,47 +103,87 @@ def plan(tensors: Iterable[Entry], collectives: Collectives) -> Plan:
     return Plan(shard_name(collectives.rank), own, tensors_of_all, total)
 
 
+def _copies(tensors: Iterable[Entry], copy: Callable[[Tensor], Tensor]) -> list[Entry]:
+    """A copy that fails does not end the walk: the other ranks walk with this one, through collectives, before they hear of it."""
+    entries: list[Entry] = []
+    failure: Exception | None = None
+    for entry in tensors:
+        if failure is None:
+            try:
+                entries.append(replace(entry, tensor=copy(entry.tensor)))
+            except Exception as error:
+                failure = error
+    if failure is not None:
+        raise failure
+    return entries
+
+
+class Save:
+    """One save under way: every rank's `write`, then rank 0's `publish` and `prune`, none of them a collective; `close` in any case.
+
+    Building it is collective: it checks the arguments (those of `save`), takes the folder's lock and makes the temporary folder.
+    """
+
+    def __init__(self, plan: Plan, root: Path, step: int, meta: dict[str, Any], collectives: Collectives, files: Mapping[str, bytes], keep: int):
+        self.plan, self.root, self.step, self.meta, self.files, self.keep = plan, root, step, meta, files, keep
+        self.need = plan.total_bytes + sum(map(len, files.values()))  # bytes
+        self._lock = ExitStack()
+        self._temporary: Path | None = None  # on rank 0, until it is published
+        try:
+            self.path = first(collectives, self._prepare)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> Path:
+        _check_arguments(self.step, self.meta, self.files, self.keep)
+        with self._explained():
+            self.root.mkdir(parents=True, exist_ok=True)
+            folder.refuse_busy(self.root, self._lock.enter_context(folder.locked(self.root)))
+            folder.remove_leftovers(self.root)
+            if self.need > shutil.disk_usage(self.root).free:
+                raise _no_room(self.step, self.root, self.need)
+            self._temporary = folder.temporary(self.root, self.step)
+            return self._temporary
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return _explained(self.step, self.root, self.need)
+
+    def write(self) -> FileRecord | None:
+        """This rank's shard."""
+        with self._explained():
+            return write_shard(self.path / self.plan.shard, self.plan.own) if self.plan.own else None
+
+    def publish(self, shards: list[FileRecord | None]) -> Path:
+        """shards: what `write` gave on each rank. After this the checkpoint counts."""
+        records = {shard_name(rank): record for rank, record in enumerate(shards) if record is not None}
+        with self._explained():
+            for name, content in self.files.items():
+                records[name] = write_file(self.path / name, [content])
+            write_file(self.path / INDEX, [Index(self.step, self.meta, self.plan.tensors, records).encode()])
+            final = folder.publish(self.path, self.root, self.step)
+        self._temporary = None
+        return final
+
+    def prune(self) -> None:
+        """Delete what `keep` leaves no place for."""
+        with self._explained():
+            folder.prune(self.root, self.step, self.keep)
+
+    def close(self) -> None:
+        """Let go of the folder; what was not published goes."""
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
+        self._lock.close()
+
+
 def write(plan: Plan, root: Path, step: int, meta: dict[str, Any], collectives: Collectives, files: Mapping[str, bytes], keep: int) -> Path:
     """Write a plan to the disk; arguments and errors as in `save`."""
-    need = plan.total_bytes + sum(map(len, files.values()))
-    with ExitStack() as lock:
-
-        def prepare() -> Path:
-            _check_arguments(step, meta, files, keep)
-            with _explained(step, root, need):
-                root.mkdir(parents=True, exist_ok=True)
-                folder.refuse_busy(root, lock.enter_context(folder.locked(root)))
-                folder.remove_leftovers(root)
-                if need > shutil.disk_usage(root).free:
-                    raise _no_room(step, root, need)
-                return folder.temporary(root, step)
-
-        def own_shard() -> FileRecord | None:
-            with _explained(step, root, need):
-                return write_shard(path / plan.shard, plan.own) if plan.own else None
-
-        def finish() -> Path:
-            assert shards is not None
-            records = {shard_name(rank): record for rank, record in enumerate(shards) if record is not None}
-            with _explained(step, root, need):
-                for name, content in files.items():
-                    records[name] = write_file(path / name, [content])
-                write_file(path / INDEX, [Index(step, meta, plan.tensors, records).encode()])
-                return folder.publish(path, root, step)
-
-        def prune() -> None:
-            with _explained(step, root, need):
-                folder.prune(root, step, keep)
-
-        path = first(collectives, prepare)
-        try:
-            shards = gather(collectives, own_shard)
-            final = first(collectives, finish)
-        except BaseException:
-            if collectives.rank == 0:
-                shutil.rmtree(path, ignore_errors=True)
-            raise
-        first(collectives, prune)
+    with closing(Save(plan, root, step, meta, collectives, files, keep)) as under_way:
+        shards = gather(collectives, under_way.write)
+        final = first(collectives, lambda: under_way.publish(shards or []))
+        first(collectives, under_way.prune)
         return final
 
 

@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,9 +51,10 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def header(tensors: list[tuple[str, torch.dtype, Shape, int]]) -> bytes:
+def header(tensors: list[tuple[str, torch.dtype, Shape, int]], metadata: dict[str, str] | None = None) -> bytes:
     """The head of a safetensors file whose (key, dtype, shape, bytes) follow in this order."""
-    entries, offset = {}, 0
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
     for key, dtype, shape, size in tensors:
         entries[key] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size

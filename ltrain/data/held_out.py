@@ -1,29 +1,41 @@
 """Evaluation on held-out documents: the same micro-batches for every layout and every seed."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from ltrain.data.order import Corpus, Document
+from ltrain.data.mixture import Mixture
+from ltrain.data.order import Document
 from ltrain.data.packing import NO_LABEL, MicroBatch, Packer
 from ltrain.data.tokenizer import Tokenizer
 
 
-def held_out_batches(corpus: Corpus, tokenizer: Tokenizer, *, tokens: int, n_tokens: int) -> list[MicroBatch]:
+def held_out_batches(mixture: Mixture, tokenizer: Tokenizer, *, tokens: int, n_tokens: int, sequence_length: int = 0) -> list[MicroBatch]:
     """The first n_tokens // tokens micro-batches of the held-out documents; fewer where the documents end before.
+
+    Of several sources, all that hold documents out take part with their weights, until each has ended.
 
     Raises:
         ValueError: nothing is held out, or not even one micro-batch comes together.
     """
     if n_tokens < tokens:
         raise ValueError(f"eval.tokens={n_tokens} is less than one micro-batch: write at least data.tokens={tokens}")
-    documents = corpus.held_out()
+    parts = [(weight, part.corpus.held_out(encoded=True)) for part, weight in zip(mixture.parts, mixture.weights, strict=True) if not part.whole]
 
-    def read(epoch: int, index: int) -> Document | None:
-        return next(documents, None)
+    def reader(documents: Iterator[Document]) -> Callable[[int, int], Document | None]:
+        return lambda epoch, index: next(documents, None)
 
-    packer = Packer(read, tokenizer, tokens, epochs=1)
+    total = sum(weight for weight, _ in parts)
+    packer = Packer(
+        [reader(documents) for _, documents in parts],
+        tokenizer,
+        tokens,
+        shares=[weight / total for weight, _ in parts],
+        whole=[False] * len(parts),
+        sequence_length=sequence_length,
+        epochs=1,
+    )
     batches: list[MicroBatch] = []
     while len(batches) < n_tokens // tokens and (stream := packer.next()) is not None:
         batches.append(MicroBatch.of(stream, len(batches)))

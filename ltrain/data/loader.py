@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ltrain.data.mixture import Mixture
 from ltrain.data.order import Corpus, Cursor
 from ltrain.data.packing import MicroBatch, Packer, Stream
 from ltrain.data.tokenizer import Tokenizer
@@ -37,19 +38,42 @@ class Failure:
 class PackedShards(IterableDataset[Stream | Failure]):
     """Streams of this rank's shards in turn, from the shard that is next. Worker w of W takes every W-th."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, tokens: int, shards: int, turns: list[int], cursors: dict[int, Cursor], desk: mmap.mmap):
-        self.corpus, self.tokenizer, self.tokens, self.shards = corpus, tokenizer, tokens, shards
+    def __init__(
+        self,
+        mixture: Mixture,
+        tokenizer: Tokenizer,
+        tokens: int,
+        sequence_length: int,
+        shards: int,
+        turns: list[int],
+        cursors: dict[int, tuple[Cursor, ...]],
+        desk: mmap.mmap,
+    ):
+        self.mixture, self.tokenizer, self.tokens, self.sequence_length, self.shards = mixture, tokenizer, tokens, sequence_length, shards
         self.turns, self.cursors, self.desk = turns, cursors, desk
 
     def streams(self, worker: int, workers: int) -> Iterator[Stream]:
         turns = self.turns[worker::workers]
         cursors = {shard: self.cursors[shard] for shard in turns}
-        read = self.corpus.reader(self.shards, cursors)
+        readers = self.mixture.readers(self.shards, cursors)
 
         def notice(name: str) -> None:
             self.desk[worker * SLOT : (worker + 1) * SLOT] = name.encode(errors="replace")[:SLOT].ljust(SLOT, b"\0")
 
-        packers = [Packer(partial(read, shard), self.tokenizer, self.tokens, shard=shard, cursor=cursors[shard], notice=notice) for shard in turns]
+        packers = [
+            Packer(
+                [partial(read, shard) for read in readers],
+                self.tokenizer,
+                self.tokens,
+                shares=self.mixture.weights,
+                whole=[part.whole for part in self.mixture.parts],
+                sequence_length=self.sequence_length,
+                shard=shard,
+                cursors=cursors[shard],
+                notice=notice,
+            )
+            for shard in turns
+        ]
         while True:
             for each in packers:
                 stream = each.next()
@@ -82,6 +106,7 @@ class Loader:
     Args:
         corpus, tokenizer: the documents and what encodes them.
         tokens: length of a micro-batch.
+        sequence_length: longest piece of a document, 0: that of the micro-batch; see `Packer`.
         shards: V, the fixed number of virtual shards.
         workers: tokenising processes at most; as many run as divide this rank's shards. 0: none.
         rank, ranks: the data rank and how many there are.
@@ -94,10 +119,11 @@ class Loader:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | Mixture,
         tokenizer: Tokenizer,
         *,
         tokens: int,
+        sequence_length: int = 0,
         shards: int,
         workers: int,
         rank: int,
@@ -112,7 +138,9 @@ class Loader:
         if workers < 0:
             raise ValueError(f"data.workers={workers} is not a number of processes: write 0 or more")
         self.ranks = ranks
-        self.identity = {"shards": shards, "seed": seed, "documents": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+        mixture = Mixture.of(corpus)
+        self.parts = len(mixture.parts)
+        self.identity = {"shards": shards, "seed": seed, "documents": mixture.fingerprint, "tokenizer": tokenizer.fingerprint}
         mine = range(rank, shards, ranks)
         self.cursors, begin = self._restore(state, mine)
         self.index = begin + (rank - begin) % ranks  # this rank's next micro-batch
@@ -121,12 +149,12 @@ class Loader:
         turns = [*mine[turn:], *mine[:turn]]
         self.workers = max((n for n in range(1, workers + 1) if len(mine) % n == 0), default=0)
         self._desk = mmap.mmap(-1, SLOT * max(1, self.workers))  # shared with the workers through the fork
-        packed = PackedShards(corpus, tokenizer, tokens, shards, turns, self.cursors.copy(), self._desk)
+        packed = PackedShards(mixture, tokenizer, tokens, sequence_length, shards, turns, self.cursors.copy(), self._desk)
         self._streams: Iterator[Stream | Failure] | None = self._start(packed) if self.workers else packed.streams(0, 1)
 
-    def _restore(self, state: dict[str, Any] | None, mine: range) -> tuple[dict[int, Cursor], int]:
+    def _restore(self, state: dict[str, Any] | None, mine: range) -> tuple[dict[int, tuple[Cursor, ...]], int]:
         if state is None:
-            return {shard: Cursor() for shard in mine}, 0
+            return {shard: (Cursor(),) * self.parts for shard in mine}, 0
         what = {"shards": "data.shards", "seed": "seed", "documents": "the training documents", "tokenizer": "the tokenizer"}
         for key, value in self.identity.items():
             if state[key] != value:
@@ -134,7 +162,7 @@ class Loader:
         missing = [shard for shard in mine if str(shard) not in state["cursors"]]
         if missing:
             raise ValueError(f"the loader state has no cursor of shards {missing}: merge the states of all data ranks")
-        return {shard: Cursor(*state["cursors"][str(shard)]) for shard in mine}, state["next"]
+        return {shard: cursors_of(state["cursors"][str(shard)]) for shard in mine}, state["next"]
 
     def _start(self, packed: PackedShards) -> Iterator[Stream | Failure]:
         import torch
@@ -177,7 +205,7 @@ class Loader:
             self.close()
             raise ValueError(stream.message) from RuntimeError(stream.trace)  # noqa: TRY004 (a message, not a type, arrived)
         batch = MicroBatch.of(stream, self.index)
-        self.cursors[stream.shard] = stream.cursor
+        self.cursors[stream.shard] = stream.cursors
         self.index += self.ranks
         self.next_index += self.ranks
         return batch
@@ -188,7 +216,7 @@ class Loader:
 
     def state(self) -> dict[str, Any]:
         """JSON-able: this rank's cursors after the micro-batches it handed out, and the next global micro-batch."""
-        cursors = {str(shard): list(cursor) for shard, cursor in sorted(self.cursors.items())}
+        cursors = {str(shard): [list(cursor) for cursor in cursors] for shard, cursors in sorted(self.cursors.items())}
         return {"next": self.next_index, **self.identity, "cursors": cursors}
 
     def close(self) -> None:
@@ -203,6 +231,11 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def cursors_of(saved: list[Any]) -> tuple[Cursor, ...]:
+    """A shard's cursors out of a state; the first states had the one cursor of the one source there was."""
+    return tuple(Cursor(*cursor) for cursor in (saved if isinstance(saved[0], list) else [saved]))
 
 
 def end_workers(streams: Any) -> None:

@@ -8,9 +8,15 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ltrain.data.cache import TokenCache
 from ltrain.data.sources import Documents, HubStream, digest
+from ltrain.data.tokenizer import Tokenizer, token_cache
 
 _MASK64 = (1 << 64) - 1
 
@@ -21,12 +27,15 @@ class Cursor(NamedTuple):
     epoch: int = 0
     document: int = 0  # index among the shard's documents of this epoch
     offset: int = 0  # tokens of that document already packed
+    packed: int = 0  # tokens packed since the first document
 
 
 @dataclass(frozen=True)
 class Document:
     name: str
-    text: str | None  # None: left out
+    text: str | None  # None: left out, unless there are ids
+    ids: NDArray[np.integer] | None = None  # where it is tokenised already, end-of-document token included
+    keep: Callable[[NDArray[np.int32]], NDArray[np.integer]] | None = None  # takes the ids of a document that is to be cached, and gives them back
 
 
 class Reader(Protocol):
@@ -56,13 +65,13 @@ class Permutation:
         while True:
             left, right = index >> half, index & mask
             for key in self.keys:
-                left, right = right, left ^ (_mix(right ^ key) & mask)
+                left, right = right, left ^ (mix(right ^ key) & mask)
             index = left << half | right
             if index < self.size:  # else walk the cycle until back inside
                 return index
 
 
-def _mix(x: int) -> int:
+def mix(x: int) -> int:
     """SplitMix64's finaliser (Steele et al. 2014)."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
@@ -83,51 +92,105 @@ class Corpus(Protocol):
         """The training documents once, in an order that depends on nothing but the corpus."""
         ...
 
-    def held_out(self) -> Iterator[Document]:
-        """The held-out documents once, always in the same order."""
+    def held_out(self, encoded: bool = False) -> Iterator[Document]:
+        """The held-out documents once, always in the same order; `encoded`: those in the cache as ids, without their text."""
         ...
+
+    def attach(self, tokenizer: Tokenizer, cache: str) -> None:
+        """Tell the tokenizer that encodes the documents, and the folder where their ids are kept ('': they are not)."""
+        ...
+
+
+class Split(NamedTuple):
+    """Indices of documents: the first `n_held_out` are held out, the others train."""
+
+    order: "Permutation | NDArray[np.int64]"
+    n_held_out: int
+    n_training: int
+
+
+def split(documents: Documents, held_out: float, sizes: tuple[int, int] | None = None) -> Split:
+    """A share of the documents held out, at least one of them, always the same; of both parts only those of `sizes` (least and most bytes).
+
+    Packages are held out by their names: what one run held out, another with more packages or other sizes does not train on.
+    """
+    _check_share(held_out)
+    size = len(documents)
+    permutation = Permutation(size, "split")
+    n_held_out = min(max(1, round(size * held_out)), size) if held_out else 0
+    by_name = getattr(documents, "by_name", False)
+    if sizes is None and not by_name:
+        return Split(permutation, n_held_out, size - n_held_out)
+    if by_name:
+        # by the most significant bits: a share of all possible digests, so nearly one of the documents
+        rank = {i: int(digest("split", documents.name(i))[:13], 16) / 16**13 for i in range(size)}
+        order = sorted(rank, key=lambda i: rank[i])
+        n_held_out = max(min(1, n_held_out), sum(rank[i] < held_out for i in order))
+    else:
+        order = [permutation[i] for i in range(size)]
+    parts = order[:n_held_out], order[n_held_out:]
+    if sizes is not None:
+        least, most = sizes
+        fit = np.asarray([least <= n <= most for n in documents.sizes()])
+        parts = [i for i in parts[0] if fit[i]], [i for i in parts[1] if fit[i]]
+    return Split(np.array([*parts[0], *parts[1]], dtype=np.int64), len(parts[0]), len(parts[1]))
 
 
 class RandomAccessCorpus:
     """A share of the documents is held out; the others are reshuffled in every epoch by (seed, epoch).
 
     Which documents are held out does not depend on the seed: runs of different seeds are evaluated on the same text.
+
+    Args:
+        sizes: least and most bytes of a document; None: all.
+        shared: where there are fewer documents than shards, each shard reads all of them, in its own order, instead of a refusal.
+
+    Attributes:
+        cache: token ids of the documents, once the tokenizer is known.
     """
 
-    def __init__(self, documents: Documents, held_out: float, seed: int, shards: int):
-        _check_share(held_out)
+    def __init__(self, documents: Documents, held_out: float, seed: int, shards: int, sizes: tuple[int, int] | None = None, shared: bool = False):
         self.documents, self.seed, self.size = documents, seed, len(documents)
-        self.split = Permutation(self.size, "split")
-        self.n_held_out = min(max(1, round(self.size * held_out)), self.size) if held_out else 0
-        self.n_training = self.size - self.n_held_out
-        if self.n_training < shards:
+        self.split, self.n_held_out, self.n_training = split(documents, held_out, sizes)
+        self.cache: TokenCache | None = None
+        self.shared = shared and 0 < self.n_training < shards
+        if sizes is not None and not self.n_training:
+            raise ValueError(f"none of the {self.size} documents to train on is as long as min_tokens and max_tokens ask: widen them")
+        if self.n_training < shards and not self.shared:
             raise ValueError(
                 f"data.shards={shards} needs as many training documents and there are {self.n_training} ({self.n_held_out} of "
                 f"{self.size} are held out): " + (f"write data.shards={self.n_training} or less" if self.n_training else "add documents")
             )
-        self.fingerprint = digest(documents.fingerprint, self.n_held_out)
+        self.fingerprint = digest(documents.fingerprint, self.n_held_out, *([self.n_training] if sizes is not None else []))
 
-    def document(self, index: int) -> Document:
-        return Document(self.documents.name(index), self.documents.text(index))
+    def attach(self, tokenizer: Tokenizer, cache: str) -> None:
+        self.cache = token_cache(cache, self.documents, tokenizer)
+
+    def document(self, index: int, encoded: bool = False) -> Document:
+        name = self.documents.name(index)
+        if self.cache is None or not encoded:
+            return Document(name, self.documents.text(index))
+        ids = self.cache.get(index)
+        return Document(name, self.documents.text(index) if ids is None else None, ids, partial(self.cache.put, index))
 
     def reader(self, shards: int, cursors: Mapping[int, Cursor]) -> Reader:
-        orders: dict[int, Permutation] = {}  # by epoch
+        orders: dict[tuple[int, ...], Permutation] = {}
 
         def read(shard: int, epoch: int, index: int) -> Document | None:
-            position = shard + index * shards
+            position, key = (index, (epoch, shard)) if self.shared else (shard + index * shards, (epoch,))
             if position >= self.n_training:
                 return None
-            if epoch not in orders:
-                orders[epoch] = Permutation(self.n_training, "train", self.seed, epoch)
-            return self.document(self.split[self.n_held_out + orders[epoch][position]])
+            if key not in orders:
+                orders[key] = Permutation(self.n_training, "train", self.seed, *key)
+            return self.document(int(self.split[self.n_held_out + orders[key][position]]), encoded=True)
 
         return read
 
     def training(self) -> Iterator[Document]:
-        return (self.document(self.split[i]) for i in range(self.n_held_out, self.size))
+        return (self.document(int(self.split[self.n_held_out + i])) for i in range(self.n_training))
 
-    def held_out(self) -> Iterator[Document]:
-        return (self.document(self.split[i]) for i in range(self.n_held_out))
+    def held_out(self, encoded: bool = False) -> Iterator[Document]:
+        return (self.document(int(self.split[i]), encoded) for i in range(self.n_held_out))
 
 
 class StreamedCorpus:
@@ -140,6 +203,9 @@ class StreamedCorpus:
         self.stream = stream
         self.every = round(1 / held_out) if held_out else 0  # 0: none is held out
         self.fingerprint = digest(stream.fingerprint, self.every)
+
+    def attach(self, tokenizer: Tokenizer, cache: str) -> None:
+        pass  # what comes from the hub is not kept
 
     def _documents(self, skip: int = 0) -> Iterator[tuple[int, Document]]:
         for number, (name, text) in enumerate(self.stream.open(skip), skip):
@@ -166,7 +232,7 @@ class StreamedCorpus:
     def training(self) -> Iterator[Document]:
         return (document for _, document in self._training_from(0))
 
-    def held_out(self) -> Iterator[Document]:
+    def held_out(self, encoded: bool = False) -> Iterator[Document]:
         if not self.every:
             return iter(())
         return (document for number, document in self._documents() if self._is_held_out(number))

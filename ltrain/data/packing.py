@@ -1,17 +1,17 @@
 """Documents of one virtual shard, packed into streams of exactly `tokens` tokens.
 
-A document that crosses the end of a stream is cut; its rest opens the shard's next stream as a document of its own whose
-positions continue. Nothing is padded and nothing is lost.
+A document that crosses the end of a stream is cut; its rest opens the shard's next stream as a document of its own whose positions continue.
+With a sequence length, documents are cut into pieces of it, each a document of its own from position 0. Nothing is padded and nothing is lost.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ltrain.data.order import Cursor, Document
+from ltrain.data.order import Cursor, Document, mix
 from ltrain.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Stream:
     starts: NDArray[np.int64]  # [segments] position of each segment's first token in its document
     documents: list[str]
     shard: int
-    cursor: Cursor  # after this stream
+    cursors: tuple[Cursor, ...]  # of each source, after this stream
 
 
 @dataclass
@@ -38,11 +38,11 @@ class MicroBatch:
 
     tokens: "torch.Tensor"  # [T] int64
     labels: "torch.Tensor"  # [T] int64: the next token of the segment; -100 for a segment's last token
-    positions: "torch.Tensor"  # [T] int64: position in the document; a cut document's rest continues
+    positions: "torch.Tensor"  # [T] int64: position in the document; a cut document's rest continues, without data.sequence_length
     cu_seqlens: "torch.Tensor"  # [segments + 1] int32: where each segment begins, and T
     documents: list[str]  # name of each segment's document
     index: int  # among all micro-batches of the run (of the evaluation), from 0
-    cursor: Cursor  # of its shard, after it
+    cursors: tuple[Cursor, ...]  # of its shard's sources, after it
 
     @classmethod
     def of(cls, stream: Stream, index: int) -> "MicroBatch":
@@ -60,58 +60,73 @@ class MicroBatch:
             cu_seqlens=torch.from_numpy(cu_seqlens),
             documents=stream.documents,
             index=index,
-            cursor=stream.cursor,
+            cursors=stream.cursors,
         )
 
 
 class Packer:
-    """Packs one shard, from a cursor on.
+    """Packs one shard, from its cursors on.
+
+    With several sources, each next piece comes from the one that is furthest behind its share of the tokens packed so far. The stream is a
+    function of the shard and the cursors alone.
 
     Args:
-        read: document at (epoch, index in the shard), None past the last.
+        reads: of each source, its document at (epoch, index in the shard), None past the last.
         tokenizer: encodes each document when it is first needed.
         tokens: length of a stream.
-        shard: the shard's number, for the streams and for messages.
-        cursor: where to begin; a document cut there is encoded again.
-        epochs: stop after so many; None: never.
+        shares: of the tokens, for each source; they add up to 1.
+        whole: for each source, whether its documents are never cut. One that does not fit into what is left of a stream waits for the next, and
+            another source, of which there has to be one, fills the stream.
+        sequence_length: longest piece of a document; each piece, and what the end of a stream cuts off, begins at position 0. 0: documents are
+            cut by the ends of streams only, and the rest goes on with its positions.
+        shard: the shard's number, for the streams, for messages, and for which source begins.
+        cursors: where to begin, one for each source; a document cut there is encoded again.
+        epochs: each source stops after so many; None: never.
         notice: called with a document's name before it is encoded.
     """
 
     def __init__(
         self,
-        read: Callable[[int, int], Document | None],
+        reads: Sequence[Callable[[int, int], Document | None]],
         tokenizer: Tokenizer,
         tokens: int,
         *,
+        shares: Sequence[float] = (1.0,),
+        whole: Sequence[bool] = (False,),
+        sequence_length: int = 0,
         shard: int = 0,
-        cursor: Cursor = Cursor(),  # noqa: B008 (immutable)
+        cursors: Sequence[Cursor] | None = None,
         epochs: int | None = None,
         notice: Callable[[str], None] = lambda name: None,
     ):
         if tokens < 2:
             raise ValueError(f"data.tokens={tokens} is too short for a stream: write at least 2")
-        self.read, self.tokenizer, self.tokens, self.shard, self.epochs, self.notice = read, tokenizer, tokens, shard, epochs, notice
-        self.epoch, self.index, self.offset = cursor
-        self.current: tuple[str, NDArray[np.int32]] | None = None  # name and ids of the document under the cursor
+        assert len(reads) == len(shares) == len(whole) and not all(whole)
+        longest = min(sequence_length or tokens, tokens)
+        self.tokenizer, self.tokens, self.shard = tokenizer, tokens, shard
+        # Shards begin with different sources, so that their shares of what all have packed are right from the start.
+        ahead = [(mix(mix(shard) + n) / 2**64 - 0.5) * longest for n in range(len(reads))]
+        self.sources = [
+            Source(read, tokenizer, share, ahead[n], whole[n], longest if sequence_length else 0, shard, epochs, notice)
+            for n, (read, share) in enumerate(zip(reads, shares, strict=True))
+        ]
+        for source, cursor in zip(self.sources, cursors or [Cursor()] * len(reads), strict=True):
+            source.cursor = cursor
 
     def next(self) -> Stream | None:
-        """The next stream, or None when the last epoch ends before it is full."""
+        """The next stream, or None when the last epochs end before it is full."""
         parts: list[NDArray[np.int32]] = []
         starts, documents = [], []
         room = self.tokens
         while room:
-            document = self.current or self._open()
-            if document is None:
+            source = self._choose(room)
+            if source is None:
                 return None
-            self.current, (name, ids) = document, document
-            part = ids[self.offset : self.offset + room]
+            name, start, part = source.take(room)
             parts.append(part)
-            starts.append(self.offset)
+            starts.append(start)
             documents.append(name)
             room -= len(part)
-            self.offset += len(part)
-            if self.offset == len(ids):
-                self.index, self.offset, self.current = self.index + 1, 0, None
         lengths = [len(part) for part in parts]
         return Stream(
             tokens=np.concatenate(parts),
@@ -119,32 +134,96 @@ class Packer:
             starts=np.array(starts, dtype=np.int64),
             documents=documents,
             shard=self.shard,
-            cursor=Cursor(self.epoch, self.index, self.offset),
+            cursors=tuple(source.cursor for source in self.sources),
         )
 
-    def _open(self) -> tuple[str, NDArray[np.int32]] | None:
+    def _choose(self, room: int) -> "Source | None":
+        """The source of the next piece; None where all have ended."""
+        # What the end of a stream cut goes on before any other text, but not before a whole document that is due: it would never find a stream empty.
+        cut = next((s for s in self.sources if s.cursor.offset and not s.longest and not s.ended()), None)
+        total = sum(source.cursor.packed for source in self.sources)
+        for source in sorted(self.sources, key=lambda s: s.cursor.packed - s.share * total - s.ahead):
+            if not source.ended() and source.fits(room):
+                return cut if cut is not None and not source.whole else source
+        return None
+
+
+class Source:
+    """One source of a shard: its cursor and the document under it."""
+
+    def __init__(
+        self,
+        read: Callable[[int, int], Document | None],
+        tokenizer: Tokenizer,
+        share: float,
+        ahead: float,
+        whole: bool,
+        longest: int,
+        shard: int,
+        epochs: int | None,
+        notice: Callable[[str], None],
+    ):
+        self.read, self.tokenizer, self.share, self.ahead, self.whole, self.longest = read, tokenizer, share, ahead, whole, longest
+        self.shard, self.epochs, self.notice = shard, epochs, notice
+        self.cursor = Cursor()
+        self.current: tuple[str, NDArray[np.integer]] | None = None
+
+    def ended(self) -> bool:
+        if self.current is None:
+            self.current = self._open()
+        return self.current is None
+
+    def fits(self, room: int) -> bool:
+        assert self.current is not None  # it has not ended
+        return not self.whole or len(self.current[1]) <= room
+
+    def take(self, room: int) -> tuple[str, int, NDArray[np.int32]]:
+        """A piece of at most `room` tokens: the document's name, the position of the first token and the ids."""
+        assert self.current is not None  # it was chosen
+        name, ids = self.current
+        epoch, index, offset, packed = self.cursor
+        limit = min(room, self.longest) if self.longest else room
+        part = np.asarray(ids[offset : offset + limit], dtype=np.int32)
+        start = 0 if self.longest else offset
+        offset += len(part)
+        self.cursor = Cursor(epoch, index, offset, packed + len(part))
+        if offset == len(ids):
+            self.cursor, self.current = Cursor(epoch, index + 1, 0, packed + len(part)), None
+        return name, start, part
+
+    def _open(self) -> tuple[str, NDArray[np.integer]] | None:
         """The document under the cursor, encoded; moves over documents that are left out and to the next epoch."""
         epoch_ends = 0
         while True:
-            if self.epochs is not None and self.epoch >= self.epochs:
+            epoch, index, _, packed = self.cursor
+            if self.epochs is not None and epoch >= self.epochs:
                 return None
-            document = self.read(self.epoch, self.index)
+            document = self.read(epoch, index)
             if document is None:
                 epoch_ends += 1
                 if epoch_ends == 2:
                     raise ValueError(f"data: shard {self.shard} has no document in a whole epoch: lower data.shards or add documents")
-                self.epoch, self.index, self.offset = self.epoch + 1, 0, 0
-            elif document.text is None:
-                self.index, self.offset = self.index + 1, 0
+                self.cursor = Cursor(epoch + 1, 0, 0, packed)
+            elif document.text is None and document.ids is None:
+                self.cursor = Cursor(epoch, index + 1, 0, packed)
             else:
-                return document.name, self._encode(document.name, document.text)
+                return document.name, self._ids(document)
+
+    def _ids(self, document: Document) -> NDArray[np.integer]:
+        ids = document.ids
+        if ids is None:
+            assert document.text is not None
+            ids = self._encode(document.name, document.text)
+            if document.keep is not None:
+                ids = document.keep(ids)
+        if self.cursor.offset >= len(ids):
+            had = self.cursor.offset
+            raise ValueError(f"data: {document.name} has {len(ids)} tokens and the run had read {had} of it: restore it, or start a new run")
+        return ids
 
     def _encode(self, name: str, text: str) -> NDArray[np.int32]:
         self.notice(name)
         try:
-            ids = np.array(self.tokenizer.encode_document(text), dtype=np.int32)
+            return self.tokenizer.document_ids(text)
         except Exception as error:
             raise ValueError(f"data: {name} cannot be tokenised: {error}") from error
-        if self.offset >= len(ids):
-            raise ValueError(f"data: {name} has {len(ids)} tokens and the run had read {self.offset} of it: restore it, or start a new run")
-        return ids

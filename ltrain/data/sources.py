@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ltrain.config import DataConfig
+from ltrain.config import SourceConfig
 
 if TYPE_CHECKING:
     import datasets
 
-SOURCES = ("stdlib", "text", "jsonl", "parquet", "hub")
+SOURCES = ("stdlib", "text", "jsonl", "parquet", "hub", "packages")
 
 
 class Documents(Protocol):
@@ -35,6 +35,14 @@ class Documents(Protocol):
         """The document, or None where the source leaves it out."""
         ...
 
+    def sizes(self) -> Sequence[int]:
+        """Bytes of each document, without reading them."""
+        ...
+
+    def stamp(self) -> str:
+        """Changes when the documents are written again: what was derived from them is then made anew."""
+        ...
+
 
 def digest(*parts: object) -> str:
     """A hexadecimal fingerprint of JSON-able values."""
@@ -45,6 +53,10 @@ def first_line(error: BaseException) -> str:
     """What an exception says, short enough for one sentence."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def stamp(paths: Sequence[str]) -> str:
+    return digest([os.stat(path).st_mtime_ns for path in paths])
 
 
 class Files:
@@ -68,6 +80,12 @@ class Files:
 
     def name(self, index: int) -> str:
         return self.paths[index]
+
+    def sizes(self) -> Sequence[int]:
+        return [os.stat(path).st_size for path in self.paths]
+
+    def stamp(self) -> str:
+        return stamp(self.paths)
 
     def text(self, index: int) -> str | None:
         path = self.paths[index]
@@ -100,6 +118,15 @@ class Table:
     def name(self, index: int) -> str:
         return f"row {index} of {self.files[0] if len(self.files) == 1 else f'the {len(self.files)} files of data.files'}"
 
+    def sizes(self) -> Sequence[int]:
+        import pyarrow.compute
+
+        lengths: list[int | None] = pyarrow.compute.binary_length(self.rows.data.column(self.field)).to_pylist()
+        return [n or 0 for n in lengths]
+
+    def stamp(self) -> str:
+        return stamp(self.files)
+
     def text(self, index: int) -> str | None:
         return as_text(self.rows[index][self.field], self.field, self.name(index))
 
@@ -107,7 +134,7 @@ class Table:
 class HubStream:
     """A data set of the hub (or of a local folder), read in its own order without a download of the whole."""
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: SourceConfig):
         if not config.name:
             raise ValueError("data.name is empty: write the hub name of a data set, or choose another data.source")
         self.config = config
@@ -228,7 +255,7 @@ def table(files: list[str], source: str, field: str) -> Table:
     return Table(rows, field, files)
 
 
-def open_source(config: DataConfig) -> Documents | HubStream:
+def open_source(config: SourceConfig) -> Documents | HubStream:
     """The documents that `config` names.
 
     Raises:
@@ -238,6 +265,10 @@ def open_source(config: DataConfig) -> Documents | HubStream:
         return stdlib()
     if config.source == "hub":
         return HubStream(config)
+    if config.source == "packages":
+        from ltrain.data.packages import Packages
+
+        return Packages(config.roots)
     if config.source not in SOURCES:
         raise ValueError(f"data.source={config.source} is not known: write one of {', '.join(SOURCES)}")
     files = matching_files(config.files, config.source)

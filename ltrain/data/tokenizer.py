@@ -6,13 +6,19 @@ Whatever the kind, decode(encode(text)) == text, and a document's text cannot pr
 import fcntl
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ltrain.config import TokenizerConfig
-from ltrain.data.sources import digest, first_line
+from ltrain.data.cache import TokenCache
+from ltrain.data.sources import Documents, digest, first_line
 
 if TYPE_CHECKING:
     import tokenizers
@@ -20,7 +26,10 @@ if TYPE_CHECKING:
 END = "<|endoftext|>"  # GPT-2's name for it
 KINDS = ("bpe", "bytes", "file")
 SAMPLE_CHARACTERS = 32 << 20  # of text that BPE is trained on: more moves few merges and costs time on every new data set
-RECIPE = 1  # counted up when the training below changes, so that no cached tokenizer of an older recipe is taken
+PIECE_CHARACTERS = 1 << 16  # in which long documents are encoded
+PLACE = re.compile(r"\S\n(?=\S)")
+PIECES = ("The magic number is", " 1234", ".\n", "x = ", '"ab"')
+RECIPE = 2  # counted up when the training below changes, so that no cached tokenizer of an older recipe is taken
 KNOWN_ENDS = (END, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 PROBE = "Round trip:\n\tdef f(x):  return {'é': \"中文\", '🙂': [1234567890]}\n\n\n    # UPPER lower_  \n"
 
@@ -57,13 +66,23 @@ class Tokenizer:
         try:
             if self._model is None:
                 return list(text.encode("utf-8"))
-            return self._model.encode(text, add_special_tokens=False).ids
+            return self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids  # without the characters of each token
         except (UnicodeEncodeError, TypeError) as error:  # `tokenizers` says TypeError
             raise ValueError("the text holds a lone surrogate, which is not valid Unicode: remove it") from error
 
     def encode_document(self, text: str) -> list[int]:
         """Ids of a whole document, end-of-document token included."""
         return [*self.encode(text), self.eos]
+
+    def document_ids(self, text: str) -> NDArray[np.int32]:
+        """`encode_document` as an array. A long text is encoded in pieces, so that it takes little more memory than its ids."""
+        pieces = cut(text) if len(text) > PIECE_CHARACTERS and self.piecewise else [text]
+        return np.concatenate([np.array(ids, dtype=np.int32) for ids in (*map(self.encode, pieces), [self.eos])])
+
+    @cached_property
+    def piecewise(self) -> bool:
+        """Whether pieces of a text have the tokens that they have in it, so far as no word is cut."""
+        return self.decode(i for piece in PIECES for i in self.encode(piece)) == "".join(PIECES)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; bytes that are not UTF-8 (a sample cut inside a character) become U+FFFD, end-of-document nothing."""
@@ -92,6 +111,18 @@ class Tokenizer:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{about} is not a saved tokenizer ({first_line(error)}): name a folder that holds one") from error
         return cls(kind, eos, None if kind == "bytes" else read_model(Path(folder, "tokenizer.json")))
+
+
+def cut(text: str, characters: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """Pieces of at least so many characters (but the last), cut only between a line that ends in its newline alone and one without indentation.
+
+    No tokenizer that splits text into words by a pattern (GPT-2's and those after it) has a token across such a place.
+    """
+    begin = 0
+    while (found := PLACE.search(text, begin + characters)) is not None:
+        yield text[begin : found.end()]
+        begin = found.end()
+    yield text[begin:]
 
 
 def read_model(path: Path) -> "tokenizers.Tokenizer":
@@ -128,15 +159,19 @@ def sample(texts: Iterable[str], limit: int = SAMPLE_CHARACTERS) -> Iterator[str
         yield piece
 
 
-def train_bpe(texts: Iterable[str], vocab: int) -> "tokenizers.Tokenizer":
-    """Byte-level BPE (Sennrich et al. 2016; bytes and the splitting pattern as in GPT-2, Radford et al. 2019) of at most `vocab` ids."""
+def train_bpe(texts: Iterable[str], vocab: int, digits: str = "split") -> "tokenizers.Tokenizer":
+    """Byte-level BPE (Sennrich et al. 2016; bytes and the splitting pattern as in GPT-2, Radford et al. 2019) of at most `vocab` ids.
+
+    digits: split (each is a token, so that a number's tokens do not depend on what the merges have seen) | merge.
+    """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab < 257:
         raise ValueError(f"data.tokenizer.vocab={vocab} is too small: write at least 257 (the 256 bytes and the end of a document)")
     model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words]) if digits == "split" else words
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     model.train_from_iterator(sample(texts), trainer)
@@ -149,7 +184,7 @@ def cached_bpe(config: TokenizerConfig, texts: Iterable[str], fingerprint: str) 
     Of several processes one trains and the others wait; where the cache's file system has no locks each trains the same.
     """
     folder = Path(config.cache).expanduser()
-    path = folder / f"bpe-{config.vocab}-{digest(fingerprint, config.vocab, RECIPE)}.json"
+    path = folder / f"bpe-{config.vocab}-{digest(fingerprint, config.vocab, config.digits, RECIPE)}.json"
     if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +197,7 @@ def cached_bpe(config: TokenizerConfig, texts: Iterable[str], fingerprint: str) 
             except OSError:  # no locks here
                 pass
             if not path.exists():
-                write_atomically(path, train_bpe(texts, config.vocab).to_str())
+                write_atomically(path, train_bpe(texts, config.vocab, config.digits).to_str())
     model = read_model(path)
     eos = model.token_to_id(END)
     assert eos is not None, path
@@ -207,3 +242,11 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str], fingerprint: 
     if config.kind == "file":
         return from_file(config.path)
     raise ValueError(f"data.tokenizer.kind={config.kind} is not known: write one of {', '.join(KINDS)}")
+
+
+def token_cache(folder: str, documents: Documents, tokenizer: Tokenizer) -> TokenCache | None:
+    """Where the ids of these documents are kept, below a cache folder; None without one, and for bytes, which cost nothing to make."""
+    if not folder or tokenizer.kind == "bytes":
+        return None
+    key = digest(documents.fingerprint, documents.stamp(), tokenizer.fingerprint)
+    return TokenCache(Path(folder).expanduser() / f"tokens-{key}", tokenizer.vocab_size)

@@ -52,7 +52,9 @@ def generate(
     model.eval()
     try:
         flat = torch.tensor([t for p in prompts for t in p], device=device)
-        logits, state = model.prefill(flat, Sequence.of([len(p) for p in prompts], device))
+        seq = Sequence.of([len(p) for p in prompts], device)
+        seq.room = tokens
+        logits, state = model.prefill(flat, seq)
         columns = [choose(logits[:, :size], temperature, generator)]  # each [N]
         ended = columns[0] == eos if eos is not None else torch.zeros(len(prompts), dtype=torch.bool)
         while len(columns) < tokens and not ended.all():
@@ -103,7 +105,7 @@ def load(path: str | Path, device: str = "") -> tuple[Stack, "Tokenizer", Config
     dtype = torch.bfloat16 if place.type == "cuda" and config.precision == "bf16" else torch.float32
     with Checkpoint(folder) as checkpoint:
         vocab = checkpoint.shape("embed.weight", "param")[0]  # rounded up from the tokenizer's
-        layers = LocalLayers(std=config.model.init_std, depth=config.model.depth, eps=config.model.norm_eps, device=place, dtype=dtype)
+        layers = LocalLayers.of(config.model, place, dtype)
         model = Stack(config.model, vocab, layers)
         for name, param in model.named_parameters():
             fill(name, param, "param", param, checkpoint)

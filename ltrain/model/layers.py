@@ -4,24 +4,31 @@ Model code asks a `Layers` for its linear layers, norms, embeddings and experts 
 `LocalLayers` is one device. `ltrain.parallel.layers` gives the sharded ones.
 """
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from ltrain.model.activation import Activation
 from ltrain.model.experts import Experts
 from ltrain.model.head import Head
-from ltrain.model.norm import RMSNorm
+from ltrain.model.norm import GroupRMSNorm, LayerNorm, RMSNorm, WeightlessNorm
+from ltrain.model.options import ModelConfig, MoEOptions
+from ltrain.model.sequence import Sequence, before
 
 __all__ = [
     "Embedding",
     "Experts",
     "Head",
     "Init",
+    "LayerNorm",
     "Linear",
     "LocalLayers",
     "ParamLayout",
@@ -37,6 +44,7 @@ __all__ = [
     "normal",
     "pieces",
     "seed_parameters",
+    "settings",
     "shard_of",
     "uniform",
 ]
@@ -167,25 +175,25 @@ def seed_parameters(module: nn.Module, seed: int) -> None:
 
 
 class Linear(nn.Module):
-    """y = x W^T. `forward` returns a tuple, one tensor per fused output part."""
+    """y = x W^T + b. `forward` returns a tuple, one tensor per fused output part."""
 
-    def __init__(self, weight: nn.Parameter, parts: tuple[int, ...]):
+    def __init__(self, weight: nn.Parameter, parts: tuple[int, ...], bias: nn.Parameter | None = None):
         super().__init__()
-        self.weight, self.parts = weight, parts
+        self.weight, self.parts, self.bias = weight, parts, bias
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(x, self.weight).split(self.parts, dim=-1)
+        return F.linear(x, self.weight, self.bias).split(self.parts, dim=-1)
 
 
 class RowLinear(nn.Module):
-    """y = x W^T with x sharded along its width, as the column layer before it left it."""
+    """y = x W^T + b with x sharded along its width, as the column layer before it left it."""
 
-    def __init__(self, weight: nn.Parameter):
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None):
         super().__init__()
-        self.weight = weight
+        self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):
@@ -197,19 +205,52 @@ class Embedding(nn.Module):
         return F.embedding(tokens, self.weight)  # [T] -> [T, hidden]
 
 
+def settings(model: ModelConfig) -> dict[str, Any]:
+    """What a factory is told of a model."""
+    return {"std": model.init_std, "depth": model.depth, "eps": model.norm_eps, "norm_kind": model.norm}
+
+
 class LocalLayers:
     """Everything on one device."""
 
     shard = Shard()
 
     def __init__(
-        self, *, std: float = 0.02, depth: int = 1, eps: float = 1e-6, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        *,
+        std: float = 0.02,
+        depth: int = 1,
+        eps: float = 1e-6,
+        norm_kind: str = "rms",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         self.std, self.eps, self.device, self.dtype = std, eps, device, dtype
+        self.depth, self.layer = depth, 0  # of the model, and the index of the layer that this factory serves
+        self.norm_kind = norm_kind  # model.norm
         self.output_std = std / math.sqrt(2 * depth)  # of what adds to the residual stream (GPT-2)
+
+    @classmethod
+    def of(cls, model: ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LocalLayers":
+        """What this model asks of its layers."""
+        return cls(**settings(model), device=device, dtype=dtype)
 
     def parameter(self, layout: ParamLayout, dtype: torch.dtype | None = None) -> nn.Parameter:
         return new_parameter(layout, self.shard, self.device, dtype or self.dtype)
+
+    def at(self, layer: int) -> "LocalLayers":
+        """The factory of this layer of the model: layers may differ in precision, and some in what depends on their depth."""
+        here = copy.copy(self)
+        here.layer = layer
+        return here
+
+    def fused(self, norm: nn.Module, linear: nn.Module) -> nn.Module | None:
+        """A module with both's parameters that takes linear's place and applies the norm too, or None: the norm stays a step of its own."""
+        return None
+
+    def checkpointed(self, function: Callable[..., Any], *args: Any, contexts: Callable[[], tuple[Any, Any]] = noop_context_fn) -> Any:
+        """function(*args), whose activations are made again in the backward; `contexts` gives what the first pass and the second run under."""
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def heads(self, count: int, what: str) -> int:
         """How many of `count` heads this rank holds."""
@@ -218,22 +259,95 @@ class LocalLayers:
             raise ValueError(f"{what}={count} does not divide over parallel.tensor={size}: choose a tensor degree that divides it")
         return count // size
 
-    def column(self, in_features: int, parts: tuple[int, ...]) -> nn.Module:
+    def column(self, in_features: int, parts: tuple[int, ...], bias: bool = False) -> nn.Module:
         """[T, in_features] -> one tensor [T, part / ranks] per part: fused projections, each sharded over its outputs."""
         layout = ParamLayout((sum(parts), in_features), normal(self.std), axis=0, splits=parts)
-        return Linear(self.parameter(layout), tuple(self.heads(p, "projection width") for p in parts))
+        local = tuple(self.heads(p, "projection width") for p in parts)
+        return Linear(self.parameter(layout), local, self.column_bias(parts) if bias else None)
 
-    def row(self, in_features: int, out_features: int) -> nn.Module:
-        """[T, in_features / ranks] -> [T, out_features], summed over the ranks."""
-        return RowLinear(self.parameter(ParamLayout((out_features, in_features), normal(self.output_std), axis=1)))
+    def column_bias(self, parts: tuple[int, ...]) -> nn.Parameter:
+        return self.parameter(ParamLayout((sum(parts),), constant(0.0), axis=0, splits=parts, decay=False))
+
+    def row(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
+        """[T, in_features / ranks] -> [T, out_features], summed over the ranks; a bias is added once, after the sum."""
+        weight = self.parameter(ParamLayout((out_features, in_features), normal(self.output_std), axis=1))
+        return RowLinear(weight, self.row_bias(out_features) if bias else None)
+
+    def row_bias(self, width: int) -> nn.Parameter:
+        return self.parameter(ParamLayout((width,), constant(0.0), partial_gradient=True, decay=False))
 
     def norm(self, width: int) -> nn.Module:
-        """RMSNorm of the residual stream."""
-        return RMSNorm(self.parameter(ParamLayout((width,), constant(1.0), partial_gradient=True, decay=False)), self.eps)
+        """Norm of the residual stream."""
+        return self._norm(width, self.norm_kind)
 
     def head_norm(self, width: int) -> nn.Module:
-        """RMSNorm inside each head, one weight for all heads of all ranks."""
-        return self.norm(width)
+        """Norm inside each query or key head, of the residual stream's kind, one weight for all heads of all ranks."""
+        return self._norm(width, self.norm_kind)
+
+    def full_norm(self, width: int) -> nn.Module:
+        """RMSNorm over all heads together [T, width / ranks], whose mean square is over all ranks' heads."""
+        zero_centred = self.norm_kind == "rms_zero_centred"
+        layout = ParamLayout((width,), constant(0.0 if zero_centred else 1.0), axis=0, decay=False)
+        return self._full_norm(self.parameter(layout), self.eps, zero_centred)
+
+    def _full_norm(self, weight: nn.Parameter, eps: float, zero_centred: bool) -> nn.Module:
+        return RMSNorm(weight, eps, zero_centred)
+
+    def weightless_norm(self, eps: float | None = None) -> nn.Module:
+        """RMSNorm without a weight."""
+        return WeightlessNorm(eps or self.eps)
+
+    def of_heads(self, values: Tensor) -> Tensor:
+        """values [heads, ...], constants of all heads -> those of this rank's."""
+        count = self.heads(len(values), "heads")
+        return values[self.shard.tensor_rank * count :][:count].to(self.device)
+
+    def latent_norm(self, width: int, eps: float) -> nn.Module:
+        """RMSNorm of a latent that every rank has, of its own eps."""
+        return RMSNorm(self.parameter(ParamLayout((width,), constant(1.0), partial_gradient=True, decay=False)), eps)
+
+    def shift(self, x: Tensor, seq: Sequence) -> Tensor:
+        """x [T / ranks, ...] -> for each of this rank's tokens the one before it in its document, zeros before the first."""
+        return before(x, seq)
+
+    def mine(self, x: Tensor) -> Tensor:
+        """x [T, ...], which all ranks have and which has no gradient -> [T / ranks, ...], of the tokens between blocks of this rank."""
+        return x
+
+    def positions(self, count: int, hidden: int) -> nn.Parameter:
+        """[count, hidden], whole on every rank, where each sees its own tokens."""
+        return self.parameter(ParamLayout((count, hidden), normal(self.std), partial_gradient=True))
+
+    def latent_layer_norm(self, width: int, eps: float) -> nn.Module:
+        """LayerNorm with a bias of what every rank has, of its own eps."""
+
+        def vector(value: float) -> nn.Parameter:
+            return self.parameter(ParamLayout((width,), constant(value), partial_gradient=True, decay=False))
+
+        return LayerNorm(vector(1.0), vector(0.0), eps)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x [T / ranks, ...], this rank's tokens of what `whole` gave, -> [T, ...] on every rank, as a column layer gathers its input."""
+        return x
+
+    def output_norm(self, width: int, eps: float | None = None) -> nn.Module:
+        """RMSNorm inside each head of a recurrence's output: its weight starts at 1 also where the others are zero-centred."""
+        return self.latent_norm(width, eps or self.eps)
+
+    def full_output_norm(self, width: int, groups: int, eps: float | None = None) -> nn.Module:
+        """RMSNorm of a recurrence's output [T, width / ranks], over so many groups of heads each on its own."""
+        weight = self.parameter(ParamLayout((width,), constant(1.0), axis=0, decay=False))
+        if groups == 1:
+            return self._full_norm(weight, eps or self.eps, False)
+        return GroupRMSNorm(weight, self.heads(groups, "groups"), eps or self.eps)
+
+    def _norm(self, width: int, kind: str) -> nn.Module:
+        def vector(value: float) -> nn.Parameter:
+            return self.parameter(ParamLayout((width,), constant(value), partial_gradient=True, decay=False))
+
+        if kind in ("layer", "layer_bias"):
+            return LayerNorm(vector(1.0), vector(0.0) if kind == "layer_bias" else None, self.eps)
+        return RMSNorm(vector(0.0 if kind == "rms_zero_centred" else 1.0), self.eps, kind == "rms_zero_centred")
 
     def per_head(self, count: int, init: Init) -> nn.Parameter:
         """A vector with one number per head, sharded with the heads, without weight decay, in float32 or wider: decays near 1
@@ -246,16 +360,30 @@ class LocalLayers:
         return self.parameter(ParamLayout((sum(parts), width), uniform(-bound, bound), axis=0, splits=parts, decay=False))
 
     def router(self, hidden: int, experts: int) -> nn.Parameter:
-        """[experts, hidden], whole on every rank."""
+        """[experts, hidden], whole on every rank, where each sees its own tokens."""
         return self.parameter(ParamLayout((experts, hidden), normal(self.std), partial_gradient=True))
 
     def embedding(self, vocab: int, hidden: int) -> Embedding:
         return Embedding(self.parameter(ParamLayout((vocab, hidden), normal(self.std), axis=0)))
 
-    def head(self, vocab: int, hidden: int, tied: nn.Parameter | None) -> Head:
-        return Head(self.parameter(ParamLayout((vocab, hidden), normal(self.std), axis=0)) if tied is None else tied)
+    def head(self, vocab: int, hidden: int, tied: nn.Parameter | None, scale: float = 1.0, softcap: float = 0.0) -> Head:
+        return Head(self.parameter(ParamLayout((vocab, hidden), normal(self.std), axis=0)) if tied is None else tied, scale, softcap)
 
-    def experts(self, experts: int, hidden: int, inner: int, top_k: int) -> nn.Module:
-        up = self.parameter(ParamLayout((2 * inner, hidden), normal(self.std), experts=experts))
-        down = self.parameter(ParamLayout((hidden, inner), normal(self.output_std), experts=experts))
-        return Experts(up, down)
+    def experts(self, width: int, options: MoEOptions) -> nn.Module:
+        """Routed experts: [T, width] -> [T, width], each with the inner width, activation and biases that the options say."""
+        o, activation = options, Activation.of(options, options.limit)
+
+        def of_each(shape: tuple[int, ...], init: Init, decay: bool = True) -> nn.Parameter:
+            return self.parameter(ParamLayout(shape, init, experts=o.experts, decay=decay))
+
+        up = of_each((activation.parts * o.inner, width), normal(self.std))
+        down = of_each((width, o.inner), normal(self.output_std))
+        up_bias = of_each((activation.parts * o.inner,), constant(0.0), decay=False) if o.bias else None
+        down_bias = of_each((width,), constant(0.0), decay=False) if o.bias else None
+        return Experts(up, down, activation, up_bias, down_bias, o.scale_input)
+
+    def whole(self, in_features: int, out_features: int, bias: bool = False, to_residual: bool = False) -> nn.Module:
+        """[T, in_features] -> [T, out_features] with the same weights on every rank, where each sees its own tokens."""
+        std = self.output_std if to_residual else self.std
+        weight = self.parameter(ParamLayout((out_features, in_features), normal(std), partial_gradient=True))
+        return RowLinear(weight, self.row_bias(out_features) if bias else None)

@@ -1,39 +1,59 @@
-"""RMSNorm."""
-
-from typing import Any
+"""The norms of a model."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class _RMSNorm(torch.autograd.Function):
-    """Two passes over x instead of the five that the plain formula takes: norms are a third of a small model's time on a CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(torch.linalg.vecdot(wide, wide) / x.shape[-1] + eps).unsqueeze(-1)  # [..., 1]
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale * weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        grad = grads[0].to(scale.dtype)
-        normed = x * scale
-        weighted = grad * weight
-        mean = torch.linalg.vecdot(weighted, normed).unsqueeze(-1) / x.shape[-1]
-        dx = (weighted - normed * mean) * scale
-        return (dx.to(x.dtype), (grad * normed).flatten(0, -2).sum(0).to(weight.dtype), None)
+from ltrain.kernels.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * w over the last axis, in float32 or wider (Zhang & Sennrich 2019)."""
+    """x / sqrt(mean(x^2) + eps) * w over the last axis, in float32 or wider (Zhang & Sennrich 2019); 1 + w where zero-centred."""
 
-    def __init__(self, weight: nn.Parameter, eps: float):
+    def __init__(self, weight: nn.Parameter, eps: float, zero_centred: bool = False):
         super().__init__()
-        self.weight, self.eps = weight, eps
+        self.weight, self.eps, self.zero_centred = weight, eps, zero_centred
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> [..., width]"""
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, float(self.zero_centred))
+
+
+class GroupRMSNorm(nn.Module):
+    """RMSNorm of each of some groups of a width on its own, with a weight for every number."""
+
+    def __init__(self, weight: nn.Parameter, groups: int, eps: float):
+        super().__init__()
+        self.weight, self.groups, self.eps = weight, groups, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> [..., width]"""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.groups, -1))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (normed.flatten(-2) * self.weight).to(x.dtype)
+
+
+class WeightlessNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32 or wider."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> [..., width]"""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * w + b over the last axis (Ba et al. 2016)."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, eps: float):
+        super().__init__()
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> [..., width]"""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), bias, self.eps)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ltrain.model.layers import LocalLayers
 from ltrain.model.options import MoEOptions
+from ltrain.model.recompute import cheap
 from ltrain.model.sequence import Sequence
 
 
@@ -47,15 +48,21 @@ class Router(nn.Module):
             raise ValueError(f"ffn.top_k={options.top_k} must be from 1 to ffn.experts={options.experts}")
         if options.score not in ("softmax", "sigmoid"):
             raise ValueError(f"ffn.score={options.score!r} is not known: write softmax or sigmoid")
+        size = options.experts // options.groups
+        if options.experts % options.groups or options.top_k > size * options.top_groups:
+            raise ValueError(f"ffn.top_k={options.top_k} is more than ffn.top_groups={options.top_groups} of ffn.groups={options.groups} hold")
         self.options = options
         self.weight = layers.router(hidden, options.experts)
+        self.logit_bias = layers.row_bias(options.experts) if options.router_bias else None
         self.register_buffer("bias", torch.zeros(options.experts, dtype=torch.float32, device=layers.device))
         self.register_buffer("load", torch.zeros(options.experts, dtype=torch.int64, device=layers.device), persistent=False)
 
     def scores(self, x: Tensor) -> Tensor:
         """x [T, hidden] -> [T, E], each in 0..1"""
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(wide), self.weight.to(wide))
+        product = wide if self.options.router_dtype == "float32" else x.dtype
+        bias = None if self.logit_bias is None else self.logit_bias.to(product)
+        logits = F.linear(cheap(Tensor.to, x, product), self.weight.to(product), bias).to(wide)
         return logits.softmax(-1) if self.options.score == "softmax" else logits.sigmoid()
 
     def forward(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
@@ -76,8 +83,8 @@ class Router(nn.Module):
         """What must happen once per forward: the selection [T, k], the counting, and the balance [E] that the auxiliary loss needs."""
         o = self.options
         gradients = torch.is_grad_enabled()
-        indices = (scores + self.bias).topk(o.top_k, dim=-1).indices
-        counts = indices.flatten().bincount(minlength=o.experts)  # [E]
+        indices = self._choices(scores).topk(o.top_k, dim=-1).indices
+        counts = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, indices, True).sum(0)  # [E]; bincount would wait for the device
         if gradients and self.training:
             self.load += counts
         if not gradients or o.aux_loss == 0:
@@ -90,20 +97,47 @@ class Router(nn.Module):
         seq.metrics["aux_loss"] = seq.metrics["aux_loss"] + loss if "aux_loss" in seq.metrics else loss
         return indices, fractions
 
+    def _choices(self, scores: Tensor) -> Tensor:
+        """What is chosen by [T, E]: scores with the bias, and -inf in groups that are not among a token's best."""
+        o, biased = self.options, scores + self.bias
+        if o.groups == 1:
+            return biased
+        grouped = biased.unflatten(-1, (o.groups, -1))  # [T, groups, E / groups]
+        best = self._group_scores(grouped).topk(o.top_groups, dim=-1).indices
+        refused = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter_(-1, best, False)
+        return grouped.masked_fill(refused.unsqueeze(-1), -torch.inf).flatten(-2)
+
+    def _group_scores(self, grouped: Tensor) -> Tensor:
+        """[T, groups, E / groups] -> [T, groups]"""
+        return grouped.amax(-1) if self.options.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
+
     def _aux_loss(self, probabilities: Tensor, fractions: Tensor) -> Tensor:
         """This rank's term of coefficient * E * sum_e f_e P_e (Fedus et al. 2021): f_e the fraction of slots, P_e the mean probability."""
         return self.options.aux_loss * self.options.experts * (probabilities.sum(0) * fractions).sum()
 
     @torch.no_grad()
     def margin(self, x: Tensor) -> Tensor:
-        """The smallest gap between the last chosen and the first refused selection score over x [T, hidden]: what rounding must not cross."""
-        if self.options.top_k == self.options.experts or not len(x):
+        """The smallest gap between the last chosen and the first refused selection score, of experts or of groups, over x [T, hidden]:
+        what rounding must not cross."""
+        o = self.options
+        if not len(x):
             return torch.tensor(float("inf"))
-        chosen = (self.scores(x) + self.bias).topk(self.options.top_k + 1, dim=-1).values
-        return (chosen[:, -2] - chosen[:, -1]).min()
+        scores = self.scores(x)
+        gaps = [_gap(self._choices(scores), o.top_k)]
+        if o.groups > 1:
+            gaps.append(_gap(self._group_scores((scores + self.bias).unflatten(-1, (o.groups, -1))), o.top_groups))
+        return torch.stack(gaps).min()
 
     @torch.no_grad()
     def update_bias(self, load: Tensor, rate: float) -> None:
         """Once per global batch, load [E] summed over all ranks: experts with less than the mean load become easier to choose."""
         load = load.to(self.bias.dtype)
         self.bias += rate * torch.sign(load.mean() - load)
+
+
+def _gap(scores: Tensor, chosen: int) -> Tensor:
+    """The smallest difference of the last chosen and the first refused of scores [T, n] in a row."""
+    if chosen == scores.shape[-1]:
+        return scores.new_tensor(float("inf"))
+    best = scores.topk(chosen + 1, dim=-1).values
+    return (best[:, -2] - best[:, -1]).min()

@@ -14,17 +14,20 @@ import torch
 from torch import Tensor
 
 from ltrain.kernels import attention, linear_recurrence, short_conv
+from ltrain.kernels.attention import FULL, PLAIN, Mask, Score
 
 
 class Exchange(Protocol):
     """The access patterns of the mixers along the stream. T is the number of this rank's tokens."""
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, seq: "Sequence", *, scale: float) -> Tensor:
-        """Causal softmax attention inside documents: q [T, H, D], k [T, Hk, D], v [T, Hk, Dv] -> [T, H, Dv]."""
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, seq: "Sequence", *, scale: float, mask: Mask = FULL, score: Score = PLAIN, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Causal softmax attention inside documents: q [T, H, D], k [T, Hk, D], v [T, Hk, Dv], sinks [H] -> [T, H, Dv]."""
         ...
 
-    def short_conv(self, x: Tensor, weight: Tensor, seq: "Sequence") -> Tensor:
-        """Causal depthwise convolution inside documents, then SiLU: x [T, C], weight [C, W] -> [T, C]."""
+    def short_conv(self, x: Tensor, weight: Tensor, seq: "Sequence", activation: str | None = "silu") -> Tensor:
+        """Causal depthwise convolution inside documents, then SiLU or nothing: x [T, C], weight [C, W] -> [T, C]."""
         ...
 
     def linear_recurrence(
@@ -37,15 +40,50 @@ class Exchange(Protocol):
         """Sum over every rank that holds tokens of this micro-batch (tensor and context ranks). No gradient."""
         ...
 
+    # For prefill and decoding of N documents, without gradients. Every context rank decodes the same tokens, from recurrent
+    # states that all of them have and from its own part of the keys and values.
+
+    def runs(self, seq: "Sequence") -> list[tuple[int, int]]:
+        """(document, tokens) for each run of one document among this context rank's tokens, in their order."""
+        ...
+
+    def last(self, x: Tensor, seq: "Sequence", count: int) -> Tensor:
+        """x [T, C] -> the last `count` rows of each document [N, count, C], zeros before its beginning; on every context rank."""
+        ...
+
+    def last_hidden(self, x: Tensor, seq: "Sequence") -> Tensor:
+        """What lies between blocks, [T / tensor ranks, hidden] -> its row of each document's last token [N / tensor ranks, hidden]."""
+        ...
+
+    def final_recurrence(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, seq: "Sequence", *, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `linear_recurrence`, and the state after each document [N, H, K, V] (float32 or wider) on every context rank."""
+        ...
+
+    def decode_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float, score: Score = PLAIN, sinks: Tensor | None = None
+    ) -> Tensor:
+        """One query per document, q [N, H, D], over the keys k [N, L, Hk, D], v [N, L, Hk, Dv] of all context ranks, of which this one
+        holds lengths [N], and sinks [H] -> [N, H, Dv]."""
+        ...
+
+    def keeps(self, step: int) -> bool:
+        """Whether this context rank keeps key and value of the step-th decoded token; exactly one does."""
+        ...
+
 
 class LocalExchange:
     """One rank holds the whole stream: nothing is exchanged."""
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, seq: "Sequence", *, scale: float) -> Tensor:
-        return attention.attention(q, k, v, seq.cu_seqlens, scale=scale)
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, seq: "Sequence", *, scale: float, mask: Mask = FULL, score: Score = PLAIN, sinks: Tensor | None = None
+    ) -> Tensor:
+        starts = seq.starts() if mask.chunk or mask.anchors else None
+        return attention.attention(q, k, v, seq.cu_seqlens, scale=scale, mask=mask, starts=starts, score=score, sinks=sinks)
 
-    def short_conv(self, x: Tensor, weight: Tensor, seq: "Sequence") -> Tensor:
-        return short_conv.short_conv(x, weight, seq.cu_seqlens)[0]
+    def short_conv(self, x: Tensor, weight: Tensor, seq: "Sequence", activation: str | None = "silu") -> Tensor:
+        return short_conv.short_conv(x, weight, seq.cu_seqlens, return_final_state=False, activation=activation)[0]
 
     def linear_recurrence(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, seq: "Sequence", *, scale: float
@@ -54,6 +92,33 @@ class LocalExchange:
 
     def sum(self, x: Tensor) -> Tensor:
         return x
+
+    def runs(self, seq: "Sequence") -> list[tuple[int, int]]:
+        return list(enumerate(seq.cu_seqlens.diff().tolist()))
+
+    def last(self, x: Tensor, seq: "Sequence", count: int) -> Tensor:
+        rows = seq.cu_seqlens[1:, None].long() + torch.arange(-count, 0)  # [N, count]
+        outside = (rows < seq.cu_seqlens[:-1, None]).to(x.device, non_blocking=True)
+        return x[rows.clamp(min=0).to(x.device, non_blocking=True)].masked_fill(outside.unsqueeze(-1), 0)
+
+    def last_hidden(self, x: Tensor, seq: "Sequence") -> Tensor:
+        return x[(seq.cu_seqlens[1:] - 1).to(x.device, torch.int64, non_blocking=True)]
+
+    def final_recurrence(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, seq: "Sequence", *, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        result = linear_recurrence.linear_recurrence(q, k, v, decay, beta, seq.cu_seqlens, scale=scale, return_final_state=True)
+        assert result.final_state is not None
+        return result.output, result.final_state
+
+    def decode_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float, score: Score = PLAIN, sinks: Tensor | None = None
+    ) -> Tensor:
+        out, lse = attention.decode_attention(q, k, v, lengths, scale=scale, score=score)
+        return (out if sinks is None else attention.with_sinks(out, lse, sinks)[0]).to(q.dtype)
+
+    def keeps(self, step: int) -> bool:
+        return True
 
 
 class Tape:
@@ -101,7 +166,8 @@ class Sequence:
     tape: Tape = field(default_factory=Tape)
     aux_weight: float = 1.0  # what an auxiliary loss is multiplied with: 1 / micro-batches of the step
     metrics: dict[str, Tensor] = field(default_factory=dict)  # detached scalars, by name
-    shared: dict[str, Tensor] = field(default_factory=dict)  # tensors that later layers read (shared K/V, top-k...)
+    shared: dict[str, Any] = field(default_factory=dict)  # tensors that later layers read (shared K/V, top-k...)
+    room: int = 0  # tokens that decoding will add to each document: prefill makes caches that much longer
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device | str = "cpu", exchange: Exchange | None = None) -> "Sequence":
@@ -111,10 +177,26 @@ class Sequence:
         return cls(cu, positions.to(device), exchange or LocalExchange())
 
     @classmethod
-    def step(cls, positions: Tensor) -> "Sequence":
-        """A one-rank sequence with one token per document, for decoding: positions [documents]."""
-        return cls(torch.arange(len(positions) + 1, dtype=torch.int32), positions)
+    def step(cls, positions: Tensor, exchange: Exchange | None = None) -> "Sequence":
+        """One token per document, for decoding: positions [documents], the same on every context rank."""
+        return cls(torch.arange(len(positions) + 1, dtype=torch.int32), positions, exchange or LocalExchange())
+
+    def starts(self) -> list[int]:
+        """The position of each document's first token in this stream: not 0 for the rest of a document that an earlier stream cut. For a
+        stream that this rank holds whole."""
+        if "starts" not in self.shared:
+            first = self.cu_seqlens[:-1].long().clamp(max=max(len(self.positions) - 1, 0)).to(self.positions.device)
+            self.shared["starts"] = self.positions[first].tolist() if len(self.positions) else [0] * len(first)
+        starts: list[int] = self.shared["starts"]
+        return starts
 
     def with_tape(self) -> "Sequence":
         """The same sequence with a tape of its own: one recomputed block's. Metrics and shared tensors stay common."""
         return replace(self, tape=Tape())
+
+
+def before(x: Tensor, seq: Sequence) -> Tensor:
+    """x [T, ...] of a whole stream -> the row before each in its document, zeros before the first."""
+    shifted = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
+    first = seq.cu_seqlens[:-1].long()
+    return shifted.index_fill(0, first[first < len(x)].to(x.device, non_blocking=True), 0.0)

@@ -10,12 +10,13 @@ import torch
 
 from ltrain.config import Config, to_dict
 from ltrain.data.packing import MicroBatch
-from ltrain.parallel.engines.megatron import DTYPES, MegatronEngine
+from ltrain.parallel.engines import build_engine
+from ltrain.parallel.engines.base import DTYPES, Engine
 from ltrain.plan.hardware import device_name, peak_flops, peak_memory, synchronise
 from ltrain.train.feed import Feed, joined
 
 
-def training_flops(engine: MegatronEngine, batches: list[MicroBatch]) -> float:
+def training_flops(engine: Engine, batches: list[MicroBatch]) -> float:
     """Of these micro-batches in this rank's pipeline stage, forward and backward (3 x forward), recomputation not counted."""
     total = 0.0
     for batch in batches:
@@ -32,7 +33,7 @@ def step(config: Config, warmup: int = 3, steps: int = 10) -> dict[str, Any]:
     """
     with joined(config) as mesh:
         feed = Feed(config, mesh)
-        engine = MegatronEngine(config, feed.vocab, mesh)
+        engine = build_engine(config, feed.vocab, mesh)
         device = mesh.device
         times, flops, losses = [], 0.0, []
         for i in range(warmup + steps):
@@ -51,7 +52,7 @@ def step(config: Config, warmup: int = 3, steps: int = 10) -> dict[str, Any]:
         feed.close()
         seconds = statistics.median(times)
         peak, source = peak_flops(device, DTYPES[config.precision])
-        params, active = engine.stack.num_params()
+        params, active = engine.num_params
         result = {
             "device": device_name(device),
             "ranks": mesh.size,

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,22 +12,38 @@ from ltrain import data
 from ltrain.config import Config, ConfigError, validate
 from ltrain.data.held_out import rank_share
 from ltrain.data.packing import MicroBatch
+from ltrain.data.tokenizer import Tokenizer
+from ltrain.parallel import fp8
 from ltrain.parallel import mesh as ranks
 from ltrain.validation import VOCAB_MULTIPLE
 
 
 @contextmanager
-def joined(config: Config) -> Iterator[ranks.Mesh]:
-    """The ranks that torchrun started, in the config's layout."""
+def started(config: Config) -> Iterator[torch.device]:
+    """This rank's device, with the ranks that torchrun started joined."""
     validate(config, int(os.environ.get("WORLD_SIZE", 1)))
     if config.precision == "fp64":
         raise ConfigError("precision=fp64 serves checks of gradients, not training: write precision=fp32 or bf16")
-    mesh = ranks.Mesh(config.parallel, ranks.start(config.device, config.parallel.timeout))
     try:
-        yield mesh
+        yield ranks.start(config.device, config.parallel.timeout)
     finally:
-        mesh.close()
         ranks.stop()
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[ranks.Mesh]:
+    """The ranks that torchrun started, in the config's one layout."""
+    if config.stages:
+        raise ConfigError(
+            "the config has stages, each with a layout of its own: write one of them to a file with `ltrain config show --stage NAME` and give that"
+        )
+    with started(config) as device:
+        fp8.refuse(config, device)  # before the data is read, which may take long
+        mesh = ranks.Mesh(config.parallel, device)
+        try:
+            yield mesh
+        finally:
+            mesh.close()
 
 
 class HeldOut(NamedTuple):
@@ -39,6 +56,10 @@ class HeldOut(NamedTuple):
 class Feed:
     """The data of a run as one rank sees it. The first rank of each data-parallel replica reads; the others get it from there.
 
+    Args:
+        state: of all loaders, to go on from.
+        tokenizer: folder that holds the one to use; None: the one that config.data names.
+
     Attributes:
         tokenizer: the run's.
         vocab: the model's: model.vocab, or the tokenizer's rounded up.
@@ -47,12 +68,16 @@ class Feed:
     Every method is called by all ranks, and an error of one rank is raised on all.
     """
 
-    def __init__(self, config: Config, mesh: ranks.Mesh, state: dict[str, Any] | None = None):
+    def __init__(self, config: Config, mesh: ranks.Mesh, state: dict[str, Any] | None = None, tokenizer: Path | None = None):
         self.config, self.mesh = config, mesh
         self.reads = mesh.replica.rank() == 0
+
+        def build() -> data.Dataset:
+            return data.build(config.data, config.seed, Tokenizer.load(tokenizer) if tokenizer else None)
+
         # rank 0 trains and caches a tokenizer first, so that the others find it
-        dataset = mesh.agree(lambda: data.build(config.data, config.seed) if mesh.rank == 0 else None)
-        self.dataset = mesh.agree(lambda: dataset or data.build(config.data, config.seed))
+        dataset = mesh.agree(lambda: build() if mesh.rank == 0 else None)
+        self.dataset = mesh.agree(lambda: dataset or build())
         self.tokenizer = self.dataset.tokenizer
         self.vocab = config.model.vocab or -(-self.tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         if self.vocab < self.tokenizer.vocab_size:

@@ -1,12 +1,16 @@
 """The exchanges of the mixers over context ranks: what a `Sequence` carries under context parallelism."""
 
+import copy
 from collections import Counter, OrderedDict
+from dataclasses import replace
 
 import torch.distributed as dist
 from torch import Tensor
 
 from ltrain.kernels import attention, linear_recurrence, short_conv
+from ltrain.kernels.attention import FULL, PLAIN, Mask, Score
 from ltrain.model.sequence import Sequence
+from ltrain.parallel.context import decode
 from ltrain.parallel.context.halo import Halo, HaloExchange, halo
 from ltrain.parallel.context.layout import ContextLayout, Plan
 from ltrain.parallel.context.messages import Messages
@@ -21,12 +25,18 @@ class ContextExchange:
 
     layout: how the stream is cut, with this rank's place in it, its rank in `cp_group`. cp_group: the context ranks
     (None with one); give it to nothing else, so that these messages keep their order. sum_group: every rank that holds
-    tokens of the micro-batch, tensor and context ranks (None: this rank alone).
+    tokens of the micro-batch, tensor and context ranks (None: this rank alone). tensor_group: the tensor ranks among them.
 
     Raises ValueError where group and layout disagree. Building it is collective over `cp_group`.
     """
 
-    def __init__(self, layout: ContextLayout, cp_group: dist.ProcessGroup | None = None, sum_group: dist.ProcessGroup | None = None):
+    def __init__(
+        self,
+        layout: ContextLayout,
+        cp_group: dist.ProcessGroup | None = None,
+        sum_group: dist.ProcessGroup | None = None,
+        tensor_group: dist.ProcessGroup | None = None,
+    ):
         here = (0, 1) if cp_group is None else (dist.get_rank(cp_group), dist.get_world_size(cp_group))
         if here != (layout.rank, layout.size):
             raise ValueError(
@@ -34,12 +44,19 @@ class ContextExchange:
                 "give the group that the layout was made for"
             )
         self.layout, self.sum_group = layout, sum_group
+        self.tensor = (0, 1) if tensor_group is None else (dist.get_rank(tensor_group), dist.get_world_size(tensor_group))
         self._messages = Messages(cp_group, layout.size)
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
 
+    def resized(self, tokens: int) -> "ContextExchange":
+        """The same ranks, and the same count of bytes, for streams of another length."""
+        other = copy.copy(self)
+        other.layout, other._plans = replace(self.layout, tokens=tokens), OrderedDict()
+        return other
+
     @property
     def bytes(self) -> Counter[str]:
-        """Bytes this rank has sent by kind (ring, halo, scan), forward and backward."""
+        """Bytes this rank has sent by kind (ring, halo, scan; last, state, decode), forward and backward."""
         return self._messages.bytes
 
     def plan(self, cu_seqlens: Tensor) -> Plan:
@@ -58,8 +75,14 @@ class ContextExchange:
             )
         return self.plan(seq.cu_seqlens)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, *, scale: float) -> Tensor:
-        """q [T, H, D], k [T, Hk, D], v [T, Hk, Dv] of this rank's T tokens -> [T, H, Dv]."""
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, *, scale: float, mask: Mask = FULL, score: Score = PLAIN, sinks: Tensor | None = None
+    ) -> Tensor:
+        """q [T, H, D], k [T, Hk, D], v [T, Hk, Dv] of this rank's T tokens, sinks [H] -> [T, H, Dv]."""
+        if self.layout.size == 1:
+            starts = seq.starts() if mask.chunk or mask.anchors else None
+            return attention.attention(q, k, v, seq.cu_seqlens, scale=scale, mask=mask, starts=starts, score=score, sinks=sinks)
+        assert mask == FULL and score.plain and sinks is None, "the ring carries causal attention over whole documents"
         plan = self._local(q, "q", seq)
         steps: Ring = plan.derive("ring", lambda: ring(plan))
         if not steps.steps:
@@ -67,14 +90,14 @@ class ContextExchange:
         out: Tensor = RingAttention.apply(q, k, v, steps, self._messages, seq.tape, scale)  # type: ignore[no-untyped-call]
         return out
 
-    def short_conv(self, x: Tensor, weight: Tensor, seq: Sequence) -> Tensor:
+    def short_conv(self, x: Tensor, weight: Tensor, seq: Sequence, activation: str | None = "silu") -> Tensor:
         """x [T, C], weight [C, W] -> [T, C]."""
         plan, reach = self._local(x, "x", seq), weight.shape[1] - 1
         pieces: Halo = plan.derive(("halo", reach), lambda: halo(plan, reach))
         state: Tensor | None = None
         if pieces.needed:
             x, state = HaloExchange.apply(x, pieces, self._messages, seq.tape)  # type: ignore[no-untyped-call]
-        return short_conv.short_conv(x, weight, plan.cu_seqlens, initial_state=state)[0]
+        return short_conv.short_conv(x, weight, plan.cu_seqlens, initial_state=state, return_final_state=False, activation=activation)[0]
 
     def linear_recurrence(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, seq: Sequence, *, scale: float) -> Tensor:
         """q, k [T, Hk, K], v [T, H, V], decay [T, H] (log) or None, beta [T, H] or None (additive) -> [T, H, V]."""
@@ -90,6 +113,34 @@ class ContextExchange:
         if self.sum_group is not None:
             dist.all_reduce(x, group=self.sum_group)
         return x
+
+    def runs(self, seq: Sequence) -> list[tuple[int, int]]:
+        """(document, tokens) of each of this rank's segments."""
+        return [(segment.document, segment.length) for segment in self.plan(seq.cu_seqlens).segments]
+
+    def last(self, x: Tensor, seq: Sequence, count: int) -> Tensor:
+        """x [T, C] -> [N, count, C]"""
+        return decode.last(x, self._local(x, "x", seq), count, self._messages)
+
+    def last_hidden(self, x: Tensor, seq: Sequence) -> Tensor:
+        """x [T / tensor ranks, hidden] -> [N / tensor ranks, hidden]"""
+        return decode.last_hidden(x, self.plan(seq.cu_seqlens), self.tensor, self.sum_group)
+
+    def final_recurrence(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, seq: Sequence, *, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `linear_recurrence` -> [T, H, V], and the state after each document [N, H, K, V]."""
+        return decode.final_recurrence(Inputs(q, k, v, decay, beta), self._local(q, "q", seq), self._messages, seq.tape, scale=scale)
+
+    def decode_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float, score: Score = PLAIN, sinks: Tensor | None = None
+    ) -> Tensor:
+        """q [N, H, D], k [N, L, Hk, D], v [N, L, Hk, Dv], lengths [N], sinks [H] -> [N, H, Dv]"""
+        return decode.decode_attention(q, k, v, lengths, self._messages, scale=scale, score=score, sinks=sinks)
+
+    def keeps(self, step: int) -> bool:
+        """The ranks in turn."""
+        return step % self.layout.size == self.layout.rank
 
     def sequence(self, cu_seqlens: Tensor, positions: Tensor) -> Sequence:
         """This rank's `Sequence` of a micro-batch: cu_seqlens [documents + 1] and positions [tokens] of the whole stream."""

@@ -1,4 +1,4 @@
-"""Point-to-point messages between the context ranks, counted."""
+"""Messages between the context ranks, counted."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -23,14 +23,14 @@ class Transit:
 
 
 class Messages:
-    """Batched sends and receives over the ranks of one group, at most one message for each pair in a batch.
+    """Batched sends and receives over the ranks of one group, at most one message for each pair in a batch, and small collectives.
 
     Every rank posts the same batches in the same order (one that neither sends nor receives in a batch has nothing to
     post), so no tag is needed: between two ranks messages arrive in the order in which they were posted.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, size: int):
-        self.group = group
+        self.group, self.size = group, size
         self.bytes: Counter[str] = Counter()  # kind of exchange -> bytes sent by this rank, forward and backward
         if size > 1 and dist.get_backend(group) == "nccl":
             # A batch in which only some ranks take part must not be the first call of an NCCL group.
@@ -44,3 +44,19 @@ class Messages:
         operations += [dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer) for peer, x in arriving.items()]
         self.bytes[kind] += sum(x.numel() * x.element_size() for x in sent.values())
         return Transit(dist.batch_isend_irecv(operations) if operations else [], list(sent.values()), arriving)
+
+    def sum(self, kind: str, x: Tensor) -> Tensor:
+        """In place: x summed over the ranks. Each counts x as sent once."""
+        if self.size > 1:
+            self.bytes[kind] += x.numel() * x.element_size()
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def all_gather(self, kind: str, x: Tensor) -> list[Tensor]:
+        """Every rank's x, in order of rank. Each counts x as sent once."""
+        if self.size == 1:
+            return [x]
+        self.bytes[kind] += x.numel() * x.element_size()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return parts

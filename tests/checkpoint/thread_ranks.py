@@ -25,6 +25,10 @@ class ThreadCollectives:
         self._barrier.wait()
         return value
 
+    def all(self, flag: bool) -> bool:
+        gathered = self.gather_object(flag)
+        return self.broadcast_object(gathered is not None and all(gathered))
+
 
 def on_ranks(size: int, work: Callable[[ThreadCollectives], Any]) -> list[Any]:
     """work(collectives) on every rank; each rank's result, or the exception it raised. A rank left waiting fails after 10 s."""

@@ -45,7 +45,7 @@ def test_no_held_out_document_trains(config):
 def test_unigram_entropy():
     def batch(labels):
         t = torch.tensor(labels)
-        return data.MicroBatch(t, t, t, torch.tensor([0, len(labels)]), ["d"], 0, data.Cursor())
+        return data.MicroBatch(t, t, t, torch.tensor([0, len(labels)]), ["d"], 0, (data.Cursor(),))
 
     assert data.unigram_entropy([batch([1, 2, -100]), batch([3, 4, -100])]) == pytest.approx(math.log(4), abs=1e-12)
     assert data.unigram_entropy([batch([7, 7, 7, 9])]) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25), abs=1e-12)

@@ -43,7 +43,7 @@ def test_streams_hold_every_token_once_with_its_position_and_label(seed):
     tokens = rng.choice([2, 3, 7, 16, 64])
     texts = random_documents(rng, rng.randint(1, 20), tokens)
     expected = flat(texts, 3)
-    packer = Packer(reader(texts), CountingTokenizer(), tokens)
+    packer = Packer([reader(texts)], CountingTokenizer(), tokens)
     for n in range(len(expected) // tokens):
         stream = packer.next()
         batch, part = MicroBatch.of(stream, n), expected[n * tokens : (n + 1) * tokens]
@@ -65,40 +65,40 @@ def test_every_cursor_resumes_with_at_most_one_document_encoded_again(seed):
     rng = random.Random(seed)
     texts = random_documents(rng, 8, 16)
     tokenizer = CountingTokenizer()
-    packer = Packer(reader(texts), tokenizer, 16)
+    packer = Packer([reader(texts)], tokenizer, 16)
     streams, counts = [], []
     for _ in range(40):
         streams.append(packer.next())
         counts.append(len(tokenizer.encoded))
     for n in range(39):
         again = CountingTokenizer()
-        resumed = Packer(reader(texts), again, 16, cursor=streams[n].cursor)
+        resumed = Packer([reader(texts)], again, 16, cursors=streams[n].cursors)
         for expected in streams[n + 1 :]:
             stream = resumed.next()
             assert stream.tokens.tolist() == expected.tokens.tolist() and stream.starts.tolist() == expected.starts.tolist()
-            assert stream.documents == expected.documents and stream.cursor == expected.cursor
+            assert stream.documents == expected.documents and stream.cursors == expected.cursors
         assert len(again.encoded) - (counts[-1] - counts[n]) in (0, 1)
 
 
 def test_a_long_document_is_encoded_once():
     tokenizer = CountingTokenizer()
-    packer = Packer(reader(["x" * 999]), tokenizer, 10)
+    packer = Packer([reader(["x" * 999])], tokenizer, 10)
     assert [packer.next().starts[0] for _ in range(100)] == list(range(0, 1000, 10))
     assert len(tokenizer.encoded) == 1
 
 
 def test_one_epoch_ends_without_a_part_stream():
-    packer = Packer(reader(["abc", "defg"]), CountingTokenizer(), 4, epochs=1)  # 4 and 5 tokens
+    packer = Packer([reader(["abc", "defg"])], CountingTokenizer(), 4, epochs=1)  # 4 and 5 tokens
     assert [packer.next().tokens.tolist() for _ in range(2)] == [[97, 98, 99, 256], [100, 101, 102, 103]]
     assert packer.next() is None
 
 
 def test_a_shard_without_documents_and_a_changed_document_are_refused():
     with pytest.raises(ValueError, match="shard 3 has no document in a whole epoch"):
-        Packer(reader([None, None]), CountingTokenizer(), 4, shard=3).next()
+        Packer([reader([None, None])], CountingTokenizer(), 4, shard=3).next()
     with pytest.raises(ValueError, match="d0 has 4 tokens and the run had read 9 of it"):
-        Packer(reader(["abc"]), CountingTokenizer(), 4, cursor=Cursor(0, 0, 9)).next()
+        Packer([reader(["abc"])], CountingTokenizer(), 4, cursors=[Cursor(0, 0, 9)]).next()
     with pytest.raises(ValueError, match="data: d0 cannot be tokenised: .*lone surrogate"):
-        Packer(reader(["\ud800"]), CountingTokenizer(), 4).next()
+        Packer([reader(["\ud800"])], CountingTokenizer(), 4).next()
     with pytest.raises(ValueError, match="data.tokens=1 is too short"):
-        Packer(reader(["abc"]), CountingTokenizer(), 1)
+        Packer([reader(["abc"])], CountingTokenizer(), 1)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from ltrain.config import TokenizerConfig
-from ltrain.data.tokenizer import END, Tokenizer, build_tokenizer, train_bpe
+from ltrain.data.tokenizer import END, PIECE_CHARACTERS, Tokenizer, build_tokenizer, cut, train_bpe
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "class A:\n\tpass  # naïve\n" * 20, "import os\n" * 30]
 
@@ -123,3 +123,28 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ValueError, match="data.tokenizer.cache=.* cannot be written"):
         build_tokenizer(config(tmp_path), TEXTS, "texts")
+
+
+def test_digits_are_tokens_of_their_own_unless_merged(tmp_path):
+    texts = [f"the year 2024 and 20245 and {n}" for n in range(2000, 2100)] * 3
+    split, merge = (Tokenizer("bpe", 0, train_bpe(texts, 330, digits)) for digits in ("split", "merge"))
+    assert [split.decode([i]) for i in split.encode("in 20245,")][-6:] == ["2", "0", "2", "4", "5", ","]
+    assert any("202" in merge.decode([i]) for i in merge.encode("in 20245,"))
+    both = {build_tokenizer(config(tmp_path, digits=digits), texts, "digits").fingerprint for digits in ("split", "merge")}
+    assert len(both) == 2  # each has its own place in the cache
+
+
+@pytest.mark.parametrize("digits", ["split", "merge"])
+def test_a_long_text_is_encoded_in_pieces_with_the_same_ids(digits):
+    import argparse
+    from pathlib import Path
+
+    text = Path(argparse.__file__).read_text() * 3 + "\n\n  \n\tend\r\n\n中文 2024 \n"
+    tokenizer = Tokenizer("bpe", 0, train_bpe([text], 400, digits))
+    whole = tokenizer.encode(text)
+    for characters in (1, 7, 1000, PIECE_CHARACTERS):
+        pieces = list(cut(text, characters))
+        assert "".join(pieces) == text and all(len(p) >= characters for p in pieces[:-1])
+        assert sum(map(tokenizer.encode, pieces), []) == whole
+    assert len(list(cut(text))) == 3 and tokenizer.document_ids(text).tolist() == [*whole, 0]
+    assert Tokenizer("bytes", 256).document_ids("é" * 9).tolist() == [0xC3, 0xA9] * 9 + [256]

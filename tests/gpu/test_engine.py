@@ -1,6 +1,5 @@
 """The engine on GPUs: one GPU against plain torch on the CPU, several against one."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,13 +10,6 @@ from tests.parallel.pool import Pools
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-
-
-@pytest.fixture(scope="module")
-def gpus() -> Iterator[Pools]:
-    pools = Pools("cuda")
-    yield pools
-    pools.close()
 
 
 def run(gpus: Pools, world: int, layout: Layout, precision: str, steps: int) -> list[dict[str, Any]]:
@@ -40,7 +32,7 @@ def test_one_gpu_trains_as_plain_torch_does_on_the_cpu(gpus: Pools) -> None:
     assert result["norms"] == pytest.approx(norms, rel=1e-4)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_bf16_is_near_float32(gpus: Pools, recompute: str) -> None:
     (exact,) = run(gpus, 1, Layout(), "fp32", 3)
     (half,) = run(gpus, 1, Layout(recompute=recompute), "bf16", 3)

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ltrain.kernels.attention import Pair, attention, backward_pairs, blockwise, decode_attention, flash, forward_pairs, merge
+from ltrain.kernels.attention import Mask, Pair, Score, attention, backward_pairs, blockwise, decode_attention, flash, forward_pairs, merge
 
 FAST = ["blockwise", "flash"]
 LENGTHS = [[0], [], [1], [1, 0, 2, 63, 64, 65], [200], [7, 130, 1, 1, 61]]
@@ -49,6 +49,39 @@ def test_attention_and_its_gradients(backend, lengths, heads, kv_heads, value_wi
     if sum(lengths):
         grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in (got, expected)]
         torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-12)
+
+
+MASKS = [Mask(), Mask(window=1), Mask(window=7), Mask(window=40, chunk=50), Mask(chunk=16), Mask(window=5, anchors=1), Mask(window=20, anchors=9)]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("more", [False, True], ids=["", "slopes-sinks"])
+def test_masks_scores_and_sinks(mask, softcap, more, monkeypatch):
+    """In several blocks of queries and keys, the first document continued from an earlier stream."""
+    monkeypatch.setattr(blockwise, "ROWS", 16)
+    monkeypatch.setattr(blockwise, "COLUMNS", 24)
+    lengths, starts = [60, 1, 0, 2, 130], [7, 0, 0, 0, 0]
+    inputs = tensors(sum(lengths), 4, 2, 8, 6)
+    sinks = torch.tensor([-1.0, 0.0, 2.0, 4.0], dtype=torch.float64, requires_grad=True) if more else None
+    score = Score(softcap, torch.tensor([0.5, 0.25, 0.1, 0.0]) if more else None)
+    outs = [attention(*inputs, cu(lengths), scale=0.4, mask=mask, starts=starts, score=score, sinks=sinks, backend=b) for b in ("auto", "reference")]
+    torch.testing.assert_close(*outs, rtol=1e-12, atol=1e-12)
+    weight = torch.randn(outs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    leaves = [*inputs, *([sinks] if sinks is not None else [])]
+    torch.testing.assert_close(*([torch.autograd.grad((out * weight).sum(), leaves) for out in outs]), rtol=1e-11, atol=1e-12)
+
+
+def test_the_reference_sees_what_the_mask_says():
+    """Which keys have a weight, of a document that begins at position 3, told row by row."""
+    q, k, v = torch.zeros(8, 1, 4), torch.zeros(8, 1, 4), torch.eye(8).unsqueeze(1)
+
+    def seen(mask, start=3):
+        return attention(q, k, v, cu([8]), scale=1.0, mask=mask, starts=[start], backend="reference")[:, 0].gt(0).int().tolist()
+
+    assert seen(Mask(window=2))[5] == [0, 0, 0, 0, 1, 1, 0, 0]
+    assert seen(Mask(chunk=4))[0] == [1, 0, 0, 0, 0, 0, 0, 0] and seen(Mask(chunk=4))[4] == [0, 1, 1, 1, 1, 0, 0, 0]
+    assert seen(Mask(window=2, anchors=4))[5] == [1, 0, 0, 0, 1, 1, 0, 0] and seen(Mask(window=2, anchors=2), 0)[5] == [1, 1, 0, 0, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -163,12 +196,14 @@ def test_packed_calls_cover_every_pair_once_and_no_query_twice():
 def test_decode_is_the_last_row_of_attention():
     lengths = [5, 1, 9, 0]
     q, k, v = torch.randn(4, 6, 8), torch.randn(4, 9, 2, 8), torch.randn(4, 9, 2, 5)
-    out = decode_attention(q, k, v, torch.tensor(lengths), scale=0.3)
+    out, lse = decode_attention(q, k, v, torch.tensor(lengths), scale=0.3)
     for n, length in enumerate(lengths[:3]):
         queries = torch.cat([torch.zeros(length - 1, 6, 8), q[n : n + 1]])
         whole = attention(queries, k[n, :length], v[n, :length], cu([length]), scale=0.3, backend="reference")
         torch.testing.assert_close(out[n], whole[-1])
-    assert out[3].eq(0).all()
+        scores = torch.einsum("hd,lhd->hl", q[n], k[n, :length].repeat_interleave(3, 1)) * 0.3
+        torch.testing.assert_close(lse[n], scores.logsumexp(-1))
+    assert out[3].eq(0).all() and lse[3].eq(-torch.inf).all()
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_step_by_step_is_the_stream(decay, delta):
         ({"beta": torch.zeros(10, 4, 1)}, r"beta must be \[10, 4\]"),
         ({"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, "cu_seqlens"),
         ({"initial_state": torch.zeros(2, 4, 8, 4)}, r"initial_state must be \[1, 4, 8, 4\]"),
-        ({"backend": "triton"}, "backend='triton'"),
+        ({"backend": "triton"}, "backend='triton' runs on CUDA"),
         ({"chunk": 0}, "chunk=0"),
     ],
 )

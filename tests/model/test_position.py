@@ -8,11 +8,23 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ltrain.model.options import RopeOptions
 from ltrain.model.position import inverse_frequencies, rotary_tables, rotary_width, rotate
 
+FACTORS = [1.0 + i / 8 for i in range(32)]
+
 
 @pytest.mark.parametrize(
     "rope",
     [
         RopeOptions(scaling="linear", factor=8.0),
+        RopeOptions(scaling="dynamic", factor=4.0, original_length=512, length=2048),
+        RopeOptions(scaling="dynamic", factor=2.0, original_length=512, base=1e6, fraction=0.5),
+        RopeOptions(scaling="dynamic", factor=8.0, original_length=4096, length=131072),
+        RopeOptions(scaling="llama3", factor=8.0, original_length=8192, base=5e5),
+        RopeOptions(scaling="llama3", factor=32.0, original_length=2048, low_freq_factor=2.0, high_freq_factor=9.0, fraction=0.25),
+        RopeOptions(scaling="longrope", factor=8.0, original_length=4096, short_factor=FACTORS, long_factor=FACTORS[::-1]),
+        RopeOptions(scaling="longrope", factor=8.0, original_length=4096, length=32768, short_factor=FACTORS, long_factor=FACTORS[::-1]),
+        RopeOptions(scaling="longrope", original_length=64, length=65, attention_factor=1.2, short_factor=FACTORS, long_factor=FACTORS[::-1]),
+        RopeOptions(scaling="yarn", factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=0.8),
+        RopeOptions(scaling="yarn", factor=32.0, original_length=4096, base=150000.0, truncate=False),
         RopeOptions(scaling="yarn", factor=32.0, original_length=2048),
         RopeOptions(scaling="yarn", factor=4.0, original_length=4096, base=1e6, fraction=0.5),
         RopeOptions(scaling="yarn", factor=16.0, original_length=512, beta_fast=16, beta_slow=2, attention_factor=1.5),
@@ -22,15 +34,36 @@ from ltrain.model.position import inverse_frequencies, rotary_tables, rotary_wid
 )
 def test_frequencies_are_those_of_transformers(rope: RopeOptions) -> None:
     parameters = {"rope_type": rope.scaling, "rope_theta": rope.base, "factor": rope.factor, "partial_rotary_factor": rope.fraction}
-    if rope.scaling == "yarn":
-        parameters |= {"original_max_position_embeddings": rope.original_length, "beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
-        if rope.attention_factor:
-            parameters["attention_factor"] = rope.attention_factor
-    config = LlamaConfig(hidden_size=256, num_attention_heads=4, head_dim=64, rope_parameters=parameters)
-    expected, factor = ROPE_INIT_FUNCTIONS[rope.scaling](config, "cpu")
+    names = {
+        "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+        "longrope": ("short_factor", "long_factor", "attention_factor"),
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+    }.get(rope.scaling, ())
+    parameters |= {name: getattr(rope, name) for name in names if getattr(rope, name) is not None}
+    if names:
+        parameters["original_max_position_embeddings"] = rope.original_length
+    config = LlamaConfig(
+        hidden_size=256, num_attention_heads=4, head_dim=64, rope_parameters=parameters, max_position_embeddings=rope.original_length
+    )
+    expected, factor = ROPE_INIT_FUNCTIONS[rope.scaling](config, "cpu", seq_len=rope.length or None)
     ours, our_factor = inverse_frequencies(rotary_width(64, rope), rope)
-    torch.testing.assert_close(ours, expected.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours, expected.double(), rtol=2e-6, atol=0)  # theirs is float32
     assert our_factor == pytest.approx(factor, rel=1e-12)
+
+
+def test_ntk_divides_the_lowest_frequency_by_the_factor_and_keeps_the_highest() -> None:
+    plain, _ = inverse_frequencies(64, RopeOptions(base=1e4))
+    ours, factor = inverse_frequencies(64, RopeOptions(base=1e4, scaling="ntk", factor=16.0))
+    torch.testing.assert_close(ours[[0, -1]] / plain[[0, -1]], torch.tensor([1.0, 1 / 16], dtype=torch.float64), rtol=1e-12, atol=0)
+    assert factor == 1.0 and bool((ours[1:] < plain[1:]).all())
+
+
+def test_llama3_by_hand() -> None:
+    """Over 64 tokens kept above 4 rotations, divided by 8 below 1, a ramp between: the frequencies are 1, 1/2, 1/4, 1/8."""
+    ours, _ = inverse_frequencies(8, RopeOptions(base=16.0, scaling="llama3", factor=8.0, original_length=64))
+    third, last = ((64 / 4 / (2 * math.pi) - 1) / 3, (64 / 8 / (2 * math.pi) - 1) / 3)  # rotations are 10.2, 5.1, 2.5 and 1.3
+    expected = [1.0, 0.5, (third + (1 - third) / 8) / 4, (last + (1 - last) / 8) / 8]
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_unscaled_frequencies() -> None:

@@ -141,6 +141,57 @@ def test_impossible_options_are_refused(options: dict[str, object]) -> None:
         router(**options)
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("group_score", ["max", "top2"])
+def test_groups_are_chosen_before_experts(score: str, group_score: str) -> None:
+    """Token by token: the best groups by their experts' biased scores, the best experts in them, weights of the plain scores."""
+    options = MoEOptions(experts=12, groups=4, top_groups=2, group_score=group_score, top_k=4, score=score, scale=2.5, router_bias=True)
+    module = Router(16, options, LocalLayers(std=0.5, dtype=torch.float64))
+    seed_parameters(module, 0)
+    assert module.logit_bias is not None
+    with torch.no_grad():
+        module.logit_bias.copy_(torch.linspace(-0.5, 0.5, 12))
+    module.bias.copy_(torch.linspace(0.1, -0.1, 12).roll(5))
+    x = tokens()
+    weights, indices = module(x, Sequence.of([40]))
+    logits = (x @ module.weight.T + module.logit_bias).detach()
+    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    moved = 0
+    for t in range(40):
+        biased = (scores[t] + module.bias).tolist()
+
+        def of_group(g: int, biased: list[float] = biased) -> float:
+            best = sorted(biased[3 * g : 3 * g + 3], reverse=True)
+            return best[0] if group_score == "max" else best[0] + best[1]
+
+        groups = sorted(range(4), key=of_group)[2:]
+        best = sorted((e for e in range(12) if e // 3 in groups), key=biased.__getitem__)[2:]
+        moved += sorted(best) != sorted(sorted(range(12), key=biased.__getitem__)[8:])
+        assert sorted(indices[t].tolist()) == sorted(best)
+        chosen = scores[t, indices[t]]
+        torch.testing.assert_close(weights[t], 2.5 * chosen / chosen.sum())
+    assert moved > 5  # groups forbid what would else be chosen
+    assert 0 < float(module.margin(x)) < 0.1
+
+
+def test_the_softmax_of_the_chosen_logits_is_a_renormalised_softmax() -> None:
+    module, x = router(score="softmax", top_k=3), tokens()
+    weights, indices = module(x, Sequence.of([40]))
+    torch.testing.assert_close(weights, (x @ module.weight.T).gather(-1, indices).softmax(-1))
+
+
+def test_the_type_of_the_product_that_gives_the_logits() -> None:
+    x, found = tokens().bfloat16(), {}
+    for dtype in ("float32", "model"):
+        module = Router(16, MoEOptions(experts=6, router_dtype=dtype), LocalLayers(std=0.5, dtype=torch.bfloat16))
+        seed_parameters(module, 0)
+        found[dtype] = module.scores(x)
+        assert found[dtype].dtype == torch.float32
+    torch.testing.assert_close(found["float32"], (x.float() @ module.weight.float().T).sigmoid())
+    torch.testing.assert_close(found["model"], (x @ module.weight.T).float().sigmoid())
+    assert not torch.equal(found["float32"], found["model"])
+
+
 @pytest.mark.parametrize("count", [0, 1, 33])
 def test_moe_is_the_weighted_sum_of_its_experts(count: int) -> None:
     moe = MoE(16, MoEOptions(experts=5, top_k=2, inner=8, shared_inner=12), LocalLayers(std=0.4, dtype=torch.float64))

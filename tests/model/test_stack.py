@@ -104,12 +104,12 @@ class CountingExchange(LocalExchange):
         self.sums += 1
         return x
 
-    def short_conv(self, x: torch.Tensor, weight: torch.Tensor, seq: Sequence) -> torch.Tensor:
+    def short_conv(self, x: torch.Tensor, weight: torch.Tensor, seq: Sequence, activation: str | None = "silu") -> torch.Tensor:
         def send() -> torch.Tensor:
             self.sent += 1
             return torch.zeros(len(seq.cu_seqlens) - 1, weight.shape[1] - 1, x.shape[1], dtype=x.dtype)
 
-        return short_conv.short_conv(x, weight, seq.cu_seqlens, initial_state=seq.tape.keep(send))[0]
+        return short_conv.short_conv(x, weight, seq.cu_seqlens, initial_state=seq.tape.keep(send), activation=activation)[0]
 
 
 def test_full_recomputation_changes_nothing(build: Build) -> None:
@@ -232,7 +232,20 @@ def test_bfloat16_trains(build: Build) -> None:
     assert float((hidden - close).norm() / close.norm()) < 0.1
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"start": 3, "stop": 9}, "depth 4"), ({"recompute": "some"}, "none or full")])
+@pytest.mark.parametrize(("changes", "message"), [({"start": 3, "stop": 9}, "depth 4"), ({"recompute": "some"}, "none, selective or full")])
 def test_impossible_stacks_are_refused(build: Build, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**changes)
+
+
+def test_learned_positions_are_those_of_the_documents(build: Build) -> None:
+    """Each document begins at position 0, also where decoding goes on; a document of its own gives the same."""
+    model = build(learned_positions=12).eval()
+    tokens, lengths = torch.arange(20), [7, 1, 12]
+    packed = model(tokens, Sequence.of(lengths))
+    alone = torch.cat([model(part, Sequence.of([len(part)])) for part in tokens.split(lengths)])
+    torch.testing.assert_close(packed, alone, rtol=1e-9, atol=1e-10)
+    assert not torch.allclose(packed, build(learned_positions=0).eval()(tokens, Sequence.of(lengths)))
+    _, state = model.prefill(tokens[:7], Sequence.of([7]))
+    logits, _ = model.decode(tokens[7:8], state, Sequence.step(torch.tensor([7])))
+    torch.testing.assert_close(logits, model.logits(model(tokens[:8], Sequence.of([8])))[-1:], rtol=1e-9, atol=1e-10)

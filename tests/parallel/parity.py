@@ -11,7 +11,8 @@ from ltrain.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from ltrain.data.order import Cursor
 from ltrain.data.packing import MicroBatch, Stream
 from ltrain.model.layers import LocalLayers, layout_of, pieces, seed_parameters
-from ltrain.model.options import MoEOptions
+from ltrain.model.mtp import ahead
+from ltrain.model.options import MoEOptions, MTPOptions, SharedOptions, StreamOptions
 from ltrain.model.sequence import Sequence
 from ltrain.model.stack import Stack
 from ltrain.train.schedule import learning_rate
@@ -59,13 +60,50 @@ def config(layout: Layout, precision: str, model: ModelConfig | None = None) -> 
     return out
 
 
+def config_of_blocks(layout: Layout, precision: str) -> Config:
+    """Every form of a block, another kind of norm, all that happens to embeddings and logits, feed-forwards of other kinds, and heads that
+    predict further ahead; a shared block where one stage has all layers, two residual streams where it has not."""
+    one = layout.pipeline == 1
+    shared = SharedOptions(blocks=1, layer="inside", adapter_rank=4, adapt_mixer=True) if one else SharedOptions()
+    dense = {"experts": 0, "inner": 32, "activation": "gelu", "bias": True}
+    normed = {"form": "normed_residual", "ffn_residual_scale": 1.5}
+    grouped = {"groups": 4, "top_groups": 2}
+    attention = {"mixer": "attention", "heads": 8, "kv_heads": 4, "head_dim": 8}
+    model = ModelConfig(
+        hidden=32,
+        depth=6,
+        pattern=["post", "sandwich", "parallel", "mixes", "feeds", "normed"],
+        layers={
+            "post": {**attention, "block": {"form": "post"}, "ffn": {"scale_input": True, "limit": 0.02, "clamp": "after", "bias": True}},
+            "sandwich": {**attention, "block": {"form": "sandwich", "mixer_scale": 0.5}},
+            "parallel": {**attention, "block": {"form": "parallel" if one else "pre"}, "ffn": dense},
+            "mixes": {**attention, "ffn": "none", "block": {"shared": shared.blocks > 0}},
+            "inside": {**attention, "ffn": {"experts": 0, "inner": 32}},
+            "feeds": {"mixer": "none", "ffn": {"activation": "relu2", "gated": False, "latent": 24, "bias": True, "router_bias": True, **grouped}},
+            "normed": {**attention, "block": normed if one else {"form": "post"}},
+        },
+        ffn=MoEOptions(experts=8, top_k=2, inner=16, shared_inner=16, aux_loss=0.05, bias_rate=0.01, scale=1.5),
+        norm="layer_bias",
+        embed_scale=4.0,
+        embed_norm=True,
+        logit_scale=0.7,
+        logit_softcap=1.0,
+        init_std=0.05,
+        tie_embeddings=layout.tie,
+        shared=shared,
+        streams=StreamOptions() if one else StreamOptions(2, iterations=3),
+        mtp=MTPOptions(depth=2, weight=0.4, layer="sandwich"),
+    )
+    return config(layout, precision, model)
+
+
 def micro_batch(index: int) -> MicroBatch:
     """Documents of 1 token, over several ranks' cuts, and one that continues an earlier stream (positions from 17)."""
     lengths = [[37, 1, 2, 24], [64], [15, 1, 33, 15], [1, 16, 47]][index % 4]
     tokens = np.random.default_rng(index).integers(0, VOCAB, TOKENS).astype(np.int32)
     starts = np.array([17 if i == 0 else 0 for i in range(len(lengths))], dtype=np.int64)
     cu = np.cumsum([0, *lengths], dtype=np.int32)
-    return MicroBatch.of(Stream(tokens, cu, starts, ["d"] * len(lengths), 0, Cursor()), index)
+    return MicroBatch.of(Stream(tokens, cu, starts, ["d"] * len(lengths), 0, (Cursor(),)), index)
 
 
 def step_batches(step: int) -> list[MicroBatch]:
@@ -90,7 +128,9 @@ class Reference:
         self.config = config
         dtype = {"fp32": torch.float32, "fp64": torch.float64}[config.precision]
         self.stack = Stack(
-            config.model, VOCAB, LocalLayers(std=config.model.init_std, depth=config.model.depth, eps=config.model.norm_eps, dtype=dtype)
+            config.model,
+            VOCAB,
+            LocalLayers.of(config.model, dtype=dtype),
         )
         seed_parameters(self.stack, config.seed)
         prepare(self.stack)
@@ -104,6 +144,7 @@ class Reference:
             betas=(train.betas[0], train.betas[1]),
             eps=train.eps,
         )
+        self.further = 0.0  # of the last backward: the mean cross entropy of what is predicted further ahead
         self.margin = float("inf")  # the narrowest choice of an expert so far
         for router in self.stack.routers().values():
             router.register_forward_hook(lambda r, inputs, _: self._note(r.margin(inputs[0])))
@@ -114,11 +155,18 @@ class Reference:
     def backward(self, batches: list[MicroBatch]) -> float:
         self.optimizer.zero_grad()
         labels = sum(int((b.labels >= 0).sum()) for b in batches)
-        total = 0.0
+        total = self.further = 0.0
         for batch in batches:
             seq = Sequence(batch.cu_seqlens, batch.positions, aux_weight=1 / len(batches))
-            ce, z, _ = self.stack.loss(self.stack(batch.tokens, seq), batch.labels, seq)
-            ((ce + self.config.model.z_loss * z) / labels).backward()
+            hidden = self.stack(batch.tokens, seq)
+            ce, z, _ = self.stack.loss(hidden, batch.labels, seq)
+            loss, mtp = ce + self.config.model.z_loss * z, self.config.model.mtp
+            if mtp.depth:
+                further = ahead(batch.tokens, batch.labels, batch.cu_seqlens, mtp.depth)
+                ahead_loss = self.stack.further_loss(hidden, further, seq)
+                loss = loss + mtp.weight * ahead_loss
+                self.further += float(ahead_loss.detach()) / labels
+            (loss / labels).backward()
             total += float(ce.detach())
         return total / labels
 
@@ -142,29 +190,41 @@ class Reference:
         return norm
 
 
+def prepared_engine(config: Config, mesh: Any) -> Any:
+    """The engine of the config, whose weights were prepared before it took and cut them."""
+    from unittest.mock import patch
+
+    from ltrain.parallel.engines import base, build_engine
+
+    def seed(stack: Stack, seed: int) -> None:
+        seed_parameters(stack, seed)
+        prepare(stack)
+
+    with patch.object(base, "seed_parameters", seed):
+        return build_engine(config, VOCAB, mesh)
+
+
 def on_ranks(config: Config, steps: int, device: str = "cpu") -> dict[str, Any]:
     """On every rank of a pool: gradients of step 0 as this rank's pieces, then `steps` steps. Tensors come back on the CPU."""
     import torch.distributed as dist
 
     from ltrain.parallel import cpu
-    from ltrain.parallel.engines.megatron import MegatronEngine
     from ltrain.parallel.mesh import Mesh
 
     cpu.install()
     mesh = Mesh(config.parallel, torch.device(device, dist.get_rank()) if device == "cuda" else torch.device("cpu"))
     try:
-        engine = MegatronEngine(config, VOCAB, mesh)
-        prepare(engine.stack)
-        if engine.optimizer is not None:
-            engine.reload_master_weights()
-        out: dict[str, Any] = {"losses": [], "norms": [], "held": {}}
-        for name, param in engine.stack.named_parameters():
-            out["held"][name] = param.numel()
+        engine = prepared_engine(config, mesh)
+        out: dict[str, Any] = {"losses": [], "further": [], "norms": [], "held": {}}
+        for name, shape in engine.shapes.items():
+            out["held"][name] = shape.numel()
         for step in range(max(steps, 1)):
             batches = step_batches(step)
             labels = sum(int((b.labels >= 0).sum()) for b in batches)
             mine = batches[mesh.data.rank() :: mesh.data.size()]
-            out["losses"].append(engine.forward_backward(mine, labels, MICRO_BATCHES)["loss"])
+            means = engine.forward_backward(mine, labels, MICRO_BATCHES)
+            out["losses"].append(means["loss"])
+            out["further"].append(means.get("mtp_loss", 0.0))
             if step == 0:
                 out["gradients"] = [(e.name, e.shape, e.start, e.tensor.cpu().clone()) for e in engine.gradients()]
             if steps:
@@ -218,5 +278,5 @@ def assemble(results: list[dict[str, Any]]) -> dict[str, Tensor]:
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
     """The largest relative error (norm of the difference over norm) and whose it is."""
     assert found.keys() == expected.keys()
-    errors = [(float((found[n].double() - g.double()).norm() / g.double().norm()), n) for n, g in expected.items()]
+    errors = [(float((found[n].double() - g.double()).norm() / g.double().norm().clamp(min=1e-100)), n) for n, g in expected.items()]
     return max(errors, key=lambda e: float("inf") if np.isnan(e[0]) else e[0])

@@ -24,6 +24,7 @@ from typing import Any
 
 START = 120.0  # seconds for the ranks to import torch and meet
 GRACE = 2.0  # seconds the others get to answer after one rank failed
+THREADS = 200  # of a rank, most of them polling for groups that autograd or DeepSpeed kept alive: with more it is replaced
 
 
 def fork_server() -> Any:
@@ -49,6 +50,8 @@ def _serve(rank: int, size: int, folder: str, connection: Connection, device: st
     if device == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    gc.collect()
+    gc.freeze()  # what was imported stays: collecting after each function need not walk it
     connection.send_bytes(b"ready")
     while True:
         try:
@@ -58,13 +61,23 @@ def _serve(rank: int, size: int, folder: str, connection: Connection, device: st
         try:
             sys.path[:], payload = pickle.loads(request)
             function, args = pickle.loads(payload)
-            reply = pickle.dumps((True, function(*args)))
+            reply = True, function(*args)
         except BaseException:
-            reply = pickle.dumps((False, traceback.format_exc()))
+            reply = False, traceback.format_exc()
         function = args = None
         _dissolve_groups()
-        connection.send_bytes(reply)
+        try:
+            answer = pickle.dumps((*reply, _threads()))
+        except Exception:
+            answer = pickle.dumps((False, traceback.format_exc(), 0))
+        reply = None
+        connection.send_bytes(answer)
     os._exit(0)  # no farewell over a network whose other ends may be gone
+
+
+def _threads() -> int:
+    """Of this process, those of C++ libraries included."""
+    return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
 
 
 def _dissolve_groups() -> None:
@@ -113,6 +126,7 @@ class Pool:
         for _, connection in self._ranks:
             connection.send_bytes(request)
         waiting = {connection: rank for rank, (_, connection) in enumerate(self._ranks)}
+        threads = 0
         results: list[Any] = [None] * self.size
         failures: dict[int, str] = {}
         deadline = time.monotonic() + timeout
@@ -121,9 +135,10 @@ class Pool:
                 assert isinstance(ready, Connection)
                 rank = waiting.pop(ready)
                 try:
-                    fine, value = pickle.loads(ready.recv_bytes())
+                    fine, value, held = pickle.loads(ready.recv_bytes())
                 except (EOFError, ConnectionResetError):
-                    fine, value = False, "its process ended"
+                    fine, value, held = False, "its process ended", 0
+                threads = max(threads, held)
                 if fine:
                     results[rank] = value
                 else:
@@ -136,6 +151,8 @@ class Pool:
         if failures:
             self.close()
             raise RankError("\n".join(f"rank {rank} of {self.size}: {text}" for rank, text in sorted(failures.items())))
+        if threads > THREADS:
+            self.close()
         return results
 
     def _stack(self, rank: int) -> str:

@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parallel.parity import MICRO_BATCHES, Layout, Reference, assemble, broken_on_ranks, config, on_ranks, step_batches, worst
+from tests.parallel.parity import (
+    MICRO_BATCHES,
+    Layout,
+    Reference,
+    assemble,
+    broken_on_ranks,
+    config,
+    config_of_blocks,
+    on_ranks,
+    step_batches,
+    worst,
+)
 
 WORLD_2 = [
     Layout(),
@@ -25,9 +36,9 @@ WORLD_4 = [
     Layout(expert=4),
     Layout(tensor=2, context=2),
     Layout(tensor=2, context=2, expert=4, recompute="full"),
-    Layout(tensor=2, context=2, expert=2, context_layout="contiguous"),
+    Layout(tensor=2, context=2, expert=2, context_layout="contiguous", recompute="selective"),
     Layout(tensor=2, pipeline=2),
-    Layout(tensor=2, pipeline=2, expert=2),
+    Layout(tensor=2, pipeline=2, expert=2, recompute="selective"),
     Layout(context=2, pipeline=2, expert=2, recompute="full"),
     Layout(context=4),
     Layout(context=4, expert=2, context_layout="contiguous"),
@@ -123,6 +134,20 @@ def check_shards(results: list[dict[str, Any]], layout: Layout, world: int) -> N
         copies = 2 if layout.pipeline > 1 and layout.tie and name == "embed.weight" else 1
         assert holders == world // layout.pipeline * copies, name
     assert stages.keys() == whole.keys()
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(tensor=2, pipeline=2, expert=2, recompute="selective", tie=False), Layout(tensor=2, context=2, recompute="full")], ids=str
+)
+def test_blocks_norms_and_logits_of_other_kinds(pool: Any, layout: Layout) -> None:
+    reference = Reference(config_of_blocks(layout, "fp64"))
+    loss = reference.backward(step_batches(0))
+    results: list[dict[str, Any]] = pool(4).run(on_ranks, config_of_blocks(layout, "fp64"), 0, timeout=240)
+    error, name = worst(assemble(results), reference.gradients())
+    assert error < 1e-10, f"{name} is off by {error:.1e}"
+    assert results[0]["losses"][0] == pytest.approx(loss, rel=1e-12)
+    assert results[0]["further"][0] == pytest.approx(reference.further, rel=1e-12)
+    assert reference.further > 1
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,28 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path, whole: tuple[Path,
     assert_same(tmp_path / "run", expected)
 
 
+def test_a_damaged_newest_checkpoint_is_passed_over_loudly(tmp_path: Path, whole: tuple[Path, float]) -> None:
+    """The run goes on from the one before, says so, and ends where it would have ended."""
+    expected, _ = whole
+    run = tmp_path / "run"
+    shutil.copytree(expected, run)
+    shard = run / "checkpoints" / "step-00000012" / "rank-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    finish(small(tmp_path, run__resume=True), tmp_path / "log")
+    (warning,) = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("warning: ")]
+    assert "step-00000012 is damaged" in warning and warning.endswith("; going on from step-00000010")
+    assert [(row["step"], row["checkpoint/damaged"]) for row in metrics(run) if "checkpoint/damaged" in row] == [(10, 1.0)]
+    assert_same(run, expected)
+
+
+def test_how_long_saves_take_is_logged(whole: tuple[Path, float]) -> None:
+    rows = {row["step"]: row for row in metrics(whole[0]) if "checkpoint/seconds" in row}
+    assert sorted(rows) == [2, 4, 6, 8, 10, 12]
+    assert all(0 < row["checkpoint/blocked_seconds"] <= row["checkpoint/seconds"] for row in rows.values())
+
+
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, whole: tuple[Path, float]) -> None:
     expected, _ = whole
     config = small(tmp_path, run__resume=True, checkpoint__every=0)

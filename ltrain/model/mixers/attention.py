@@ -1,59 +1,33 @@
 """Softmax attention with grouped K/V heads."""
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ltrain.kernels import attention as kernels
-from ltrain.model.layers import LocalLayers
+from ltrain.kernels.attention import Mask, Score
+from ltrain.kernels.sparse_attention.block_means import block_attention, decode_block_attention
+from ltrain.model.layers import LocalLayers, normal
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
+from ltrain.model.mixers.kv_cache import KVCache, limit
 from ltrain.model.options import AttentionOptions
-from ltrain.model.position import rotary_width, rotate, shared_rotary_tables
+from ltrain.model.position import alibi_slopes, query_temperature, rotary_width, rotate, shared_rotary_tables
+from ltrain.model.recompute import cheap
 from ltrain.model.sequence import Sequence
 
 
-@dataclass
-class KVCache:
-    """Keys and values of N documents, padded to a common capacity L that doubles when it is full."""
-
-    k: Tensor  # [N, L, Hk, D]
-    v: Tensor  # [N, L, Hk, D]
-    lengths: Tensor  # [N] int64: tokens held
-    longest: int  # max(lengths), on the host
-
-    @classmethod
-    def of(cls, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> "KVCache":
-        """From a packed stream k, v [T, Hk, D]."""
-        lengths = cu_seqlens.diff().to(torch.int64)  # on the host
-        longest = int(lengths.max()) if len(lengths) else 0
-        index = torch.arange(longest)
-        held = (index < lengths.unsqueeze(1)).nonzero(as_tuple=True)  # document and place of every token, in stream order
-        held = tuple(i.to(k.device) for i in held)
-        cache = cls(k.new_zeros(len(lengths), longest, *k.shape[1:]), v.new_zeros(len(lengths), longest, *v.shape[1:]), lengths.to(k.device), longest)
-        cache.k[held], cache.v[held] = k, v
-        return cache
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """One token per document: k, v [N, Hk, D]."""
-        if self.longest == self.k.shape[1]:
-            grown = max(self.longest, 16)
-            self.k = torch.cat((self.k, self.k.new_zeros(len(k), grown, *k.shape[1:])), dim=1)
-            self.v = torch.cat((self.v, self.v.new_zeros(len(v), grown, *v.shape[1:])), dim=1)
-        rows = torch.arange(len(k), device=k.device)
-        self.k[rows, self.lengths], self.v[rows, self.lengths] = k, v
-        self.lengths = self.lengths + 1
-        self.longest += 1
+def _gated(y: Tensor, gate: Tensor) -> Tensor:
+    """y [T, H, D], gate [T, H * D] or [T, H] -> [T, H * D]"""
+    return (y * gate.sigmoid().unflatten(-1, (y.shape[1], -1))).flatten(1)
 
 
 class Attention(Mixer):
     """Causal softmax attention inside documents (Vaswani et al. 2017; GQA: Ainslie et al. 2023).
 
-    Query and key may pass an RMSNorm per head (Henry et al. 2020), then RoPE; the output of each head may be multiplied
-    elementwise with a sigmoid of a projection of the input (Qiu et al. 2025). Scores are scaled by head_dim^-0.5.
+    Queries and keys may pass a norm (Henry et al. 2020), then RoPE; the output of each head may be multiplied with a sigmoid of a
+    projection of the input (Qiu et al. 2025). What a token sees, and what becomes of scores, are `Mask` and `Score`.
     """
 
     options: AttentionOptions
+    entry = "qkv"
 
     def __init__(self, hidden: int, options: AttentionOptions, layers: LocalLayers):
         super().__init__(hidden, options, layers)
@@ -61,55 +35,108 @@ class Attention(Mixer):
         if o.heads % o.kv_heads:
             raise ValueError(f"heads={o.heads} is not a multiple of kv_heads={o.kv_heads}: each K/V head serves the same number of query heads")
         self.heads, self.kv_heads = (layers.heads(o.heads, "heads"), layers.heads(o.kv_heads, "kv_heads"))
+        self.value_dim = o.value_dim or o.head_dim
         self.rotary = rotary_width(o.head_dim, o.rope) if o.rope else 0
-        self.scale = o.head_dim**-0.5
-        query, key = o.heads * o.head_dim, o.kv_heads * o.head_dim
-        self.qkv = layers.column(hidden, (query, key, key, query) if o.gate else (query, key, key))
-        self.q_norm = layers.head_norm(o.head_dim) if o.qk_norm else None
-        self.k_norm = layers.head_norm(o.head_dim) if o.qk_norm else None
-        self.out = layers.row(query, hidden)
+        self.scale = o.head_dim**-0.5 if o.scale is None else o.scale
+        self.mask = Mask(o.window, o.chunk, o.anchors)
+        self.score = Score(o.softcap, layers.of_heads(alibi_slopes(o.heads)) if o.alibi else None)
+        self.qkv = layers.column(hidden, self._parts, bias=o.qkv_bias)
+        self.q_norm, self.k_norm = self._qk_norm(o.heads, layers), self._qk_norm(o.kv_heads, layers)
+        self.sinks = layers.per_head(o.heads, normal(layers.std)) if o.sinks else None
+        self.out = layers.row(o.heads * self.value_dim, hidden, bias=o.out_bias)
+
+    def _qk_norm(self, heads: int, layers: LocalLayers) -> nn.Module | None:
+        o = self.options
+        if o.qk_norm == "head":
+            return layers.head_norm(o.head_dim)
+        if o.qk_norm == "full":
+            return layers.full_norm(heads * o.head_dim)
+        return layers.weightless_norm() if o.qk_norm == "weightless" else None
+
+    @property
+    def _parts(self) -> tuple[int, ...]:
+        """Widths of q, k, v and the gate, of the whole mixer."""
+        o = self.options
+        value = o.value_dim or o.head_dim
+        gate = {"none": (), "elementwise": (o.heads * value,), "head": (o.heads,)}[o.gate]
+        return (o.heads * o.head_dim, o.kv_heads * o.head_dim, o.kv_heads * value, *gate)
 
     def _project(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q [T, H, D], k and v [T, Hk, D], and the gate's logits [T, H * D]."""
+        """q [T, H, D], k [T, Hk, D], v [T, Hk, Dv], and the gate's logits [T, H * Dv] or [T, H]."""
         q, k, v, *gate = self.qkv(x)
-        q = q.unflatten(-1, (self.heads, -1))
-        k, v = (k.unflatten(-1, (self.kv_heads, -1)), v.unflatten(-1, (self.kv_heads, -1)))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.options.rope:
-            cos, sin = shared_rotary_tables(seq, self.rotary, self.options.rope, torch.promote_types(q.dtype, torch.float32))
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.options.qk_norm == "full":  # which may ask other ranks, and is thus not made again
+            q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
+        q, k = cheap(self._place, q, k, seq)
+        v = v.unflatten(-1, (self.kv_heads, -1))
+        v = v if self.options.value_scale == 1 else v * self.options.value_scale
         return q, k, v, gate[0] if gate else None
 
+    def _place(self, q: Tensor, k: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
+        """q [T, H * D] and k [T, Hk * D] -> q [T, H, D] and k [T, Hk, D], normed and rotated."""
+        o = self.options
+        q, k = (q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.kv_heads, -1)))
+        normed = o.qk_norm in ("head", "weightless")
+        if normed and not o.qk_norm_after_rope:
+            q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
+        if o.rope:
+            cos, sin = shared_rotary_tables(seq, self.rotary, o.rope, torch.promote_types(q.dtype, torch.float32))
+            q, k = rotate(q, cos, sin, o.rope.pairs), rotate(k, cos, sin, o.rope.pairs)
+        if normed and o.qk_norm_after_rope:
+            q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
+        if o.temperature:
+            q = q * query_temperature(seq.positions, o).to(q.dtype)
+        return q, k
+
     def _output(self, y: Tensor, gate: Tensor | None) -> Tensor:
-        """y [T, H, D] -> [T, hidden]"""
-        y = y.flatten(1)
-        return self.out(y if gate is None else y * gate.sigmoid())
+        """y [T, H, Dv] -> [T, hidden]"""
+        return self.out(y.flatten(1) if gate is None else cheap(_gated, y, gate))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
+        if self.options.block_size:
+            return block_attention(q, k, v, seq.cu_seqlens, scale=self.scale, block=self.options.block_size, top=self.options.top_blocks)
+        return seq.exchange.attention(q, k, v, seq, scale=self.scale, mask=self.mask, score=self.score, sinks=self.sinks)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         q, k, v, gate = self._project(x, seq)
-        return self._output(seq.exchange.attention(q, k, v, seq, scale=self.scale), gate)
+        return self._output(self._attend(q, k, v, seq), gate)
 
     def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, KVCache]:
         q, k, v, gate = self._project(x, seq)
-        y = seq.exchange.attention(q, k, v, seq, scale=self.scale)
-        return self._output(y, gate), KVCache.of(k, v, seq.cu_seqlens)
+        return self._output(self._attend(q, k, v, seq), gate), KVCache.of(k, v, seq, self.mask)
 
     def decode(self, x: Tensor, state: KVCache, seq: Sequence) -> tuple[Tensor, KVCache]:
         """The cache is extended in place."""
         q, k, v, gate = self._project(x, seq)
-        state.append(k, v)
-        y = kernels.decode_attention(q, state.k, state.v, state.lengths, scale=self.scale)
+        if seq.exchange.keeps(state.decoded):
+            state.append(k, v)
+        state.decoded += 1
+        if self.options.block_size:
+            o = self.options
+            y = decode_block_attention(q, state.k, state.v, state.lengths, scale=self.scale, block=o.block_size, top=o.top_blocks)
+        else:
+            y = seq.exchange.decode_attention(q, state.k, state.v, state.lengths, scale=self.scale, score=self.score, sinks=self.sinks)
         return self._output(y, gate), state
+
+    def _seen(self, context: int) -> float:
+        """Tokens that one of a document of `context` tokens sees, on average."""
+        o = self.options
+        if o.chunk and o.chunk < context:
+            return (o.chunk + 1) / 2
+        if o.block_size and o.block_size * o.top_blocks < context:
+            return o.block_size * (o.top_blocks - 0.5)
+        if o.window and o.window < context:
+            w = min(o.window + o.anchors, context)
+            return w - w * (w - 1) / 2 / context
+        return (context + 1) / 2
 
     def flops(self, tokens: int, context: int) -> float:
         o = self.options
-        query, key = o.heads * o.head_dim, o.kv_heads * o.head_dim
-        projections = 2 * self.hidden * ((3 if o.gate else 2) * query + 2 * key)
-        return tokens * (projections + 4 * query * (context + 1) / 2)  # a token sees half the document on average
+        projections = 2 * self.hidden * (sum(self._parts) + o.heads * self.value_dim)
+        return tokens * (projections + 2 * o.heads * (o.head_dim + self.value_dim) * self._seen(context))
 
     def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:
-        return 2 * self.options.kv_heads * self.options.head_dim * context * bytes_per_value
+        kept = min(context, limit(self.mask) or context)
+        return self.options.kv_heads * (self.options.head_dim + self.value_dim) * kept * bytes_per_value
 
     def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
         if ranks == 1:

@@ -22,6 +22,8 @@ class ExchangeNeed:
 class Mixer(nn.Module):
     """Mixes tokens along the stream. Built as Mixer(hidden, options, layers)."""
 
+    entry: str | None = None  # the linear layer that alone reads x: a norm before the mixer may be fused into it
+
     def __init__(self, hidden: int, options: Any, layers: LocalLayers):
         super().__init__()
         self.hidden, self.options = hidden, options

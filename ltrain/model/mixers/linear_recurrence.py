@@ -1,6 +1,5 @@
-"""Linear recurrences with a matrix state: Gated DeltaNet, DeltaNet, gated and plain linear attention."""
+"""Linear recurrences with a matrix state: from plain linear attention to Kimi Delta Attention and Mamba-2."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -9,27 +8,20 @@ from torch import Tensor
 
 from ltrain.kernels import linear_recurrence as kernels
 from ltrain.kernels import short_conv
-from ltrain.model.layers import LocalLayers
+from ltrain.model.layers import LocalLayers, constant
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
+from ltrain.model.mixers.decay import constant_rates, inverse_softplus_step, log_decay, log_uniform_decay
 from ltrain.model.options import LinearRecurrenceOptions
+from ltrain.model.options.linear_recurrence import DATA_DECAYS
+from ltrain.model.position import rotary_width, rotate, shared_rotary_tables
+from ltrain.model.recompute import cheap
 from ltrain.model.sequence import Sequence
 
 
 @dataclass
 class RecurrentState:
-    conv: Tensor  # [N, W - 1, C]: the convolution's last inputs
+    conv: Tensor | None  # [N, W - 1, C]: the convolution's last inputs
     recurrent: Tensor  # [N, H, K, V], float32 or wider
-
-
-def log_uniform_decay(tensor: Tensor, generator: torch.Generator) -> None:
-    """A_log: the logarithm of a rate drawn uniformly from 1..16 (Mamba-2, Dao & Gu 2024)."""
-    tensor.uniform_(1, 16, generator=generator).log_()
-
-
-def inverse_softplus_step(tensor: Tensor, generator: torch.Generator) -> None:
-    """dt_bias: softplus of it is log-uniform in 0.001..0.1 (Mamba-2)."""
-    tensor.uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp_()
-    tensor.add_((-torch.expm1(-tensor)).log_())
 
 
 def l2_normalise(x: Tensor) -> Tensor:
@@ -39,14 +31,14 @@ def l2_normalise(x: Tensor) -> Tensor:
 
 
 class LinearRecurrence(Mixer):
-    """S_t = a_t S_{t-1} + update, y_t = S_t^T q_t, one K x V state per value head.
+    """S_t = a_t S_{t-1} + k_t u_t^T and y_t = S_t^T q_t, for each value head; a_t is a number, or one for each row of S (channel).
 
-    The update is k v^T (add) or beta k (v - (a_t S_{t-1})^T k)^T (delta, Schlag et al. 2021; Yang et al. 2024); log a_t is
-    -exp(A_log) softplus(a + dt_bias), or 0. q, k and v pass a short convolution with SiLU, q and k are L2-normalised per
-    head, q is scaled by key_dim^-0.5, and the output passes an RMSNorm per head times SiLU(z), as in Gated DeltaNet.
+    u_t is v_t (add, Katharopoulos et al. 2020) or beta_t (v_t - (a_t S_{t-1})^T k_t) (delta, Schlag et al. 2021; Yang et al. 2024). Around
+    it: a short convolution with SiLU or a feature map, q and k of unit length, a normaliser, v itself (skip), a norm and a gate of the output.
     """
 
     options: LinearRecurrenceOptions
+    entry: str | None = "input"
 
     def __init__(self, hidden: int, options: LinearRecurrenceOptions, layers: LocalLayers):
         super().__init__(hidden, options, layers)
@@ -57,90 +49,179 @@ class LinearRecurrence(Mixer):
             )
         self.key_heads, self.value_heads = (layers.heads(o.key_heads, "key_heads"), layers.heads(o.value_heads, "value_heads"))
         keys, values = o.key_heads * o.key_dim, o.value_heads * o.value_dim
-        self.gated = o.decay == "head"
-        self.delta = o.update == "delta"
-        self.scale = o.key_dim**-0.5
-        # q, k, v, the output gate z, and per value head the write strength beta and the decay's input a
-        per_head = (o.value_heads,) * (int(self.delta) + int(self.gated))
-        self.input = layers.column(hidden, (keys, keys, values, values, *per_head))
-        self.conv = layers.conv((keys, keys, values), o.conv_width)
-        if self.gated:
-            self.A_log = layers.per_head(o.value_heads, log_uniform_decay)
-            self.dt_bias = layers.per_head(o.value_heads, inverse_softplus_step)
-        self.norm = layers.head_norm(o.value_dim)
-        self.out = layers.row(values, hidden)
+        self.scale = o.key_dim**-0.5 if o.scale is None else o.scale
+        self.rotary = rotary_width(o.key_dim, o.rope) if o.rope else 0
+        self.input = layers.column(hidden, self._parts, bias=o.bias)
+        if o.conv_width:
+            self.conv = layers.conv((keys, keys, values), o.conv_width)
+        self.conv_bias = layers.column_bias((keys, keys, values)) if o.conv_bias else None
+        if o.gate_rank:
+            self.gate_down, self.gate_up = layers.whole(hidden, o.gate_rank), layers.column(o.gate_rank, (values,))
+        decays = o.value_heads * (o.key_dim if o.decay == "channel" else 1)
+        if o.decay_rank:
+            self.decay_down, self.decay_up = layers.whole(hidden, o.decay_rank), layers.column(o.decay_rank, (decays,))
+        self.A_log = layers.per_head(o.value_heads, log_uniform_decay) if o.decay in DATA_DECAYS and o.decay_gate != "sigmoid" else None
+        if o.decay in DATA_DECAYS:
+            self.dt_bias = layers.per_head(decays, inverse_softplus_step if o.has_step else constant(0.0))
+        elif o.decay != "none":
+            self.rates = layers.of_heads(constant_rates(o, layers.layer, layers.depth))
+        self.D = layers.per_head(o.value_heads, constant(1.0)) if o.skip else None
+        if o.norm == "head":
+            self.norm = layers.output_norm(o.value_dim, o.norm_eps)
+        elif o.norm != "none":
+            self.norm = layers.full_output_norm(values, o.key_heads if o.norm == "group" else 1, o.norm_eps)
+        self.out = layers.row(values, hidden, bias=o.bias)
+        if o.gate_rank or o.decay_rank:
+            self.entry = None
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The convolution's input [T, C], z [T, H, V], log decay [T, H] in float32 or wider, and beta [T, H]."""
-        q, k, v, z, *per_head = self.input(x)
-        beta = per_head[0].sigmoid() if self.delta else None
-        decay = None
-        if self.gated:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            decay = -self.A_log.to(wide).exp() * F.softplus(per_head[-1].to(wide) + self.dt_bias.to(wide))
-        return (torch.cat((q, k, v), dim=-1), z.unflatten(-1, (self.value_heads, -1)), decay, beta)
+    @property
+    def _parts(self) -> tuple[int, ...]:
+        """Widths of what the input gives at once: q, k, v, the output gate z, and for each value head the strength beta and the decay's a."""
+        o = self.options
+        keys, values = o.key_heads * o.key_dim, o.value_heads * o.value_dim
+        gate = (values,) if o.gate != "none" and not o.gate_rank else ()
+        beta = (o.value_heads,) if o.update == "delta" else ()
+        a = o.value_heads * (o.key_dim if o.decay == "channel" else 1)
+        return (keys, keys, values, *gate, *beta, *((a,) if o.decay in DATA_DECAYS and not o.decay_rank else ()))
 
-    def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, C] -> q and k [T, Hk, K] of unit length, v [T, H, V]"""
-        keys = self.key_heads * self.options.key_dim
-        q, k, v = mixed.split((keys, keys, self.value_heads * self.options.value_dim), dim=-1)
-        q, k = (l2_normalise(q.unflatten(-1, (self.key_heads, -1))), l2_normalise(k.unflatten(-1, (self.key_heads, -1))))
-        return q, k, v.unflatten(-1, (self.value_heads, -1))
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]:
+        """q, k, v [T, heads * width], z [T, H * V], and what `_rates` takes."""
+        o = self.options
+        q, k, v, *more = self.input(x)
+        z = None
+        if o.gate_rank:
+            (z,) = self.gate_up(self.gate_down(x))
+        elif o.gate != "none":
+            z = more.pop(0)
+        return q, k, v, z, [*more, *(self.decay_up(self.decay_down(x)) if o.decay_rank else ())]
 
-    def _output(self, y: Tensor, z: Tensor) -> Tensor:
-        """y and z [T, H, V] -> [T, hidden]"""
-        return self.out((self.norm(y) * F.silu(z)).flatten(1))
+    def _rates(self, v: Tensor, *rates: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Log decay [T, H] or [T, H, K] in float32 or wider, beta [T, H], and the step [T, H], of v [T, H, V] and the projections."""
+        o = self.options
+        beta = rates[0].sigmoid() if o.update == "delta" else None
+        beta = beta * o.beta_scale if beta is not None and o.beta_scale != 1 else beta
+        if o.decay == "none":
+            return None, beta, None
+        if o.decay not in DATA_DECAYS:
+            wide = torch.promote_types(v.dtype, torch.float32)
+            return -self.rates.to(wide).expand(len(v), -1), beta, None
+        decay, step = log_decay(rates[-1], self.A_log, self.dt_bias, o)
+        return decay, beta, step
+
+    def _inputs(self, mixed: Tensor, seq: Sequence, *rates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What lies behind the convolution [T, C] -> q and k [T, Hk, K], what is written [T, H, V], log decay, beta, and v for the skip."""
+        o = self.options
+        keys = self.key_heads * o.key_dim
+        q, k, v = mixed.split((keys, keys, self.value_heads * o.value_dim), dim=-1)
+        q, k, v = q.unflatten(-1, (self.key_heads, -1)), k.unflatten(-1, (self.key_heads, -1)), v.unflatten(-1, (self.value_heads, -1))
+        if o.feature_map != "none":
+            q, k = (F.elu(q) + 1, F.elu(k) + 1) if o.feature_map == "elu" else (F.relu(q), F.relu(k))
+        if o.qk_norm == "l2":
+            q, k = l2_normalise(q), l2_normalise(k)
+        if o.rope:
+            cos, sin = shared_rotary_tables(seq, self.rotary, o.rope, torch.promote_types(q.dtype, torch.float32))
+            q, k = rotate(q, cos, sin, o.rope.pairs), rotate(k, cos, sin, o.rope.pairs)
+        decay, beta, step = self._rates(v, *rates)
+        skip = v if o.skip else None
+        if o.step and step is not None:
+            v = (v * step.unsqueeze(-1)).to(v.dtype)
+        if o.normaliser:
+            v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
+        return q, k, v, decay, beta, skip
+
+    def _activated(self, mixed: Tensor) -> Tensor:
+        """What the convolution without SiLU gave, or what took its place."""
+        mixed = mixed if self.conv_bias is None else mixed + self.conv_bias.to(mixed.dtype)
+        return F.silu(mixed) if self.options.activation == "silu" else mixed
+
+    def _mix(
+        self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, *rates: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """From the projections to what the recurrence takes."""
+        mixed = torch.cat((q, k, v), dim=-1)
+        if self.options.conv_width:
+            mixed = seq.exchange.short_conv(mixed, self.conv, seq, "silu" if self.conv_bias is None else None)
+        if not self.options.conv_width or self.conv_bias is not None:
+            mixed = self._activated(mixed)
+        return self._inputs(mixed, seq, *rates)
+
+    def _output(self, y: Tensor, z: Tensor | None, skip: Tensor | None) -> Tensor:
+        """y [T, H, V], z [T, H * V], skip [T, H, V] -> [T, hidden]"""
+        # a norm over all heads may ask other ranks, and is thus not made again
+        return self.out(self._finish(y, z, skip) if self.options.norm == "all" else cheap(self._finish, y, z, skip))
+
+    def _finish(self, y: Tensor, z: Tensor | None, skip: Tensor | None) -> Tensor:
+        """-> [T, H * V]"""
+        o = self.options
+        if o.normaliser:
+            y = y[..., :-1] / (y[..., -1:] + 1e-6)
+        if skip is not None and self.D is not None:
+            y = y + (self.D.unsqueeze(-1) * skip).to(y.dtype)
+        if z is not None:
+            z = (F.silu(z) if o.gate == "silu" else z.sigmoid()).view(y.shape)
+        if z is not None and o.gate_first:
+            y = y * z
+        if o.norm == "head":
+            y = self.norm(y)
+        elif o.norm != "none":
+            y = self.norm(y.flatten(1)).view(y.shape)
+        if z is not None and not o.gate_first:
+            y = y * z
+        return y.flatten(1)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        mixed, z, decay, beta = self._project(x)
-        q, k, v = self._heads(seq.exchange.short_conv(mixed, self.conv, seq))
-        y = seq.exchange.linear_recurrence(q, k, v, decay, beta, seq, scale=self.scale)
-        return self._output(y, z)
+        q, k, v, z, rates = self._project(x)
+        q, k, v, decay, beta, skip = cheap(self._mix, q, k, v, seq, *rates)
+        return self._output(seq.exchange.linear_recurrence(q, k, v, decay, beta, seq, scale=self.scale), z, skip)
 
     def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, RecurrentState]:
-        mixed, z, decay, beta = self._project(x)
-        mixed, conv = short_conv.short_conv(mixed, self.conv, seq.cu_seqlens)
-        q, k, v = self._heads(mixed)
-        result = kernels.linear_recurrence(q, k, v, decay, beta, seq.cu_seqlens, scale=self.scale, return_final_state=True)
-        assert result.final_state is not None
-        return self._output(result.output, z), RecurrentState(conv, result.final_state)
+        q, k, v, z, rates = self._project(x)
+        conv = seq.exchange.last(torch.cat((q, k, v), dim=-1), seq, self.options.conv_width - 1) if self.options.conv_width else None
+        q, k, v, decay, beta, skip = self._mix(q, k, v, seq, *rates)
+        y, recurrent = seq.exchange.final_recurrence(q, k, v, decay, beta, seq, scale=self.scale)
+        return self._output(y, z, skip), RecurrentState(conv, recurrent)
 
     def decode(self, x: Tensor, state: RecurrentState, seq: Sequence) -> tuple[Tensor, RecurrentState]:
-        mixed, z, decay, beta = self._project(x)
-        mixed, conv = short_conv.step(mixed, self.conv, state.conv)
-        q, k, v = self._heads(mixed)
+        q, k, v, z, rates = self._project(x)
+        mixed, conv = torch.cat((q, k, v), dim=-1), None
+        if state.conv is not None:
+            mixed, conv = short_conv.step(mixed, self.conv, state.conv, activation=None)
+        q, k, v, decay, beta, skip = self._inputs(self._activated(mixed), seq, *rates)
         y, recurrent = kernels.step(q, k, v, decay, beta, state.recurrent, scale=self.scale)
-        return self._output(y, z), RecurrentState(conv, recurrent)
+        return self._output(y, z, skip), RecurrentState(conv, recurrent)
 
     @property
     def _channels(self) -> int:
-        """Convolution channels of the whole mixer."""
+        """What q, k and v hold of one token, in the whole mixer."""
         o = self.options
         return 2 * o.key_heads * o.key_dim + o.value_heads * o.value_dim
 
     @property
     def _state_values(self) -> int:
         o = self.options
-        return o.value_heads * o.key_dim * o.value_dim
+        return o.value_heads * o.key_dim * (o.value_dim + o.normaliser)
 
     def flops(self, tokens: int, context: int) -> float:
         """The recurrence token by token (2 K V each to read, to write and, for the delta rule, to look up); a chunked kernel spends more."""
         o = self.options
-        values, per_head = (o.value_heads * o.value_dim, o.value_heads * (int(self.delta) + int(self.gated)))
-        projections = 2 * self.hidden * (self._channels + 2 * values + per_head)
-        return tokens * (projections + 2 * o.conv_width * self._channels + (6 if self.delta else 4) * self._state_values)
+        values, decays = o.value_heads * o.value_dim, o.value_heads * (o.key_dim if o.decay == "channel" else 1)
+        ranks = o.gate_rank * (self.hidden + values) + o.decay_rank * (self.hidden + decays)
+        projections = 2 * (self.hidden * (sum(self._parts) + values) + ranks)
+        return tokens * (projections + 2 * o.conv_width * self._channels + (6 if o.update == "delta" else 4) * self._state_values)
 
     def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:
         """Independent of the context: the recurrent state in float32 and the convolution's last inputs."""
-        return 4 * self._state_values + bytes_per_value * (self.options.conv_width - 1) * self._channels
+        return 4 * self._state_values + bytes_per_value * max(self.options.conv_width - 1, 0) * self._channels
 
     def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        """One halo, and the other ranks' segment maps (M, E) in float32; M is a number per head where updates only add."""
+        """One halo, and the other ranks' segment maps (M, E) in float32; M is a number for each decay where updates only add."""
         if ranks == 1:
             return []
         o = self.options
-        maps = self._state_values + (o.value_heads * o.key_dim**2 if self.delta else o.value_heads if self.gated else 0)
-        return [ExchangeNeed("halo", bytes_per_value * (o.conv_width - 1) * self._channels), ExchangeNeed("scan", 4 * maps * (ranks - 1))]
+        decays = {"none": 0, "channel": o.value_heads * o.key_dim}.get(o.decay, o.value_heads)
+        maps = self._state_values + (o.value_heads * o.key_dim**2 if o.update == "delta" else decays)
+        halo = [ExchangeNeed("halo", bytes_per_value * (o.conv_width - 1) * self._channels)] if o.conv_width > 1 else []
+        return [*halo, ExchangeNeed("scan", 4 * maps * (ranks - 1))]
 
 
 MIXER = LinearRecurrence

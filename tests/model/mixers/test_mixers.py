@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ltrain.model.layers import LocalLayers, seed_parameters
-from ltrain.model.mixers.attention import KVCache
 from ltrain.model.mixers.base import Mixer, build_mixer
+from ltrain.model.mixers.kv_cache import KVCache
 from ltrain.model.options import AttentionOptions, LinearRecurrenceOptions, RopeOptions
 from ltrain.model.position import rotary_tables
 from ltrain.model.sequence import Sequence
@@ -147,10 +147,15 @@ def test_every_recurrence_token_by_token(decay: str, update: str) -> None:
         torch.testing.assert_close(mine[name], grad, rtol=1e-7, atol=1e-9, msg=f"{name}: {{}}".format)
 
 
-@pytest.mark.parametrize("rope", [None, RopeOptions(fraction=0.5), RopeOptions(scaling="yarn", factor=8.0, original_length=64)])
+@pytest.mark.parametrize(
+    "rope", [None, RopeOptions(fraction=0.5), RopeOptions(scaling="yarn", factor=8.0, original_length=64), RopeOptions(pairs=True)]
+)
 @pytest.mark.parametrize("extras", [True, False])
 def test_attention_is_its_formula(rope: RopeOptions | None, extras: bool) -> None:
-    module = mixer("attention", AttentionOptions(heads=4, kv_heads=2, head_dim=8, qk_norm=extras, gate=extras, rope=rope))
+    module = mixer(
+        "attention",
+        AttentionOptions(heads=4, kv_heads=2, head_dim=8, qk_norm="head" if extras else "none", gate="elementwise" if extras else "none", rope=rope),
+    )
     names, x = dict(module.named_parameters()), inputs(12)
     y = module(x, Sequence.of([5, 7]))
 
@@ -159,6 +164,9 @@ def test_attention_is_its_formula(rope: RopeOptions | None, extras: bool) -> Non
             return t
         width = int(8 * rope.fraction)
         cos, sin = rotary_tables(torch.arange(len(t)), width, rope, torch.float64)
+        if rope.pairs:
+            turned = torch.view_as_complex(t.contiguous().unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+            return torch.view_as_real(turned).flatten(-2)
         pairs = torch.complex(t[..., : width // 2], t[..., width // 2 : width]) * torch.complex(cos, sin)
         return torch.cat((pairs.real, pairs.imag, t[..., width:]), -1)
 
@@ -184,7 +192,7 @@ def test_attention_is_its_formula(rope: RopeOptions | None, extras: bool) -> Non
 
 def test_cache_holds_each_document_and_grows_by_doubling() -> None:
     k = torch.arange(20.0).reshape(20, 1, 1)
-    cache = KVCache.of(k, -k, torch.tensor([0, 1, 18, 20], dtype=torch.int32))
+    cache = KVCache.of(k, -k, Sequence.of([1, 17, 2]))
     assert cache.k.shape[1] == 17
     assert cache.k[0, :1].flatten().tolist() == [0] and cache.v[1, :17].flatten().tolist() == [-i for i in range(1, 18)]
     for step in range(20):
@@ -192,6 +200,17 @@ def test_cache_holds_each_document_and_grows_by_doubling() -> None:
     assert cache.lengths.tolist() == [21, 37, 22] and cache.k.shape[1] == 68
     assert cache.k[2, :22].flatten().tolist() == [18, 19, *range(100, 120)]
     assert cache.v[0, 1:21].flatten().tolist() == list(range(200, 220))
+
+
+def test_cache_with_room_does_not_grow() -> None:
+    k, seq = torch.arange(20.0).reshape(20, 1, 1), Sequence.of([1, 17, 2])
+    seq.room = 3
+    cache = KVCache.of(k, -k, seq)
+    place = cache.k.data_ptr()
+    for step in range(3):
+        cache.append(torch.full((3, 1, 1), 100.0 + step), torch.full((3, 1, 1), 200.0 + step))
+    assert cache.k.data_ptr() == place and cache.k.shape[1] == 20
+    assert cache.k[1, :20].flatten().tolist() == [*range(1, 18), 100, 101, 102]
 
 
 def test_log_decays_start_as_in_mamba_2() -> None:

@@ -1,0 +1,127 @@
+"""Softmax attention over the keys that a lightning indexer selects for each query, inside the segments of a packed stream.
+
+Plain torch, by blocks of queries: memory is linear in the stream, and every score of a block is made before most are dropped. Source:
+DeepSeek Sparse Attention (DeepSeek-AI 2025, DeepSeek-V3.2 report, section 2).
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ltrain.kernels.segments import accumulator, boundaries
+
+__all__ = ["index_loss", "index_scores", "select", "selected_attention"]
+
+SCORES = 1 << 24  # scores held at a time
+
+
+def _blocks(bounds: list[int], heads: int) -> Iterator[tuple[slice, slice]]:
+    """Query rows and the key rows that the last of them may see."""
+    for a, b in pairwise(bounds):
+        rows = max(SCORES // (heads * max(b - a, 1)), 16)
+        for first in range(a, b, rows):
+            last = min(first + rows, b)
+            yield slice(first, last), slice(a, last)
+
+
+def _later(rows: slice, keys: slice, device: torch.device) -> Tensor:
+    """[rows, keys]: the keys behind each query."""
+    return torch.arange(keys.start, keys.stop, device=device) > torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
+
+
+def _chosen(indices: Tensor, keys: slice) -> Tensor:
+    """indices [R, K] (stream rows, -1: none) -> [R, keys], whether a key is among them."""
+    there = (indices >= 0).to(torch.int32)
+    counts = torch.zeros(len(indices), keys.stop - keys.start, dtype=torch.int32, device=indices.device)
+    return counts.scatter_add_(1, (indices - keys.start).clamp(min=0), there) > 0
+
+
+def index_scores(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
+    """sum_h w_h relu(q_h k^T) in float32 or wider: q [R, H, D], k [n, D] (or [R, n, D]), weights [R, H] -> [R, n]"""
+    wide = accumulator(q.dtype)
+    return (weights.to(wide).unsqueeze(1) @ (q.to(wide) @ k.to(wide).mT).relu()).squeeze(1)
+
+
+@torch.no_grad()
+def select(q: Tensor, k: Tensor, weights: Tensor, cu_seqlens: Tensor, top_k: int) -> Tensor:
+    """The top_k keys of highest index score for each query, among those of its segment up to itself.
+
+    Args:
+        q: [T, H, D]; k: [T, D]; weights: [T, H], of the indexer.
+        cu_seqlens: [segments + 1] int32 boundaries, on the CPU.
+
+    Returns:
+        [T, top_k] int64 rows of the stream, -1 where there are fewer.
+    """
+    found = torch.full((len(q), top_k), -1, dtype=torch.int64, device=q.device)
+    for rows, keys in _blocks(boundaries(cu_seqlens, len(q)), q.shape[1]):
+        scores = index_scores(q[rows], k[keys], weights[rows]).masked_fill_(_later(rows, keys, q.device), -torch.inf)
+        best = scores.topk(min(top_k, scores.shape[1]), dim=-1)
+        found[rows, : best.indices.shape[1]] = (best.indices + keys.start).masked_fill(best.values == -torch.inf, -1)
+    return found
+
+
+def _probabilities(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """q [R, H, D], k [n, Hk, D], seen [R, n] -> [H, R, n] in float32 or wider"""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k).to(accumulator(q.dtype)) * scale
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    return torch.einsum("hqk,khd->qhd", _probabilities(q, k, seen, scale).to(v.dtype), v)
+
+
+def selected_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cu_seqlens: Tensor, *, scale: float) -> Tensor:
+    """softmax(scale q k^T) v over each query's selected keys alone. Differentiable in q, k and v.
+
+    Args:
+        q: [T, H, D].
+        k, v: [T, Hk, D], [T, Hk, Dv].
+        indices: [T, K], of `select`: each query's own segment, none later than it, at least one.
+        cu_seqlens: [segments + 1] int32 boundaries, on the CPU.
+        scale: what scores are multiplied with.
+
+    Returns:
+        [T, H, Dv] in v's type.
+    """
+    outputs = [v.new_zeros(0, q.shape[1], v.shape[2])]
+    for rows, keys in _blocks(boundaries(cu_seqlens, len(q)), q.shape[1]):
+        args = (q[rows], k[keys], v[keys], _chosen(indices[rows], keys), scale)
+        outputs.append(checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else _attend(*args))
+    return torch.cat(outputs)
+
+
+def _cross_entropy(target: Tensor, q: Tensor, k: Tensor, weights: Tensor, seen: Tensor) -> Tensor:
+    """target [R, n] -> -sum target ln softmax(index scores among the seen)"""
+    log_p = index_scores(q, k, weights).masked_fill(~seen, -torch.inf).log_softmax(-1)
+    return -(target * log_p.masked_fill(~seen, 0.0)).sum()
+
+
+def index_loss(
+    q: Tensor, k: Tensor, index: tuple[Tensor, Tensor, Tensor], indices: Tensor | None, cu_seqlens: Tensor, *, scale: float, heads: int
+) -> Tensor:
+    """What trains the indexer: the cross entropy of its softmax with the attention that it serves, summed over queries (equations 3 and 4 of
+    the report, but for the entropy of the target, which has no gradient). Differentiable in the indexer's tensors alone.
+
+    Args:
+        q, k: [T, H, D], [T, Hk, D] of the attention.
+        index: q [T, Hi, Di], k [T, Di] and weights [T, Hi] of the indexer.
+        indices: [T, K], of `select`, over which both are normalised (sparse stage); None: over all keys so far (dense warm-up).
+        cu_seqlens: [segments + 1] int32 boundaries, on the CPU.
+        scale: of the attention's scores.
+        heads: query heads of the whole attention, of which q may hold a part: the losses of the parts add up to the whole's.
+    """
+    total = torch.zeros((), dtype=accumulator(q.dtype), device=q.device)
+    for rows, keys in _blocks(boundaries(cu_seqlens, len(q)), q.shape[1]):
+        seen = ~_later(rows, keys, q.device) if indices is None else _chosen(indices[rows], keys)
+        with torch.no_grad():
+            target = _probabilities(q[rows], k[keys], seen, scale).sum(0) / heads
+        total = total + checkpoint(
+            _cross_entropy, target, index[0][rows], index[1][keys], index[2][rows], seen, use_reentrant=False, preserve_rng_state=False
+        )
+    return total

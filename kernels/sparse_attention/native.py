@@ -1,0 +1,96 @@
+"""The compressed and the selected branch of native sparse attention.
+
+Source: NSA (Yuan et al. 2025, arXiv 2502.11089), sections 3.3.1 and 3.3.2. Plain torch, by blocks of queries.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ltrain.kernels.segments import accumulator, boundaries
+from ltrain.kernels.sparse_attention import _blocks
+
+
+class Shape(NamedTuple):
+    """Tokens of each kind of block, and how many are selected."""
+
+    length: int  # of a compressed block (l)
+    stride: int  # from one compressed block to the next (d)
+    block: int  # of a selected block (l')
+    top: int  # selected blocks, the first of the document and the two nearest among them (n)
+
+    def compressed(self, tokens: int) -> int:
+        """How many compressed blocks lie in so many tokens of a document."""
+        return max((tokens - self.length) // self.stride + 1, 0)
+
+
+def shared_units(compressed: int, selected: int, shape: Shape, device: torch.device) -> Tensor:
+    """[compressed, selected]: how many strides a compressed and a selected block share (equation 9)."""
+    first = torch.arange(compressed, device=device) * shape.stride  # tokens
+    begin = torch.arange(selected, device=device) * shape.block
+    overlap = torch.minimum(first[:, None] + shape.length, begin + shape.block) - torch.maximum(first[:, None], begin)
+    return overlap.clamp(min=0) // shape.stride
+
+
+def _attend(
+    q: Tensor, turned: Tensor, kc: Tensor, vc: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float, shape: Shape
+) -> tuple[Tensor, Tensor]:
+    """Queries [R, H, D] of one document at position [R]; kc, vc [n, Hk, ...] compressed, k, v [t, Hk, ...] -> both branches [R, H, Dv]"""
+    wide, group = accumulator(q.dtype), q.shape[1] // k.shape[1]
+    ended = torch.arange(len(kc), device=q.device) * shape.stride + shape.length - 1 <= position[:, None]  # [R, n]: wholly in the past
+    scores = torch.einsum("rhd,nhd->hrn", q, kc.repeat_interleave(group, 1)).to(wide) * scale
+    # without any ended block a query has no compressed branch, not an average of what it must not see
+    p = scores.masked_fill(~ended, -torch.inf).softmax(-1).where(ended, 0.0) if len(kc) else scores
+    compressed = torch.einsum("hrn,nhd->rhd", p.to(vc.dtype), vc.repeat_interleave(group, 1))
+
+    blocks = -(-len(k) // shape.block)
+    with torch.no_grad():
+        importance = p @ shared_units(len(kc), blocks, shape, q.device).to(wide)  # [H, R, blocks]
+        importance = importance.unflatten(0, (-1, group)).sum(1)  # one choice for the heads of a K/V head (equation 10)
+        number, own = torch.arange(blocks, device=q.device), (position // shape.block)[:, None]
+        importance = importance.masked_fill((number == 0) | (number == own) | (number == own - 1), torch.inf).masked_fill(number > own, -torch.inf)
+        best = importance.topk(min(shape.top, blocks), dim=-1)
+        seen = torch.zeros_like(importance, dtype=torch.bool).scatter_(-1, best.indices, best.values > -torch.inf)
+        seen = seen.repeat_interleave(shape.block, -1)[..., : len(k)] & (torch.arange(len(k), device=q.device) <= position[:, None])
+    scores = torch.einsum("rhd,nhd->hrn", turned, k.repeat_interleave(group, 1)).to(wide) * scale
+    p = scores.masked_fill(~seen.repeat_interleave(group, 0), -torch.inf).softmax(-1)
+    return compressed, torch.einsum("hrn,nhd->rhd", p.to(v.dtype), v.repeat_interleave(group, 1))
+
+
+def native_attention(
+    q: Tensor, turned: Tensor, kc: Tensor, vc: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float, shape: Shape
+) -> tuple[Tensor, Tensor]:
+    """Every query over the compressed blocks that end before it, and over the tokens of the blocks that these make important.
+
+    Args:
+        q, turned: [T, H, D], queries for compressed and for single keys (which may be rotated).
+        kc, vc: [n, Hk, D], [n, Hk, Dv], the compressed blocks of all segments, one after another, `shape.compressed` of each.
+        k, v: [T, Hk, D], [T, Hk, Dv].
+        cu_seqlens: [segments + 1] int32 boundaries, on the CPU.
+
+    Returns:
+        The compressed and the selected branch, [T, H, Dv] in v's type. The choice has no gradient; all else is differentiable.
+    """
+    bounds = boundaries(cu_seqlens, len(q))
+    counts = [shape.compressed(b - a) for a, b in pairwise(bounds)]
+    first = {a: sum(counts[:n]) for n, a in reversed(list(enumerate(bounds[:-1])))}  # an empty segment begins where the next one does
+    outputs: list[tuple[Tensor, Tensor]] = []
+    for rows, keys in _blocks(bounds, q.shape[1]):
+        n = first[keys.start]
+        mine = slice(n, n + shape.compressed(keys.stop - keys.start))
+        position = torch.arange(rows.start - keys.start, rows.stop - keys.start, device=q.device)
+        args = (q[rows], turned[rows], kc[mine], vc[mine], k[keys], v[keys], position, scale, shape)
+        outputs.append(checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else _attend(*args))
+    nothing = v.new_zeros(0, q.shape[1], v.shape[2])
+    compressed, selected = (torch.cat([nothing, *parts]) for parts in (zip(*outputs, strict=True) if outputs else ((), ())))
+    return compressed, selected
+
+
+def decode_native_attention(
+    q: Tensor, turned: Tensor, kc: Tensor, vc: Tensor, k: Tensor, v: Tensor, *, scale: float, shape: Shape
+) -> tuple[Tensor, Tensor]:
+    """One query of one document, [1, H, D], over its compressed blocks and all its tokens, its own the last -> both branches [1, H, Dv]"""
+    return _attend(q, turned, kc, vc, k, v, torch.tensor([len(k) - 1], device=q.device), scale, shape)

@@ -1,0 +1,31 @@
+"""Where a needle lies: its depth is the share of the haystack's tokens before the question that come before the needle.
+
+Evaluation uses depths within 0.01 of a tenth (0, 0.1, ..., 1); training uses all the others and none of these, so that no evaluated depth was seen.
+"""
+
+import random
+
+BAND = 0.01  # half the width of a held-out band
+STEPS = 10  # bands are at multiples of 1 / STEPS
+
+
+def is_held_out(depth: float) -> bool:
+    return abs(depth - round(depth * STEPS) / STEPS) <= BAND
+
+
+def held_out_depths(count: int) -> list[float]:
+    """`count` depths of evaluation, spread evenly over [0, 1]; one alone is the middle.
+
+    Raises:
+        ValueError: not from 1 to 11.
+    """
+    if not 1 <= count <= STEPS + 1:
+        raise ValueError(f"{count} depths were asked for and there are {STEPS + 1} that training leaves out: ask for 1 to {STEPS + 1}")
+    if count == 1:
+        return [0.5]
+    return [round(i * STEPS / (count - 1)) / STEPS for i in range(count)]
+
+
+def draw(rng: random.Random) -> float:
+    """A depth of evaluation: a tenth, give or take BAND."""
+    return min(1.0, max(0.0, rng.randint(0, STEPS) / STEPS + rng.uniform(-BAND, BAND)))

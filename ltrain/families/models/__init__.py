@@ -1,0 +1,1 @@
+"""One file per model_type of Hugging Face, which sets FAMILY."""

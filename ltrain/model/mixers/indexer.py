@@ -1,0 +1,73 @@
+"""The lightning indexer of DeepSeek Sparse Attention."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ltrain.kernels import sparse_attention as kernels
+from ltrain.model.layers import LocalLayers
+from ltrain.model.options import MLAOptions
+from ltrain.model.position import rotate, shared_rotary_tables
+from ltrain.model.router import attach_loss
+from ltrain.model.sequence import Sequence
+
+Index = tuple[Tensor, Tensor, Tensor]  # queries [T, Hi, Di], keys [T, Di] and weights [T, Hi]
+SELECTION = "selection"  # in Sequence.shared: what later layers see too
+
+
+class Indexer(nn.Module):
+    """Scores every earlier token for each token: I_ts = sum_h w_th relu(q_th k_s) (DeepSeek-V3.2 report, equation 1).
+
+    Queries come from the attention's query latent, keys and weights from the input; none of them sends a gradient there. It is whole on every
+    tensor rank, all of which choose the same tokens.
+    """
+
+    gather: Callable[[Tensor], Tensor]
+
+    def __init__(self, hidden: int, options: MLAOptions, layers: LocalLayers):
+        super().__init__()
+        o = self.options = options
+        self.gather = layers.gather
+        self.scale = (o.index_heads * o.index_dim) ** -0.5
+        self.q = layers.whole(o.q_rank or hidden, o.index_heads * o.index_dim)
+        self.k = layers.whole(hidden, o.index_dim)
+        self.k_norm = layers.latent_layer_norm(o.index_dim, 1e-6)
+        self.weights = layers.whole(hidden, o.index_heads)
+
+    def forward(self, x: Tensor, latent: Tensor, seq: Sequence) -> Index:
+        """x [T / tensor, hidden], latent [T / tensor, q_rank] -> the index of all T tokens"""
+        x, latent = x.detach(), latent.detach()
+        q = self.gather(self.q(latent)).unflatten(-1, (self.options.index_heads, -1))
+        k = self.gather(self.k_norm(self.k(x))).unsqueeze(1)
+        if self.options.rope is not None:
+            cos, sin = shared_rotary_tables(seq, self.options.rope_dim, self.options.rope, torch.promote_types(q.dtype, torch.float32))
+            q, k = rotate(q, cos, sin, self.options.index_pairs), rotate(k, cos, sin, self.options.index_pairs)
+        return q, k.squeeze(1), self.gather(self.weights(x)) * self.scale
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, index: Index, seq: Sequence, scale: float) -> Tensor:
+        """q, k [T, H, D], v [T, H, Dv] -> [T, H, Dv], which carries the indexer's loss."""
+        o = self.options
+        dense = o.index_loss == "dense"
+        indices = None if dense else seq.tape.keep(lambda: kernels.select(index[0], index[1], index[2], seq.cu_seqlens, o.top_k))
+        seq.shared[SELECTION] = indices
+        y = attend(q, k, v, indices, seq, scale)
+        if o.index_loss == "none" or not torch.is_grad_enabled():
+            return y
+        loss = kernels.index_loss(q.detach(), k.detach(), index, indices, seq.cu_seqlens, scale=scale, heads=o.heads)
+        return attach_loss(y, loss * (o.index_loss_weight * seq.aux_weight / max(int(seq.cu_seqlens[-1]), 1)))
+
+    def choose(self, index: Index, keys: Tensor, lengths: Tensor, seq: Sequence) -> Tensor:
+        """Decoding: the index of N tokens, their documents' keys [N, L, Di] of which lengths [N] hold -> slots [N, K], the best first."""
+        scores = kernels.index_scores(index[0], keys, index[2])
+        scores.masked_fill_(torch.arange(keys.shape[1], device=keys.device) >= lengths.unsqueeze(1), -torch.inf)
+        seq.shared[SELECTION] = scores.topk(min(self.options.top_k, keys.shape[1]), dim=-1).indices
+        chosen: Tensor = seq.shared[SELECTION]
+        return chosen
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor | None, seq: Sequence, scale: float) -> Tensor:
+    """Attention over the selected keys; None: over all."""
+    if indices is None or seq.cu_seqlens.diff().max() <= indices.shape[1]:  # then every key is selected
+        return seq.exchange.attention(q, k, v, seq, scale=scale)
+    return kernels.selected_attention(q, k, v, indices, seq.cu_seqlens, scale=scale)

@@ -1,0 +1,165 @@
+"""Multi-head latent attention."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ltrain.model.layers import LocalLayers
+from ltrain.model.mixers.base import ExchangeNeed, Mixer
+from ltrain.model.mixers.indexer import SELECTION, Indexer, attend
+from ltrain.model.mixers.kv_cache import KVCache
+from ltrain.model.options import MLAOptions
+from ltrain.model.position import query_temperature, rotate, shared_rotary_tables
+from ltrain.model.recompute import cheap
+from ltrain.model.sequence import Sequence
+
+
+class MLA(Mixer):
+    """Causal softmax attention whose keys and values come from a latent of kv_rank numbers for each token and one key with position that
+    all heads share (DeepSeek-V2, Liu et al. 2024).
+
+    Training expands the latent to keys and values of every head. Decoding keeps latents alone: the expansion of keys is multiplied into
+    the query, that of values into the output.
+    """
+
+    options: MLAOptions
+    gather: Callable[[Tensor], Tensor]
+
+    def __init__(self, hidden: int, options: MLAOptions, layers: LocalLayers):
+        super().__init__(hidden, options, layers)
+        o = options
+        self.heads = layers.heads(o.heads, "heads")
+        self.gather = layers.gather
+        # a long-context YaRN softens the softmax by more than cos and sin carry (DeepSeek-V2's code)
+        soften = 0.1 * o.rope.mscale_all_dim * math.log(o.rope.factor) + 1.0 if o.rope and o.rope.mscale_all_dim else 1.0
+        self.scale = (o.nope_dim + o.rope_dim) ** -0.5 * soften**2
+        queries = (o.heads * o.nope_dim, o.heads * o.rope_dim)
+        self.q_down = layers.whole(hidden, o.q_rank, bias=o.bias) if o.q_rank else None
+        self.q_norm = layers.latent_norm(o.q_rank, o.latent_norm_eps) if o.q_rank else None
+        self.q = layers.column(o.q_rank or hidden, queries)
+        self.kv_down = layers.whole(hidden, o.kv_rank + o.rope_dim, bias=o.bias)
+        self.kv_norm = layers.latent_norm(o.kv_rank, o.latent_norm_eps)
+        self.kv = layers.column(o.kv_rank, (o.heads * o.nope_dim, o.heads * o.value_dim))
+        self.gate = layers.column(hidden, (o.heads,)) if o.gate == "head" else None
+        self.indexer = Indexer(hidden, o, layers) if o.select == "index" else None
+        self.out = layers.row(o.heads * o.value_dim, hidden, bias=o.bias)
+
+    def _query_latent(self, x: Tensor) -> Tensor:
+        """What queries are projected from, [T / tensor, q_rank] or x itself."""
+        return x if self.q_down is None or self.q_norm is None else cheap(self.q_norm, self.q_down(x))
+
+    def _queries(self, latent: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
+        """The parts without and with position, [T, H, nope_dim] and [T, H, rope_dim]."""
+        plain, turning = self.q(latent)
+        return cheap(self._place, plain, turning, seq)
+
+    def _place(self, plain: Tensor, turning: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
+        plain, turning = plain.unflatten(-1, (self.heads, -1)), self._turn(turning.unflatten(-1, (self.heads, -1)), seq)
+        if self.options.temperature:
+            factor = query_temperature(seq.positions, self.options).to(plain.dtype)
+            plain, turning = plain * factor, turning * factor
+        return plain, turning
+
+    def _turn(self, x: Tensor, seq: Sequence) -> Tensor:
+        """x [T, H, rope_dim]"""
+        rope = self.options.rope
+        if rope is None:
+            return x
+        cos, sin = shared_rotary_tables(seq, self.options.rope_dim, rope, torch.promote_types(x.dtype, torch.float32))
+        return rotate(x, cos, sin, rope.pairs)
+
+    def _latents(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
+        """This rank's latents [T / tensor, kv_rank], normed, and every token's key with position [T, 1, rope_dim]."""
+        latent, key = self.kv_down(x).split((self.options.kv_rank, self.options.rope_dim), dim=-1)
+        return cheap(self.kv_norm, latent), cheap(self._turn, self.gather(key).unsqueeze(1), seq)
+
+    def _attend(self, x: Tensor, latent: Tensor, key: Tensor, seq: Sequence) -> tuple[Tensor, Tensor | None]:
+        """[T, hidden], and the indexer's keys [T, Di] where there is one."""
+        query = self._query_latent(x)
+        plain, turning = self._queries(query, seq)
+        k, v = self.kv(latent)
+        k = torch.cat((k.unflatten(-1, (self.heads, -1)), key.expand(-1, self.heads, -1)), dim=-1)
+        q, v = torch.cat((plain, turning), dim=-1), v.unflatten(-1, (self.heads, -1))
+        if self.indexer is not None:
+            index = self.indexer(x, query, seq)
+            return self._output(self.indexer.attend(q, k, v, index, seq, self.scale), x), index[1]
+        if self.options.select == "shared":
+            indices = seq.tape.keep(lambda: seq.shared[SELECTION])  # a later layer's will stand there when this one is made again
+            return self._output(attend(q, k, v, indices, seq, self.scale), x), None
+        return self._output(seq.exchange.attention(q, k, v, seq, scale=self.scale), x), None
+
+    def _output(self, y: Tensor, x: Tensor) -> Tensor:
+        """y [T, H, value_dim] -> [T, hidden]"""
+        if self.gate is not None:
+            (gate,) = self.gate(x)
+            y = y * gate.sigmoid().unsqueeze(-1)
+        return self.out(y.flatten(1))
+
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+        return self._attend(x, *self._latents(x, seq), seq)[0]
+
+    def _cached(self, latent: Tensor, key: Tensor, index_key: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As one K/V head: latent and key [T, 1, kv_rank + rope_dim], of which values are the first part; what has the values' place in the
+        cache are the indexer's keys [T, 1, Di]."""
+        together = torch.cat((self.gather(latent).unsqueeze(1), key), dim=-1)
+        return together, together[..., :0] if index_key is None else index_key.unsqueeze(1)
+
+    def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, KVCache]:
+        latent, key = self._latents(x, seq)
+        y, index_key = self._attend(x, latent, key, seq)
+        return y, KVCache.of(*self._cached(latent, key, index_key), seq)
+
+    def decode(self, x: Tensor, state: KVCache, seq: Sequence) -> tuple[Tensor, KVCache]:
+        """The cache is extended in place."""
+        o, query = self.options, self._query_latent(x)
+        index = None if self.indexer is None else self.indexer(x, query, seq)
+        if seq.exchange.keeps(state.decoded):
+            state.append(*self._cached(*self._latents(x, seq), None if index is None else index[1]))
+        state.decoded += 1
+        weight = self.kv.weight
+        assert isinstance(weight, Tensor)
+        keys, values = weight.split((self.heads * o.nope_dim, self.heads * o.value_dim))
+        plain, turning = self._queries(query, seq)
+        absorbed = torch.einsum("nhd,hdr->nhr", plain, keys.unflatten(0, (self.heads, -1)))
+        q = torch.cat((absorbed, turning), dim=-1)  # [N, H, kv_rank + rope_dim]
+        cached, lengths = state.k, state.lengths
+        if o.select == "shared" or self.indexer is not None and o.index_loss != "dense":
+            if self.indexer is not None and index is not None:
+                self.indexer.choose(index, state.v.squeeze(2), lengths, seq)
+            slots = seq.shared[SELECTION]
+            if slots is not None:  # the best first: those of no token last
+                cached, lengths = cached.gather(1, slots[..., None, None].expand(-1, -1, *cached.shape[2:])), lengths.clamp(max=slots.shape[1])
+        elif self.indexer is not None:
+            seq.shared[SELECTION] = None
+        y = seq.exchange.decode_attention(q, cached, cached[..., : o.kv_rank], lengths, scale=self.scale)
+        return self._output(torch.einsum("nhr,hdr->nhd", y, values.unflatten(0, (self.heads, -1))), x), state
+
+    def flops(self, tokens: int, context: int) -> float:
+        """With a selection each token attends to top_k; its indexer still scores all."""
+        o = self.options
+        width, seen = o.nope_dim + o.rope_dim, (context + 1) / 2
+        queries = (self.hidden * o.q_rank if o.q_rank else 0) + (o.q_rank or self.hidden) * o.heads * width
+        latents = self.hidden * (o.kv_rank + o.rope_dim) + o.kv_rank * o.heads * (o.nope_dim + o.value_dim)
+        output = self.hidden * o.heads * (o.value_dim + (o.gate == "head"))
+        index = 0.0
+        if o.select == "index":
+            projections = (o.q_rank or self.hidden) * o.index_heads * o.index_dim + self.hidden * (o.index_dim + o.index_heads)
+            index = 2 * projections + 2 * o.index_heads * (o.index_dim + 1) * seen
+        attended = seen if o.select == "none" or o.index_loss == "dense" else min(seen, o.top_k)
+        return tokens * (2 * (queries + latents + output) + index + 2 * o.heads * (width + o.value_dim) * attended)
+
+    def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:
+        o = self.options
+        return (o.kv_rank + o.rope_dim + (o.index_dim if o.select == "index" else 0)) * context * bytes_per_value
+
+    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
+        """The ring carries the expanded keys and values of all heads."""
+        if ranks == 1:
+            return []
+        o = self.options
+        return [ExchangeNeed("ring", o.heads * (o.nope_dim + o.rope_dim + o.value_dim) * tokens * bytes_per_value * (ranks - 1) // ranks)]
+
+
+MIXER = MLA

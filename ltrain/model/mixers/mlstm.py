@@ -1,0 +1,103 @@
+"""The matrix LSTM."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltrain.kernels import linear_recurrence as kernels
+from ltrain.model.layers import LocalLayers, constant
+from ltrain.model.mixers.base import ExchangeNeed, Mixer
+from ltrain.model.options import MLSTMOptions
+from ltrain.model.sequence import Sequence
+
+EPS = 1e-6  # of the quotient, in units of the largest input gate so far
+
+
+@dataclass
+class MLSTMState:
+    recurrent: Tensor  # [N, H, K, V + 1], float32 or wider: the memory and, in the last column, the normaliser
+    largest: Tensor  # [N, H], the running maximum m
+
+
+class MLSTM(Mixer):
+    """C_t = f_t C_{t-1} + i_t k_t v_t^T and n_t = f_t n_{t-1} + i_t k_t; h_t = C_t^T q_t / max(|n_t^T q_t|, 1), with i_t = exp and f_t = sigmoid
+    of soft-capped gates (xLSTM, Beck et al. 2024, section 2.3; xLSTM 7B, Beck et al. 2025).
+
+    It is a linear recurrence with a decay for each head that writes i_t (v_t, 1). The papers divide memory and normaliser by exp(m_t), m_t
+    the largest of what the input gates left; soft caps bound that by e^15, so that float32 holds it all, and m_t serves the quotient's eps.
+    """
+
+    options: MLSTMOptions
+
+    def __init__(self, hidden: int, options: MLSTMOptions, layers: LocalLayers):
+        super().__init__(hidden, options, layers)
+        o = options
+        self.heads, self.scale = layers.heads(o.heads, "heads"), o.key_dim**-0.5
+        keys, values = o.heads * o.key_dim, o.heads * o.value_dim
+        self.qkv = layers.column(hidden, (keys, keys, values, values), bias=o.bias)
+        self.gates = layers.column(hidden, (o.heads, o.heads), bias=True)
+        self.norm_weight = layers.per_head(values, constant(1.0))
+        self.norm_bias = layers.per_head(values, constant(0.0)) if o.bias else None
+        self.out = layers.row(values, hidden, bias=o.bias)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k [T, H, K], what is written [T, H, V + 1], the log decay and the input gate [T, H], and the output gate [T, H * V]"""
+        cap = self.options.gate_softcap
+        q, k, v, out = self.qkv(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        i, f = (cap * (gate.to(wide) / cap).tanh() for gate in self.gates(x))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).to(wide) for t in (q, k, v))
+        written = i.exp().unsqueeze(-1) * torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
+        return q, k, written, F.logsigmoid(f), i, out
+
+    def _largest(self, decay: Tensor, i: Tensor, seq: Sequence) -> Tensor:
+        """m_t = max(m_{t-1} + ln f_t, i_t) from 0 inside documents, without gradient: [T, H]"""
+        rows = [i[:0].detach()]
+        for a, b in pairwise(seq.cu_seqlens.tolist()):
+            g = decay[a:b].detach().double().cumsum(0)
+            rows.append((g + (i[a:b].detach() - g).cummax(0).values.clamp(min=0) if b > a else g).to(i.dtype))
+        return torch.cat(rows)
+
+    def _output(self, y: Tensor, largest: Tensor, out: Tensor) -> Tensor:
+        """y [T, H, V + 1], largest [T, H], out [T, H * V] -> [T, hidden]"""
+        h = y[..., :-1] / (y[..., -1:].abs().clamp(min=1.0) + EPS * largest.exp().unsqueeze(-1))
+        h = F.layer_norm(h, h.shape[-1:], eps=self.options.norm_eps).flatten(1) * self.norm_weight
+        h = h if self.norm_bias is None else h + self.norm_bias
+        return self.out(h.to(out.dtype) * out.sigmoid())
+
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+        q, k, written, decay, i, out = self._project(x)
+        y = seq.exchange.linear_recurrence(q, k, written, decay, None, seq, scale=self.scale)
+        return self._output(y, self._largest(decay, i, seq), out)
+
+    def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, MLSTMState]:
+        q, k, written, decay, i, out = self._project(x)
+        y, recurrent = seq.exchange.final_recurrence(q, k, written, decay, None, seq, scale=self.scale)
+        largest = self._largest(decay, i, seq)
+        return self._output(y, largest, out), MLSTMState(recurrent, seq.exchange.last(largest, seq, 1).squeeze(1))
+
+    def decode(self, x: Tensor, state: MLSTMState, seq: Sequence) -> tuple[Tensor, MLSTMState]:
+        q, k, written, decay, i, out = self._project(x)
+        y, recurrent = kernels.step(q, k, written, decay, None, state.recurrent, scale=self.scale)
+        largest = torch.maximum(state.largest + decay, i)
+        return self._output(y, largest, out), MLSTMState(recurrent, largest)
+
+    def flops(self, tokens: int, context: int) -> float:
+        o = self.options
+        projections = self.hidden * o.heads * (2 * o.key_dim + 3 * o.value_dim + 2)
+        return tokens * (2 * projections + 4 * o.heads * o.key_dim * (o.value_dim + 1))
+
+    def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:
+        """Independent of the context, all in float32."""
+        o = self.options
+        return 4 * o.heads * (o.key_dim * (o.value_dim + 1) + 1)
+
+    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
+        """The other ranks' segment maps in float32: the state and a decay for each head."""
+        return [ExchangeNeed("scan", (self.state_bytes(tokens) + 4 * self.options.heads) * (ranks - 1))] if ranks > 1 else []
+
+
+MIXER = MLSTM

@@ -1,0 +1,146 @@
+"""Native sparse attention."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltrain.kernels.attention import Mask
+from ltrain.kernels.sparse_attention.native import Shape, decode_native_attention, native_attention
+from ltrain.model.layers import LocalLayers, ParamLayout, normal
+from ltrain.model.mixers.base import ExchangeNeed, Mixer
+from ltrain.model.mixers.kv_cache import KVCache
+from ltrain.model.options import NSAOptions
+from ltrain.model.position import rotary_width, rotate, shared_rotary_tables
+from ltrain.model.sequence import Sequence
+
+
+@dataclass
+class NSACache:
+    tokens: KVCache  # of the compressed and the selected branch, beside each other as heads
+    window: KVCache
+
+
+class Compression(nn.Module):
+    """phi: a block of keys or values -> one, by an MLP that knows each token's place in the block (equation 7). The same for all heads."""
+
+    def __init__(self, width: int, options: NSAOptions, layers: LocalLayers):
+        super().__init__()
+        self.length, self.stride = options.compressed, options.stride
+
+        def whole(*shape: int, std: float) -> nn.Parameter:
+            return layers.parameter(ParamLayout(shape, normal(std), partial_gradient=True))
+
+        self.place = whole(options.compressed, width, std=layers.std)
+        self.up = whole(width, options.compressed * width, std=1 / math.sqrt(options.compressed * width))
+        self.down = whole(width, width, std=1 / math.sqrt(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [t, Hk, D] of one document -> [blocks, Hk, D]"""
+        if len(x) < self.length:
+            return x[:0]
+        blocks = x.unfold(0, self.length, self.stride).transpose(-1, -2) + self.place  # [blocks, Hk, l, D]
+        return F.linear(F.gelu(F.linear(blocks.flatten(-2), self.up)), self.down)
+
+
+class NSA(Mixer):
+    """o = sum of sigmoid(gate) times attention over compressed blocks, selected blocks and a window (Yuan et al. 2025, equation 5).
+
+    Each branch has keys and values of its own; the gates are numbers of each head that the input gives.
+    """
+
+    options: NSAOptions
+    entry = "qkv"
+
+    def __init__(self, hidden: int, options: NSAOptions, layers: LocalLayers):
+        super().__init__(hidden, options, layers)
+        o = options
+        self.heads, self.kv_heads = layers.heads(o.heads, "heads"), layers.heads(o.kv_heads, "kv_heads")
+        self.rotary = rotary_width(o.head_dim, o.rope) if o.rope else 0
+        self.scale = o.head_dim**-0.5
+        self.shape = Shape(o.compressed, o.stride, o.block_size, o.top_blocks)
+        self.mask = Mask(window=o.window)
+        self.qkv = layers.column(hidden, self._parts)
+        self.compress_k, self.compress_v = Compression(o.head_dim, o, layers), Compression(o.head_dim, o, layers)
+        self.out = layers.row(o.heads * o.head_dim, hidden)
+
+    @property
+    def _parts(self) -> tuple[int, ...]:
+        """Widths of the queries, of keys and values compressed, selected and of the window, and of the three gates."""
+        o = self.options
+        return (o.heads * o.head_dim, *(o.kv_heads * o.head_dim,) * 6, *(o.heads,) * 3)
+
+    def _turn(self, x: Tensor, seq: Sequence) -> Tensor:
+        rope = self.options.rope
+        if rope is None:
+            return x
+        cos, sin = shared_rotary_tables(seq, self.rotary, rope, torch.promote_types(x.dtype, torch.float32))
+        return rotate(x, cos, sin, rope.pairs)
+
+    def _project(self, x: Tensor, seq: Sequence) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Queries [T, H, D]; k, v to be compressed, selected and of the window, [T, Hk, D] each; and the gates [T, H]."""
+        q, *rest = self.qkv(x)
+        kv = [part.unflatten(-1, (self.kv_heads, -1)) for part in rest[:6]]
+        kv[2], kv[4] = self._turn(kv[2], seq), self._turn(kv[4], seq)
+        return q.unflatten(-1, (self.heads, -1)), kv, rest[6:]
+
+    def _output(self, branches: tuple[Tensor, Tensor, Tensor], gates: list[Tensor]) -> Tensor:
+        return self.out(sum(y * gate.sigmoid().unsqueeze(-1) for y, gate in zip(branches, gates, strict=True)).flatten(1))  # type: ignore[union-attr]
+
+    def _mix(self, q: Tensor, kv: list[Tensor], gates: list[Tensor], seq: Sequence) -> Tensor:
+        bounds, turned = seq.cu_seqlens.tolist(), self._turn(q, seq)
+        kc = torch.cat([self.compress_k(kv[0][a:b]) for a, b in pairwise(bounds)] or [kv[0][:0]])
+        vc = torch.cat([self.compress_v(kv[1][a:b]) for a, b in pairwise(bounds)] or [kv[1][:0]])
+        compressed, selected = native_attention(q, turned, kc, vc, kv[2], kv[3], seq.cu_seqlens, scale=self.scale, shape=self.shape)
+        window = seq.exchange.attention(turned, kv[4], kv[5], seq, scale=self.scale, mask=self.mask)
+        return self._output((compressed, selected, window), gates)
+
+    def forward(self, x: Tensor, seq: Sequence) -> Tensor:
+        return self._mix(*self._project(x, seq), seq)
+
+    def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, NSACache]:
+        q, kv, gates = self._project(x, seq)
+        tokens = KVCache.of(torch.cat((kv[0], kv[2]), 1), torch.cat((kv[1], kv[3]), 1), seq)
+        return self._mix(q, kv, gates, seq), NSACache(tokens, KVCache.of(kv[4], kv[5], seq, self.mask))
+
+    def decode(self, x: Tensor, state: NSACache, seq: Sequence) -> tuple[Tensor, NSACache]:
+        """The caches are extended in place; compressed blocks are made again from the tokens."""
+        q, kv, gates = self._project(x, seq)
+        turned = self._turn(q, seq)
+        state.tokens.append(torch.cat((kv[0], kv[2]), 1), torch.cat((kv[1], kv[3]), 1))
+        state.window.append(kv[4], kv[5])
+        found = []
+        for n, length in enumerate(state.tokens.lengths.tolist()):
+            (kc, ks), (vc, vs) = (t[n, :length].chunk(2, dim=1) for t in (state.tokens.k, state.tokens.v))
+            here = slice(n, n + 1)
+            args = q[here], turned[here], self.compress_k(kc), self.compress_v(vc), ks, vs
+            found.append(decode_native_attention(*args, scale=self.scale, shape=self.shape))
+        compressed, selected = (torch.cat(parts) for parts in zip(*found, strict=True))
+        window = seq.exchange.decode_attention(turned, state.window.k, state.window.v, state.window.lengths, scale=self.scale)
+        return self._output((compressed, selected, window), gates), state
+
+    def flops(self, tokens: int, context: int) -> float:
+        o = self.options
+        projections = self.hidden * (sum(self._parts) + o.heads * o.head_dim)
+        compression = 2 * o.kv_heads * (o.compressed + 1) * o.head_dim**2 / o.stride
+        seen = self.shape.compressed(context) / 2 + min(context / 2, o.block_size * o.top_blocks) + min(context / 2, o.window)
+        return tokens * (2 * (projections + compression) + 4 * o.heads * o.head_dim * seen)
+
+    def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:
+        o = self.options
+        return 2 * o.kv_heads * o.head_dim * (2 * context + min(context, o.window)) * bytes_per_value
+
+    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
+        """Compressed blocks and selected keys and values of the other ranks, and the window's halo."""
+        if ranks == 1:
+            return []
+        o = self.options
+        width = 2 * o.kv_heads * o.head_dim * bytes_per_value
+        gathered = (tokens + self.shape.compressed(tokens)) * (ranks - 1) // ranks
+        return [ExchangeNeed("gather", width * gathered), ExchangeNeed("halo", width * min(o.window - 1, tokens))]
+
+
+MIXER = NSA

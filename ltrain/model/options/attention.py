@@ -1,0 +1,79 @@
+"""Softmax attention."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from ltrain.model.options.base import MixerOptions
+from ltrain.model.options.rope import RopeOptions
+from ltrain.schema import ABOVE_0, AT_LEAST_1, Choices, ConfigError, Limits, check_multiple
+
+if TYPE_CHECKING:
+    from ltrain.config import ParallelConfig
+
+
+@dataclass
+class AttentionOptions(MixerOptions):
+    """Softmax attention with grouped K/V heads (Vaswani et al. 2017; GQA: Ainslie et al. 2023), MHA and MQA at its ends."""
+
+    CHOICES: ClassVar[Choices] = {"qk_norm": ("none", "head", "full", "weightless"), "gate": ("none", "elementwise", "head")}
+    LIMITS: ClassVar[Limits] = {
+        **dict.fromkeys(("heads", "kv_heads", "head_dim", "temperature_length", "top_blocks"), AT_LEAST_1),
+        **dict.fromkeys(("scale", "value_scale"), ABOVE_0),
+    }
+
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 64  # width of a query and a key
+    value_dim: int = 0  # width of a value; 0: head_dim
+    window: int = 0  # a token sees the last so many, itself included; 0: all
+    chunk: int = 0  # a token sees those whose position divided by it gives the same whole number (Llama 4); 0: all
+    anchors: int = 0  # and the document's first so many, whatever the window (StreamingLLM)
+    # A token sees its own block of so many tokens and of the earlier ones those whose mean key suits it best (MoBA, Lu et al. 2025); 0: all
+    block_size: int = 0
+    top_blocks: int = 8  # blocks that it sees, its own among them
+    sinks: bool = False  # a learned score for each head that takes its share of the softmax and gives nothing (gpt-oss)
+    qk_norm: str = "head"  # of queries and keys: none | head (inside each) | full (over all heads: OLMo 2) | weightless (inside each: Llama 4)
+    qk_norm_after_rope: bool = False  # otherwise before
+    gate: str = "elementwise"  # output times sigmoid of a projection of the input (Qiu et al. 2025): none | elementwise | head (a number for each)
+    qkv_bias: bool = False  # of the projections to queries, keys, values and the gate
+    out_bias: bool = False  # of the output projection
+    scale: float | None = None  # what scores are multiplied with; null: head_dim ^ -0.5
+    softcap: float = 0.0  # scores become softcap x tanh(score / softcap) (Gemma 2); 0: as they are
+    value_scale: float = 1.0  # times the values (MiMo-V2)
+    temperature: float = 0.0  # queries times 1 + temperature x ln(1 + floor((position + temperature_offset) / temperature_length)) (Llama 4)
+    temperature_length: int = 8192
+    temperature_offset: int = 0
+    alibi: bool = False  # scores minus a slope of each head times the distance (Press et al. 2021)
+    rope: RopeOptions | None = field(default_factory=RopeOptions)  # null: no position (NoPE)
+
+    def check(self, key: str, parallel: "ParallelConfig") -> None:
+        check_multiple(f"{key}.heads", self.heads, f"{key}.kv_heads", self.kv_heads)
+        check_multiple(f"{key}.kv_heads", self.kv_heads, "parallel.tensor", parallel.tensor)
+        if self.rope is not None:
+            self.rope.check(f"{key}.rope", self.head_dim)
+        if self.window and self.chunk:
+            raise ConfigError(f"{key}.window={self.window} and {key}.chunk={self.chunk} exclude each other: write one of the two")
+        for name in ("window", "chunk", "sinks", "softcap", "alibi"):
+            if self.block_size and getattr(self, name):
+                raise ConfigError(f"{key}.block_size={self.block_size} does not go with {name}={getattr(self, name)}: take one of the two out")
+        if not self.block_size and self.top_blocks != 8:
+            raise ConfigError(f"{key}.top_blocks={self.top_blocks} has no effect without blocks: write {key}.block_size, or take it out")
+        if self.anchors and not self.window:
+            raise ConfigError(f"{key}.anchors={self.anchors} has no effect without a window: write {key}.window, or take it out")
+        if self.alibi and (self.rope is not None or limited(self)):
+            raise ConfigError(f"{key}.alibi=true goes with no other position and sees all tokens: write {key}.rope=null and no window or chunk")
+        if self.qk_norm_after_rope and (self.rope is None or self.qk_norm == "none"):
+            raise ConfigError(f"{key}.qk_norm_after_rope=true has no effect without both RoPE and a qk_norm: take it out")
+        if not self.temperature and (self.temperature_length, self.temperature_offset) != (8192, 0):
+            raise ConfigError(f"{key}.temperature_length and temperature_offset have no effect with temperature=0: write a temperature")
+        if self.value_dim == self.head_dim:
+            raise ConfigError(f"{key}.value_dim={self.value_dim} is head_dim, which 0 says too: take it out")
+
+    def refuses(self) -> dict[str, str]:
+        special = [name for name in ("window", "chunk", "block_size", "sinks", "softcap", "alibi") if getattr(self, name)]
+        return {"context": f"the ring carries attention without {' and '.join(special)}"} if special else {}
+
+
+def limited(options: AttentionOptions) -> bool:
+    """Whether some tokens of a document are hidden from later ones."""
+    return bool(options.window or options.chunk)

@@ -1,0 +1,29 @@
+"""What the options of every mixer answer."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ltrain.schema import Choices, Limits
+
+if TYPE_CHECKING:
+    from ltrain.config import ParallelConfig
+
+
+class MixerOptions:
+    """Base of each mixer's options, which are a dataclass."""
+
+    CHOICES: ClassVar[Choices] = {}
+    LIMITS: ClassVar[Limits] = {}
+    PAPERS: ClassVar[dict[str, str]] = {}  # a mixer's name in MIXERS -> what it is, with its paper; without: the docstring's first paragraph
+
+    def check(self, key: str, parallel: "ParallelConfig") -> None:
+        """Refuse, in one sentence (ConfigError) that names `key`, options that do not go together or do not divide over the ranks."""
+
+    def refuses(self) -> dict[str, str]:
+        """Parallelism (tensor, context, pipeline) -> why a layer with these options does not work under it; the rest it supports."""
+        return {}
+
+
+@dataclass
+class NoMixerOptions(MixerOptions):
+    """Of a layer without a mixer."""

@@ -1,0 +1,62 @@
+"""The scans against their token-by-token forms in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from ltrain.kernels import elementwise_recurrence as kernels
+
+LENGTHS = [[0], [1], [5, 1, 0, 2], [63, 64, 65], [200]]
+
+
+def cu(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def close(got: Any, expected: Any, leaves: list[torch.Tensor]) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+    if got[0].numel():
+        weights = [torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(3)) for y in got]
+        grads = [torch.autograd.grad(sum((y * w).sum() for y, w in zip(ys, weights, strict=True)), leaves) for ys in (got, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("initial", [False, True])
+def test_scan(lengths: list[int], initial: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    a = torch.rand(sum(lengths), 3, 2, dtype=torch.float64, generator=g).pow(0.2)
+    a[::7] = 0.0  # a decay that forgets everything
+    a.requires_grad_()
+    b = torch.randn(sum(lengths), 3, 2, dtype=torch.float64, generator=g).requires_grad_()
+    state = torch.randn(len(lengths), 3, 2, dtype=torch.float64, generator=g).requires_grad_() if initial else None
+    leaves = [a, b, *([state] if state is not None else [])]
+    close(*(kernels.scan(a, b, cu(lengths), initial_state=state, backend=backend) for backend in ("auto", "reference")), leaves)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_selective_scan(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "CHUNK", 16)
+    g = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    x, B, C = (torch.randn(tokens, n, dtype=torch.float64, generator=g).requires_grad_() for n in (4, 3, 3))
+    step = torch.rand(tokens, 4, dtype=torch.float64, generator=g).requires_grad_()
+    rate = (0.1 + 3 * torch.rand(4, 3, dtype=torch.float64, generator=g)).requires_grad_()
+    leaves = [x, step, rate, B, C]
+    close(*(kernels.selective_scan(*leaves, cu(lengths), return_final_state=True, backend=backend) for backend in ("auto", "reference")), leaves)
+
+
+def test_decays_that_vanish_stay_finite_in_float32() -> None:
+    step = torch.full((300, 2), 1e4)
+    y, _ = kernels.selective_scan(torch.ones(300, 2), step, torch.ones(2, 3), torch.ones(300, 3), torch.ones(300, 3), cu([300]))
+    assert y.isfinite().all() and torch.allclose(y, 3 * step)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="one shape and type"):
+        kernels.scan(torch.zeros(3, 2), torch.zeros(3, 1), cu([3]))
+    with pytest.raises(ValueError, match=r"initial_state must be \[1, 2\]"):
+        kernels.scan(torch.zeros(3, 2), torch.zeros(3, 2), cu([3]), initial_state=torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="have shapes"):
+        kernels.selective_scan(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(2, 4), torch.zeros(3, 5), torch.zeros(3, 4), cu([3]))

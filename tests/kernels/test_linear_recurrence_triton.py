@@ -1,0 +1,136 @@
+"""The Triton kernels against float64: on a GPU every case, elsewhere some of them in Triton's interpreter."""
+
+import itertools
+
+import pytest
+import torch
+
+from ltrain.kernels.linear_recurrence import linear_recurrence
+from tests.kernels.interpreter import DEVICE, GPU, on_gpu, runs
+from tests.kernels.test_linear_recurrence import cu, inputs
+
+
+def compare(lengths, tolerance, *, dtype=torch.float32, with_map=False, **kwargs):
+    """Output, final state and every gradient, relative RMS below `tolerance`, of the same rounded inputs."""
+    x = inputs(lengths, dtype=dtype, **kwargs)
+    x[3:] = [None if t is None else t.detach().float().requires_grad_() for t in x[3:]]
+    x = [None if t is None else t.detach().to(DEVICE).requires_grad_() for t in x]
+    wide = [None if t is None else t.detach().double().requires_grad_() for t in x]
+    names = ["output", "state", *(n for n, t in zip(["dq", "dk", "dv", "ddecay", "dbeta", "dstate"], x, strict=True) if t is not None)]
+    found = []
+    # token by token would take minutes on a GPU, where `chunked`, which is held to the reference elsewhere, is exact enough in float64
+    for tensors, backend in ((x, "triton"), (wide, "chunked" if GPU else "reference")):
+        q, k, v, decay, beta, state = tensors
+        result = linear_recurrence(
+            q, k, v, decay, beta, cu(lengths), scale=0.4, initial_state=state, return_final_state=True, return_segment_map=with_map, backend=backend
+        )
+        g = torch.Generator().manual_seed(1)
+        outputs = [result.output, result.final_state, *(result.segment_map or ())]
+        loss = sum((t * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t)).sum() for t in outputs)
+        found.append([*outputs, *torch.autograd.grad(loss, [t for t in tensors if t is not None])])
+    names[2:2] = ["M", "E"] if with_map else []
+    for name, got, expected in zip(names, *found, strict=True):
+        assert got.isfinite().all(), name
+        error = (got.double() - expected).norm() / expected.norm()
+        assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+MIXED = [64, 0, 65, 1, 63]
+
+
+@runs
+@pytest.mark.parametrize(("decay", "delta"), [("head", True), ("none", True), ("head", False), ("none", False)])
+def test_updates_and_decays(decay, delta):
+    compare([65, 2], 1e-5, heads=1, group=2, width=16, value_width=16, decay=decay, delta=delta)
+
+
+@runs
+@pytest.mark.parametrize("level", [-1e-6, -5.0, -40.0])
+def test_decay_levels(level):
+    compare([66], 1e-5, heads=1, width=16, value_width=16, level=level)
+
+
+@runs
+def test_widths_that_are_no_powers_of_two_and_empty_segments():
+    compare(MIXED, 1e-5, heads=1, group=2, width=20, value_width=40)
+
+
+@runs
+def test_half_precision():
+    compare([130], 5e-3, heads=1, width=16, value_width=16, dtype=torch.float16)
+
+
+@runs
+def test_segment_map():
+    compare([65, 3], 1e-5, heads=1, width=16, value_width=24, with_map=True)
+
+
+@runs
+def test_repeated_keys():
+    """The system (I + A) is then as far from the identity as it gets: powers of A would overflow."""
+    x = inputs([130], heads=1, width=16, value_width=16, decay="none", dtype=torch.float64)
+    x[1] = x[1][:1].expand(130, 1, 16)
+    x[4] = torch.ones_like(x[4])
+    wide = [None if t is None else t.detach() for t in x]
+    near = [None if t is None else t.float().to(DEVICE).contiguous() for t in wide]
+    for_each = {"scale": 0.4, "return_final_state": True}
+    got = linear_recurrence(*near[:5], cu([130]), initial_state=near[5], backend="triton", **for_each)
+    expected = linear_recurrence(*wide[:5], cu([130]), initial_state=wide[5], backend="reference", **for_each)
+    torch.testing.assert_close(got.output.cpu().double(), expected.output, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.final_state.cpu().double(), expected.final_state, rtol=1e-4, atol=1e-4)
+
+
+@runs
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"v": torch.zeros(10, 4, 130)}, "at most 128"),
+        ({"decay": torch.zeros(10, 4, 8)}, "not per channel"),
+        ({"q": torch.zeros(10, 2, 8).half()}, "one type"),
+        ({"chunk": 32}, "chunks of 64"),
+    ],
+)
+def test_refusals(change, words):
+    args = {"q": torch.zeros(10, 2, 8), "k": torch.zeros(10, 2, 8), "v": torch.zeros(10, 4, 4), "decay": None, "beta": None}
+    args = {name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in {**args, **change}.items()}
+    with pytest.raises(ValueError, match=f"backend='triton' .*{words}"):
+        linear_recurrence(**args, cu_seqlens=cu([10]), scale=1.0, backend="triton")
+
+
+@on_gpu
+@pytest.mark.parametrize(("width", "value_width"), [(16, 16), (32, 48), (60, 60), (64, 64), (64, 128), (128, 64), (128, 128)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
+def test_every_shape_on_the_gpu(width, value_width, dtype, tolerance):
+    for lengths, group, level in itertools.product([[500], MIXED, [1] * 70], [1, 8], [-1e-3, -5.0, None]):
+        compare(lengths, tolerance, heads=2, group=group, width=width, value_width=value_width, dtype=dtype, level=level)
+
+
+@on_gpu
+def test_the_same_twice():
+    x = [
+        t.detach().to("cuda", torch.bfloat16 if i < 3 else torch.float32).requires_grad_()
+        for i, t in enumerate(inputs([5000], width=64, value_width=64))
+    ]
+
+    def once():
+        output = linear_recurrence(*x[:5], cu([5000]), scale=1.0, initial_state=x[5], backend="triton").output
+        return [output, *torch.autograd.grad(output.square().sum(), x)]
+
+    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+
+
+@on_gpu
+def test_a_million_tokens():
+    """Offsets beyond 2^31 elements: the end of the stream against its own last part, carried in by the state."""
+    tokens, tail, heads, width = 2**20, 1000, 24, 96
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(tokens, heads, width, generator=g, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    k = k / k.norm(dim=-1, keepdim=True)
+    decay, beta = -torch.rand(tokens, heads, generator=g, device="cuda"), torch.rand(tokens, heads, generator=g, device="cuda")
+    with torch.no_grad():
+        at = tokens - tail
+        first = linear_recurrence(q[:at], k[:at], v[:at], decay[:at], beta[:at], cu([at]), scale=1.0, return_final_state=True)
+        last = linear_recurrence(q[at:], k[at:], v[at:], decay[at:], beta[at:], cu([tail]), scale=1.0, initial_state=first.final_state)
+        whole = linear_recurrence(q, k, v, decay, beta, cu([tokens]), scale=1.0)
+    error = (whole.output[at:].float() - last.output.float()).norm() / last.output.float().norm()
+    assert error < 0.01

@@ -1,0 +1,129 @@
+"""Sparse attention against the equations of its papers in float64."""
+
+import pytest
+import torch
+
+from ltrain.kernels import sparse_attention as kernels
+from ltrain.kernels.sparse_attention.block_means import block_attention
+from ltrain.kernels.sparse_attention.native import Shape, native_attention
+
+LENGTHS = [1, 40, 2, 57]
+TOP, SCALE = 7, 0.3
+
+
+def cu() -> torch.Tensor:
+    return torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, dtype=torch.float64, generator=g).requires_grad_() for shape in shapes]
+
+
+def visible() -> torch.Tensor:
+    document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    return (document[:, None] == document).tril()
+
+
+def best(scores: torch.Tensor) -> torch.Tensor:
+    """[T, T], whether a key is among the TOP best visible ones of a query: the scores' order, token by token."""
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    for t, seen in enumerate(visible()):
+        keys = sorted(seen.nonzero().flatten().tolist(), key=lambda s: -float(scores[t, s].detach()))
+        chosen[t, keys[:TOP]] = True
+    return chosen
+
+
+@pytest.mark.parametrize("block", [64, 1 << 24])
+@pytest.mark.parametrize("stage", ["sparse", "dense"])
+def test_selection_attention_and_loss(stage: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SCORES", block)
+    tokens = sum(LENGTHS)
+    q, k, v, iq, ik, iw = tensors((tokens, 4, 6), (tokens, 2, 6), (tokens, 2, 5), (tokens, 8, 3), (tokens, 3), (tokens, 8))
+    # equation 1 of the report
+    index = torch.einsum("th,ths->ts", iw, torch.einsum("thd,sd->ths", iq, ik).relu())
+    seen = best(index) if stage == "sparse" else visible()
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * SCALE
+    p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    expected = torch.einsum("hqk,khd->qhd", p, v.repeat_interleave(2, 1))
+    # equations 3 and 4: KL(p || softmax(I)), p the heads' sum made to sum to 1
+    target = (p.sum(0) / 4).detach()
+    loss = (target * (target.clamp(min=1e-300).log() - index.masked_fill(~seen, -torch.inf).log_softmax(-1).masked_fill(~seen, 0.0))).sum()
+
+    indices = kernels.select(iq.detach(), ik.detach(), iw.detach(), cu(), TOP) if stage == "sparse" else None
+    if indices is not None:
+        assert [set(row.tolist()) - {-1} for row in indices] == [set(row.nonzero().flatten().tolist()) for row in seen]
+        y = kernels.selected_attention(q, k, v, indices, cu(), scale=SCALE)
+        torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+        weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+        grads = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (y, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
+    mine = kernels.index_loss(q.detach(), k.detach(), (iq, ik, iw), indices, cu(), scale=SCALE, heads=4)
+    entropy = -(target * target.clamp(min=1e-300).log()).sum()
+    torch.testing.assert_close(mine - entropy, loss, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.autograd.grad(mine, (iq, ik, iw)), torch.autograd.grad(loss, (iq, ik, iw)), rtol=1e-8, atol=1e-10)
+    # the halves of the heads add up to the whole
+    parts = [kernels.index_loss(q[:, h : h + 2], k[:, h // 2 : h // 2 + 1], (iq, ik, iw), indices, cu(), scale=SCALE, heads=4) for h in (0, 2)]
+    torch.testing.assert_close(parts[0] + parts[1], mine, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("scores", [64, 1 << 24])
+@pytest.mark.parametrize(("block", "top"), [(8, 3), (5, 1), (16, 9)])
+def test_moba_query_by_query(block: int, top: int, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MoBA (arXiv 2502.13189), equations 2 to 6: a query sees its own block, causally, and its best earlier ones by <q, mean of K>."""
+    monkeypatch.setattr(kernels, "SCORES", scores)
+    q, k, v = tensors((sum(LENGTHS), 4, 6), (sum(LENGTHS), 2, 6), (sum(LENGTHS), 2, 5))
+    rows, start = [], 0
+    for length in LENGTHS:
+        for t in range(length):
+            for h in range(4):
+                keys, values = k[start : start + length, h // 2], v[start : start + length, h // 2]
+                own = t // block
+                affinity = [float(q[start + t, h] @ keys[i * block : (i + 1) * block].mean(0)) for i in range(own)]
+                best = sorted(range(own), key=lambda i: -affinity[i])[: top - 1]  # noqa: B023 - used at once
+                seen = [s for s in range(t + 1) if s // block in (*best, own)]
+                rows.append((keys[seen] @ q[start + t, h] * SCALE).softmax(0) @ values[seen])
+        start += length
+    expected = torch.stack(rows).unflatten(0, (-1, 4))
+    y = block_attention(q, k, v, cu(), scale=SCALE, block=block, top=top)
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+    weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (y, expected)), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("scores", [64, 1 << 24])
+@pytest.mark.parametrize("shape", [Shape(4, 4, 4, 3), Shape(8, 4, 8, 4), Shape(4, 2, 8, 3)], ids=str)
+def test_nsa_query_by_query(shape: Shape, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NSA (arXiv 2502.11089), equations 7 to 12, for given compressed keys and values."""
+    monkeypatch.setattr(kernels, "SCORES", scores)
+    tokens, counts = sum(LENGTHS), [max((n - shape.length) // shape.stride + 1, 0) for n in LENGTHS]
+    q, turned, kc, vc, k, v = tensors((tokens, 4, 6), (tokens, 4, 6), (sum(counts), 2, 6), (sum(counts), 2, 5), (tokens, 2, 6), (tokens, 2, 5))
+    compressed, selected, start, first = [], [], 0, 0
+    for length, count in zip(LENGTHS, counts, strict=True):
+        for t in range(length):
+            ended = [i for i in range(count) if i * shape.stride + shape.length - 1 <= t]
+            importance = {}
+            for h in range(4):
+                g, rows = h // 2, [first + i for i in ended]
+                p = (kc[rows, g] @ q[start + t, h] * SCALE).softmax(0)
+                compressed.append(p @ vc[rows, g] if ended else torch.zeros(5, dtype=torch.float64))
+                for j in range(t // shape.block + 1):
+                    # strides that the blocks share, of each compressed block
+                    inside = {*range(j * shape.block // shape.stride, (j + 1) * shape.block // shape.stride)}
+                    units = [len({*range(i, i + shape.length // shape.stride)} & inside) for i in ended]
+                    importance[g, j] = importance.get((g, j), 0.0) + sum(float(a) * u for a, u in zip(p, units, strict=True))
+            for h in range(4):
+                own = t // shape.block
+                always = {0, own, max(own - 1, 0)}
+                others = sorted(set(range(own + 1)) - always, key=lambda j: -importance[h // 2, j])  # noqa: B023 - used at once
+                chosen = always | set(others[: shape.top - len(always)])
+                rows = [start + s for s in range(t + 1) if s // shape.block in chosen]
+                selected.append((k[rows, h // 2] @ turned[start + t, h] * SCALE).softmax(0) @ v[rows, h // 2])
+        start, first = start + length, first + count
+    expected = tuple(torch.stack(rows).unflatten(0, (-1, 4)) for rows in (compressed, selected))
+    got = native_attention(q, turned, kc, vc, k, v, cu(), scale=SCALE, shape=shape)
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+    leaves = (q, turned, kc, vc, k, v)
+    weight = torch.randn(tokens, 4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grads = [torch.autograd.grad((torch.cat(ys, -1) * weight).sum(), leaves) for ys in (got, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)

@@ -1,0 +1,25 @@
+from typing import Any
+
+SMALL = {"heads": 4, "kv_heads": 2, "head_dim": 8}
+PLAIN = {**SMALL, "qk_norm": "none", "gate": "none"}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention": ("attention", {**SMALL, "qkv_bias": True, "out_bias": True}),
+    "attention-mha-plain": ("attention", {**PLAIN, "kv_heads": 4, "rope": None}),
+    "attention-rope-pairs-partial": ("attention", {**SMALL, "rope": {"fraction": 0.5, "pairs": True}}),
+    "attention-window-sinks-head-gate": ("attention", {**SMALL, "window": 9, "sinks": True, "gate": "head", "value_dim": 6, "value_scale": 0.7}),
+    "attention-window-anchors-softcap": ("attention", {**SMALL, "window": 5, "anchors": 3, "softcap": 3.0, "qk_norm": "full", "scale": 0.5}),
+    "attention-chunk-l2-temperature": (
+        "attention",
+        {
+            **PLAIN,
+            "chunk": 16,
+            "qk_norm": "weightless",
+            "qk_norm_after_rope": True,
+            "temperature": 0.3,
+            "temperature_length": 20,
+            "temperature_offset": 1,
+        },
+    ),
+    "attention-moba": ("attention", {**SMALL, "block_size": 8, "top_blocks": 3}),
+    "attention-alibi": ("attention", {**PLAIN, "kv_heads": 4, "alibi": True, "rope": None}),
+}

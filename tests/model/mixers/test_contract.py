@@ -1,0 +1,102 @@
+"""What every mixer promises, in every form of it that tests/model/mixers/cases lists."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ltrain.model.layers import LocalLayers, seed_parameters
+from ltrain.model.mixers.base import Mixer, build_mixer
+from ltrain.model.sequence import Sequence
+from tests.model.mixers.cases import CASES, HIDDEN, spec_of
+
+LENGTHS = [1, 2, 63, 64, 65, 5]  # around the chunks of the recurrences
+
+
+def built(name: str, dtype: torch.dtype = torch.float64) -> Mixer:
+    """The case's mixer, with weights that hide nothing: no ones in norms, no zeros in biases."""
+    spec = spec_of(name)
+    module = build_mixer(spec.mixer, HIDDEN, spec.options, LocalLayers(std=0.3, dtype=dtype))
+    seed_parameters(module, 0)
+    jitter(module)
+    return module
+
+
+@torch.no_grad()
+def jitter(module: torch.nn.Module) -> None:
+    """Move every vector off the constant it may start at, each number by the same share of itself on any layout."""
+    for key, param in module.named_parameters():
+        if param.ndim == 1:
+            param.mul_(1.1).add_(0.05 * (1 + len(key) % 3))
+
+
+def inputs(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(count, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def floats(state: Any) -> list[Tensor]:
+    """The floating-point tensors of a state, however it nests them."""
+    if isinstance(state, Tensor):
+        return [state] if state.is_floating_point() else []
+    if dataclasses.is_dataclass(state):
+        return [t for f in dataclasses.fields(state) for t in floats(getattr(state, f.name))]
+    if isinstance(state, dict):
+        return [t for value in state.values() for t in floats(value)]
+    return [t for value in state for t in floats(value)] if isinstance(state, (list, tuple)) else []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_document_sees_another(name: str) -> None:
+    """A packed stream gives the outputs and the gradients of each document alone."""
+    module, x = built(name), inputs(sum(LENGTHS))
+    weight = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    found = []
+    for parts in ([LENGTHS], [[n] for n in LENGTHS]):
+        module.zero_grad()
+        leaf = x.clone().requires_grad_()
+        pieces = zip(parts, leaf.split([sum(p) for p in parts]), weight.split([sum(p) for p in parts]), strict=True)
+        outputs = []
+        for lengths, piece, w in pieces:
+            seq = Sequence.of(lengths)
+            seq.aux_weight = sum(lengths) / sum(LENGTHS)  # a loss of the mixer's own is a mean over tokens
+            y = module(piece, seq)
+            (y * w).sum().backward()
+            outputs.append(y.detach())
+        assert leaf.grad is not None
+        gradients = {"y": torch.cat(outputs), "x": leaf.grad, **{k: p.grad.clone() for k, p in module.named_parameters() if p.grad is not None}}
+        found.append(gradients)
+    assert found[0].keys() == found[1].keys() == {"y", "x", *(k for k, _ in module.named_parameters())}
+    for key, packed in found[0].items():
+        torch.testing.assert_close(packed, found[1][key], rtol=1e-8, atol=1e-9 * (1 + float(packed.abs().max())), msg=f"{key}: {{}}".format)
+        assert packed.abs().max() > 0, f"{key} is zero"
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_decoding_goes_on_from_a_prefill(name: str) -> None:
+    """One token after the other, from states of unequal documents, gives what one forward of each whole document gives."""
+    module, lengths, steps = built(name), [1, 30, 66], 7
+    whole = [inputs(n + steps).roll(i, 0) for i, n in enumerate(lengths)]
+    y, state = module.prefill(torch.cat([x[:n] for x, n in zip(whole, lengths, strict=True)]), Sequence.of(lengths))
+    found = [list(part) for part in y.split(lengths)]
+    for step in range(steps):
+        positions = torch.tensor(lengths) + step
+        y, state = module.decode(torch.stack([x[n + step] for x, n in zip(whole, lengths, strict=True)]), state, Sequence.step(positions))
+        for rows, row in zip(found, y, strict=True):
+            rows.append(row)
+    for x, rows in zip(whole, found, strict=True):
+        torch.testing.assert_close(torch.stack(rows), module(x, Sequence.of([len(x)])), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_costs_are_what_the_mixer_says(name: str) -> None:
+    module = built(name, torch.float32)
+    for context in (1, 40, 130):
+        _, state = module.prefill(inputs(context, torch.float32), Sequence.of([context]))
+        assert module.state_bytes(context, 4) == sum(4 * t.numel() for t in floats(state))
+    assert module.num_params() == sum(p.numel() for p in module.parameters())
+    assert module.flops(64, 64) >= 2 * 64 * sum(p.numel() for p in module.parameters() if p.ndim == 2) * 0.9
+    assert module.exchanges(64, 1) == []

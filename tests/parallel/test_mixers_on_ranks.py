@@ -1,0 +1,127 @@
+"""Every mixer over tensor ranks, and over context ranks where it does not refuse, in float64: outputs and gradients as on one rank."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ltrain.config import ConfigError, ParallelConfig
+from ltrain.model.layers import LocalLayers, layout_of, pieces, seed_parameters
+from ltrain.model.mixers.base import build_mixer
+from ltrain.model.sequence import Sequence
+from tests.model.mixers.cases import CASES, HIDDEN, config_of, spec_of
+from tests.model.mixers.test_contract import inputs, jitter
+
+LENGTHS = [1, 37, 2, 40, 16]  # documents that cross the cuts of 2 and of 4 ranks
+LAYOUTS = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)]}  # world size -> (tensor, context)
+
+Found = dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]]  # case -> pieces of its results
+
+
+def weight() -> Tensor:
+    return torch.randn(sum(LENGTHS), HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def supported(name: str, parallel: ParallelConfig) -> bool:
+    options = spec_of(name).options
+    try:
+        options.check(name, parallel)
+    except ConfigError:
+        return False
+    return not any(getattr(parallel, refused) > 1 for refused in options.refuses())
+
+
+def alone(name: str) -> dict[str, Tensor]:
+    spec = spec_of(name)
+    module = build_mixer(spec.mixer, HIDDEN, spec.options, LocalLayers(std=0.3, dtype=torch.float64))
+    seed_parameters(module, 0)
+    jitter(module)
+    x = inputs(sum(LENGTHS)).requires_grad_()
+    y = module(x, Sequence.of(LENGTHS))
+    (y * weight()).sum().backward()
+    assert x.grad is not None
+    return {"y": y.detach(), "x": x.grad, **{key: p.grad for key, p in module.named_parameters() if p.grad is not None}}
+
+
+def on_ranks(names: list[str], parallel: ParallelConfig) -> Found:
+    """On every rank of a pool: each case's outputs and gradients, as rectangles of the whole tensors."""
+    import torch.distributed as dist
+
+    from ltrain.parallel import cpu
+    from ltrain.parallel.context.exchange import ContextExchange
+    from ltrain.parallel.context.layout import ContextLayout
+    from ltrain.parallel.layers import build_layers
+    from ltrain.parallel.mesh import Mesh
+
+    cpu.install()
+    mesh = Mesh(parallel, torch.device("cpu"))
+    try:
+        found: Found = {}
+        for name in names:
+            config = config_of(name)
+            config.parallel = parallel
+            spec = spec_of(name)
+            module = build_mixer(spec.mixer, HIDDEN, spec.options, build_layers(config, mesh, torch.float64).at(0))
+            seed_parameters(module, 0)
+            jitter(module)
+            layout = ContextLayout(sum(LENGTHS), mesh.context.rank(), mesh.context.size(), parallel.context_layout)
+            exchange = ContextExchange(layout, mesh.exchange if mesh.context.size() > 1 else None, mesh.tensor_context, mesh.tensor)
+            plain = Sequence.of(LENGTHS)
+            seq = Sequence(plain.cu_seqlens, layout.take(plain.positions), exchange=exchange)
+
+            def mine(x: Tensor, layout: Any = layout) -> Tensor:
+                return layout.take(x).chunk(mesh.tensor.size())[mesh.tensor.rank()]
+
+            rows = mine(torch.arange(sum(LENGTHS)))
+            x = mine(inputs(sum(LENGTHS))).clone().requires_grad_()
+            y = module(x, seq)
+            (y * mine(weight())).sum().backward()
+            assert x.grad is not None
+            out = []
+            for key, tensor in (("y", y.detach()), ("x", x.grad)):
+                out += [(key, (sum(LENGTHS), HIDDEN), (int(row), 0), tensor[i : i + 1]) for i, row in enumerate(rows)]
+            for key, param in module.named_parameters():
+                assert param.grad is not None, f"{name}: {key} has no gradient"
+                if layout_of(param).partial_gradient:
+                    dist.all_reduce(param.grad, group=mesh.tensor)
+                dist.all_reduce(param.grad, group=mesh.context)
+                out += [(p.name, p.shape, p.start, param.grad[p.index]) for p in pieces(key, param)]
+            found[name] = out
+        return found
+    finally:
+        mesh.close()
+
+
+def whole(parts: list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for key, shape, start, tensor in parts:
+        into = found.setdefault(key, torch.full(shape, torch.nan, dtype=torch.float64))
+        into[tuple(slice(s, s + n) for s, n in zip(start, tensor.shape, strict=True))] = tensor
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, dict[str, Tensor]]:
+    return {name: alone(name) for name in CASES}
+
+
+def test_every_case_goes_over_two_tensor_ranks() -> None:
+    assert [name for name in CASES if not supported(name, ParallelConfig(tensor=2))] == []
+
+
+@pytest.mark.parametrize(("world", "tensor", "context"), [(world, *layout) for world, layouts in LAYOUTS.items() for layout in layouts])
+def test_on_ranks_as_on_one(pool: Any, expected: dict[str, dict[str, Tensor]], world: int, tensor: int, context: int) -> None:
+    parallel = ParallelConfig(tensor=tensor, context=context)
+    names = [name for name in CASES if supported(name, parallel)]
+    assert names
+    results = pool(world).run(on_ranks, names, parallel, timeout=240)
+    wrong = []
+    for name in names:
+        found = whole([part for result in results for part in result[name]])
+        assert found.keys() == expected[name].keys(), name
+        for key, value in expected[name].items():
+            error = float((found[key] - value).norm() / value.norm().clamp(min=1e-6))
+            if not error < 1e-10:
+                wrong.append(f"{name}: {key} is off by {error:.1e}")
+    assert not wrong, wrong
