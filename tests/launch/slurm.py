@@ -97,6 +97,7 @@ class Slurm:
         while self.state(job) != "PENDING":
             assert time.monotonic() < deadline, self("scontrol", "show", "job", job) + self.logs()
             time.sleep(0.1)
+        time.sleep(2)  # a node takes a credential of the second in which it ended the job before for the old, revoked one
         self("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def logs(self) -> str:
