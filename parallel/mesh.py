@@ -50,8 +50,7 @@ def start(device: str = "auto", timeout: int = 600) -> torch.device:
             world_size=1 if alone else int(os.environ["WORLD_SIZE"]),
             store=dist.HashStore() if alone else None,
             timeout=datetime.timedelta(seconds=timeout),
-            device_id=place if device == "cuda" else None,
-        )
+        )  # without a device_id, which would give each of megatron's groups of one rank a communicator and 0.4 GiB of the GPU
     cpu.install()
     return place
 
@@ -91,32 +90,38 @@ class Mesh:
         self.data: dist.ProcessGroup = self.groups.dp
         self.tensor_context: dist.ProcessGroup = parallel_state.get_tensor_and_context_parallel_group()
         self.stage: dist.ProcessGroup = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-        self._own: list[dist.ProcessGroup] = []
+        # objects travel on the CPU
+        self.control: dist.ProcessGroup = dist.new_group(timeout=self.timeout, backend="gloo")
+        self._own: list[dist.ProcessGroup] = [self.control]
         # exchanges of the mixers and the spreading of micro-batches have groups of their own, so that their order of
         # issue never mixes with megatron's collectives
         self.exchange = self._new_group(dist.get_process_group_ranks(self.context))
         self.replica = self._new_group(self._ranks_with(self.data.rank()), backend="gloo")
-        # objects travel on the CPU
-        self.control = self._new_group(list(range(self.size)), backend="gloo")
+        self._connect()
         self.shard = Shard(self.tensor.rank(), self.tensor.size(), self.expert.rank(), self.expert.size())
 
     def _ranks_with(self, data_rank: int) -> list[int]:
-        ranks: list[Any] = [None] * self.size
-        dist.all_gather_object(ranks, data_rank)
-        return [rank for rank, other in enumerate(ranks) if other == data_rank]
+        return [rank for rank, other in enumerate(self.all_gather_object(data_rank)) if other == data_rank]
 
     def _new_group(self, ranks: list[int], backend: str | None = None) -> dist.ProcessGroup:
         """The group of `ranks`, which this rank is in; every rank calls, each with its own group's ranks."""
-        every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, ranks)
         mine = None
-        for group_ranks in sorted({tuple(r) for r in every}):
+        for group_ranks in sorted({tuple(r) for r in self.all_gather_object(ranks)}):
             group = dist.new_group(list(group_ranks), timeout=self.timeout, backend=backend)
             if self.rank in group_ranks:
                 mine = group
                 self._own.append(group)
         assert mine is not None
         return mine
+
+    def _connect(self) -> None:
+        """Let NCCL connect every group of several ranks: a first message between some of them would wait for the others."""
+        if self.device.type != "cuda":
+            return
+        groups = [self.groups.tp, self.groups.cp, self.groups.ep, self.groups.pp, self.groups.dp, self.tensor_context, self.stage, self.exchange]
+        for group in groups:
+            if group.size() > 1:
+                dist.all_reduce(torch.zeros(1, device=self.device), group=group)
 
     @property
     def first_stage(self) -> bool:

@@ -40,7 +40,7 @@ class _GroupedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, counts, ends = ctx.saved_tensors
-        grad = grads[0].contiguous()
+        grad = _aligned(grads[0])
         grad_x = torch._grouped_mm(grad, weight, offs=ends) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
@@ -79,8 +79,14 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, *, backend: str = 
         if sum(sizes) != len(x) or min(sizes) < 0:
             raise ValueError(f"counts must be non-negative and sum to x's {len(x)} rows, but sum to {sum(sizes)} with a least of {min(sizes)}")
         return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(), strict=True)])
-    y: Tensor = _GroupedLinear.apply(x.contiguous(), weight.contiguous(), counts.to(x.device))
+    y: Tensor = _GroupedLinear.apply(_aligned(x), _aligned(weight), counts.to(x.device))
     return y
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous and at an address of whole 16 bytes: ZeRO-3 puts parameters of any size behind each other."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 class _GroupedBias(torch.autograd.Function):

@@ -59,3 +59,11 @@ def test_cuda_grouped(counts, width, out):
     for a, b in zip(got, [expected, *torch.autograd.grad(expected, wide, upstream.double())], strict=True):
         assert (a.double() - b).norm() <= 1e-2 * b.norm()
     assert not got[2][torch.tensor(counts).cuda() == 0].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_grouped_takes_a_weight_at_any_address():
+    x, weight = (t.detach().cuda() for t in inputs([3, 4], 64, 128, torch.bfloat16))
+    apart = torch.empty(weight.numel() + 1, device="cuda", dtype=torch.bfloat16)[1:].view_as(weight).copy_(weight)
+    counts = torch.tensor([3, 4]).cuda()
+    assert torch.equal(grouped_linear(x, apart, counts, backend="grouped"), grouped_linear(x, weight, counts, backend="grouped"))
