@@ -25,12 +25,13 @@ def training_flops(engine: Engine, batches: list[MicroBatch]) -> float:
     return total
 
 
-def step(config: Config, warmup: int = 3, steps: int = 10) -> dict[str, Any]:
-    """Time `steps` training steps on the config's own data after `warmup` others; print a table and write run.dir/bench-step.json.
+def step(config: Config, steps: int = 10) -> dict[str, Any]:
+    """Time `steps` training steps on the config's own data after at most 3 others; print a table and write run.dir/bench-step.json.
 
     The time is of forward, backward and update on the slowest rank; loading the data is not in it. MFU is against the peak
     matrix rate of all devices.
     """
+    warmup = min(3, steps)
     with joined(config) as mesh:
         feed = Feed(config, mesh)
         engine = build_engine(config, feed.vocab, mesh)
@@ -63,6 +64,7 @@ def step(config: Config, warmup: int = 3, steps: int = 10) -> dict[str, Any]:
             "active_parameters_of_stage": active,
             "tokens_per_step": config.train.tokens_per_step,
             "stream_tokens": config.data.tokens,
+            "steps": steps,
             "seconds_per_step": seconds,
             "seconds_min_max": [min(times), max(times)],
             "tokens_per_second": config.train.tokens_per_step / seconds,
