@@ -12,6 +12,7 @@ from ltrain.families.family import Role
 from ltrain.model.layers import LocalLayers
 from ltrain.model.mixers.base import Mixer, build_mixer
 from ltrain.model.options import MIXERS, NO_MIXER
+from ltrain.pattern import build_options
 
 PARALLELISMS = ("tensor", "context", "pipeline")
 FP8_PRODUCTS = ("column", "row", "experts")  # of the factory: what ltrain.parallel.fp8_layers makes
@@ -43,7 +44,7 @@ class _Recording(LocalLayers):
 
 def supports(mixer: str, fixed: dict[str, Any]) -> dict[str, bool]:
     """What a mixer with these options works under, the others at their defaults."""
-    options = schema.build(MIXERS[mixer][1], {**schema.conform(MIXERS[mixer][1], fixed, mixer, lambda key: ""), **MIXERS[mixer][2]})
+    _, options = build_options(mixer, fixed, mixer, lambda key: "")
     refused, layers = options.refuses(), _Recording()
     built: Mixer = build_mixer(mixer, 64, options, layers)
     decodes = type(built).decode is not Mixer.decode

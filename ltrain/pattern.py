@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltrain import schema
-from ltrain.model.options import MIXERS, BlockOptions, ModelConfig, MoEOptions
+from ltrain.model.options import MIXERS, BlockOptions, Branch, ModelConfig, MoEOptions, ParallelOptions, RopeOptions
+from ltrain.model.options.parallel import SCALES
 from ltrain.schema import ConfigError, Where
 
 
@@ -52,23 +53,50 @@ def _layer(model: ModelConfig, kind: str, where: Where, named: str = "model.patt
         known = [*model.layers, *(m for m in MIXERS if m not in model.layers)]
         raise ConfigError(f"unknown layer kind {kind!r} in {named}{schema.suggestion(kind, known)}")
     given = dict(model.layers.get(kind, {}))
-    mixer = given.pop("mixer", kind)
-    if not isinstance(mixer, str) or mixer not in MIXERS:
-        if "mixer" not in model.layers[kind]:
-            raise ConfigError(f"{key} has no mixer: add `mixer: ` and one of {', '.join(MIXERS)}")
-        raise ConfigError(f"unknown mixer {mixer!r} at {key}.mixer{schema.suggestion(str(mixer), MIXERS)}")
     ffn_given, block_given = given.pop("ffn", {}), given.pop("block", {})
     if ffn_given == "none":
         ffn_given = {"experts": 0, "inner": 0}
+    mixer, options = build_options(kind, given, key, where)
+    ffn = dataclasses.replace(model.ffn, **schema.conform(MoEOptions, ffn_given, f"{key}.ffn", where))
+    block = dataclasses.replace(model.block, **schema.conform(BlockOptions, block_given, f"{key}.block", where))
+    return LayerSpec(kind, mixer, options, ffn, block)
+
+
+def build_options(kind: str, given: dict[str, Any], key: str, where: Where) -> tuple[str, Any]:
+    """The mixer and its options that `given`, which stands at `key`, makes; a mixer that it does not name is called `kind`."""
+    given = dict(given)
+    named = "mixer" in given
+    mixer = given.pop("mixer", kind)
+    if not isinstance(mixer, str) or mixer not in MIXERS:
+        if not named:
+            raise ConfigError(f"{key} has no mixer: add `mixer: ` and one of {', '.join(MIXERS)}")
+        raise ConfigError(f"unknown mixer {mixer!r} at {key}.mixer{schema.suggestion(str(mixer), MIXERS)}")
     _, options_type, fixed = MIXERS[mixer]
     for name in given:
         if name in fixed:
             value = fixed[name]
             raise ConfigError(f"{key}.{name} is fixed at {value} by the mixer {mixer}: take it out, or write `mixer: {_free(mixer, name)}`")
     options = schema.build(options_type, {**schema.conform(options_type, given, key, where), **fixed})
-    ffn = dataclasses.replace(model.ffn, **schema.conform(MoEOptions, ffn_given, f"{key}.ffn", where))
-    block = dataclasses.replace(model.block, **schema.conform(BlockOptions, block_given, f"{key}.block", where))
-    return LayerSpec(kind, mixer, options, ffn, block)
+    if isinstance(options, ParallelOptions):
+        # null takes out a branch that an extended file put in
+        branches = {name: branch for name, branch in options.branches.items() if branch is not None}
+        options.branches = {name: _branch(name, branch, f"{key}.branches.{name}", where) for name, branch in branches.items()}
+    return mixer, options
+
+
+def _branch(name: str, given: Any, key: str, where: Where) -> Branch:
+    if not isinstance(given, dict):
+        raise ConfigError(f"{key} is {given!r}, expected a mapping: write the options of a mixer")
+    scales = {scale: schema.conform(float, given[scale], f"{key}.{scale}", where) for scale in SCALES if scale in given}
+    return Branch(*build_options(name, {option: value for option, value in given.items() if option not in SCALES}, key, where), **scales)
+
+
+def ropes(spec: LayerSpec) -> dict[tuple[str, ...], RopeOptions]:
+    """Where below model.layers.KIND a layer's RoPE stands, and what it is; layers without positions have none."""
+    named: dict[tuple[str, ...], Any] = {("rope",): spec.options}
+    if isinstance(spec.options, ParallelOptions):
+        named = {("branches", name, "rope"): branch.options for name, branch in spec.options.resolved()}
+    return {place: options.rope for place, options in named.items() if getattr(options, "rope", None) is not None}
 
 
 def _free(mixer: str, option: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltrain import schema, validation
 from ltrain.model.options import RopeOptions
-from ltrain.pattern import all_layers
+from ltrain.pattern import all_layers, ropes
 from ltrain.schema import ConfigError, Where
 
 if TYPE_CHECKING:
@@ -170,13 +170,15 @@ def _tokens_per_step(before: "Config", data: dict[str, Any], batch: str) -> int:
 
 def _lay_over_rope(config: "Config", model: dict[str, Any], overlay: dict[str, Any]) -> None:
     """Change the RoPE of the layer kinds that have one; a kind with `rope: null` stays without."""
-    rotary = [spec for spec in all_layers(config.model) if getattr(spec.options, "rope", None) is not None]
+    rotary = [(spec.kind, place, rope) for spec in all_layers(config.model) for place, rope in ropes(spec).items()]
     if not rotary:
         raise ConfigError("rope has no effect, since no layer of the model has RoPE: take it out")
-    for spec in rotary:
-        options = model["layers"].setdefault(spec.kind, {})
-        before = {name: value for name, value in dataclasses.asdict(spec.options.rope).items() if value != getattr(RopeOptions(), name)}
-        if overlay.get("scaling", spec.options.rope.scaling) != spec.options.rope.scaling:
+    for kind, (*parents, last), rope in rotary:
+        options = model["layers"].setdefault(kind, {})
+        for parent in parents:
+            options = options.setdefault(parent, {})
+        before = {name: value for name, value in dataclasses.asdict(rope).items() if value != getattr(RopeOptions(), name)}
+        if overlay.get("scaling", rope.scaling) != rope.scaling:
             # what belonged to another scaling, or to none, goes with it
             before = {name: value for name, value in before.items() if name in ("base", "fraction", "pairs")}
-        options["rope"] = before | overlay
+        options[last] = before | overlay

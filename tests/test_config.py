@@ -123,6 +123,22 @@ def test_a_file_that_does_not_fit_the_schema_is_refused_with_its_name(tmp_path: 
         ("model.layers.attention.ffn=null", "expected a mapping"),
         ("model.layers.attention.ffn.top_k=9", "model.layers.attention.ffn.top_k=9 is not from 1 to experts=8"),
         ("model.layers.gated_delta_net.decay=none", "fixed at head by the mixer gated_delta_net"),
+        ("model.pattern=[parallel] model.layers.parallel.branches.attention.heads=4", "branches has 1 of the two or more mixers"),
+        ("model.pattern=[parallel] model.layers.parallel.branches.attention.hea=4", "did you mean model.layers.parallel.branches.attention.heads?"),
+        ("model.pattern=[parallel] model.layers.parallel.branches.attention=4", "branches.attention is 4, expected a mapping"),
+        ("model.pattern=[parallel] model.layers.parallel.branches.near.heads=4", "model.layers.parallel.branches.near has no mixer"),
+        (
+            "model.pattern=[parallel] model.layers.parallel.branches.a.mixer=none model.layers.parallel.branches.b.mixer=attention",
+            "branches.a.mixer=none cannot be a branch",
+        ),
+        (
+            "model.pattern=[parallel] model.layers.parallel.fuse=true model.layers.parallel.branches.a.mixer=attention model.layers.parallel.branches.b.mixer=mamba",
+            "takes the mean",
+        ),
+        (
+            "model.pattern=[parallel] model.layers.parallel.fuse=true model.layers.parallel.branches.a.mixer=mamba model.layers.parallel.branches.b.mixer=rg_lru",
+            "has a bias",
+        ),
         ("model.layers.attention.kv_heads=3", "is not a multiple of model.layers.attention.kv_heads=3"),
         ("model.layers.gated_delta_net.key_heads=3", "is not a multiple of model.layers.gated_delta_net.key_heads=3"),
         ("model.layers.attention.rope.factor=4", "has no effect with scaling: none"),

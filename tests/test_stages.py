@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ltrain.config import ConfigError, load, resolve_layers, stage_configs, to_yaml, validate
+from ltrain.pattern import ropes
 
 RUN = """
 model:
@@ -70,6 +71,18 @@ def test_rope_reaches_the_layers_that_have_it(tmp_path: Path) -> None:
         for kind, base, fraction in (("rotary", 5e5, 0.5), ("attention", 10000.0, 1.0)):
             rope = options[kind].rope
             assert (rope.scaling, rope.factor, rope.original_length, rope.base, rope.fraction) == ("yarn", factor, 512, base, fraction)
+
+
+def test_rope_reaches_mixers_side_by_side(tmp_path: Path) -> None:
+    text = RUN.replace(
+        "mixer: attention, rope: {base: 5e5, fraction: 0.5}", "mixer: parallel, branches: {attention: {rope: {base: 5e5}}, mamba2: {}}"
+    )
+    assert text != RUN
+    _, long, _ = (stage for _, stage in stage_configs(load(write(tmp_path, text))))
+    spec = next(spec for spec in resolve_layers(long.model) if spec.kind == "rotary")
+    ((place, rope),) = ropes(spec).items()
+    assert place == ("branches", "attention", "rope")
+    assert (rope.scaling, rope.factor, rope.base) == ("yarn", 4.0, 5e5)
 
 
 def test_another_scaling_starts_from_the_base_alone(tmp_path: Path) -> None:

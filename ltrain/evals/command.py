@@ -21,6 +21,7 @@ from ltrain.evals.report import Report
 from ltrain.parallel.engines.base import build_stage
 from ltrain.parallel.mesh import Mesh
 from ltrain.parallel.pipeline import Stage
+from ltrain.pattern import ropes
 from ltrain.train.feed import joined
 from ltrain.train.progress import duration
 from ltrain.validation import NEEDLE_TASKS
@@ -103,7 +104,7 @@ def main(request: Request) -> Report:
             "checkpoint": str(folder),
             "torch": torch.__version__,
             "precision": config.precision,
-            "rope": {spec.kind: vars(spec.options.rope) for spec in resolve_layers(config.model) if getattr(spec.options, "rope", None)},
+            "rope": {".".join((spec.kind, *place[:-1])): vars(rope) for spec in resolve_layers(config.model) for place, rope in ropes(spec).items()},
         }
         progress = Counter() if mesh.rank == 0 else (lambda done, total: None)
         report = Evaluation(config, dataset, mesh).run(stage, checkpoint.step, True, out, about, progress)

@@ -19,6 +19,7 @@ Then tests/families/cases/MODEL_TYPE.py: one config of transformers that has eve
 logits, gradients, decoding and files with transformers' own model. What a table cannot say is a missing option of the model.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from torch import Tensor
 from ltrain.families import rope
 from ltrain.families.rope import Rope
 from ltrain.families.weights import Row, Table, Weight, resolve
-from ltrain.model.options import MIXERS, BlockOptions, FeedForwardOptions, ModelConfig, MoEOptions
+from ltrain.model.options import MIXERS, BlockOptions, Branch, FeedForwardOptions, ModelConfig, MoEOptions, ParallelOptions
 from ltrain.model.stack import Stack
 from ltrain.pattern import LayerSpec, resolve_layers
 from ltrain.schema import ConfigError
@@ -56,7 +57,7 @@ Config = dict[str, Any]  # a config.json
 class Key:
     """A key of config.json and the options of ours that it sets, all alike.
 
-    theirs: "a.b" is key b of the mapping a; "" is none: the options are computed from other keys, by `read`.
+    theirs: "a.b" is key b of the mapping a, "a.0" the first of the list a; "" is none: the options are computed from other keys, by `read`.
     ours: a field of ModelConfig, or ROLE.option of a mixer or feed-forward; *.option is every mixer's that has it and does not fix
     it. An option may be in a mapping, as in attention.rope.pairs.
     """
@@ -76,6 +77,8 @@ class Key:
         for name in (self.theirs, *self.also) if self.theirs else ():
             *parents, last = name.split(".")
             place: Any = reduce(lambda part, parent: part.get(parent) or {}, parents, config)
+            if isinstance(place, list):
+                return place[int(last)]
             if place.get(last) is not None or self.nullable and last in place:
                 return place.get(last)
         if self.default is REQUIRED:
@@ -222,7 +225,7 @@ class Family:
         if name not in roles:
             raise ConfigError(f"config.json gives a layer the type {name!r}, not known for {self.model_type}: write {' or '.join(roles)}")
         role = roles[name]
-        options = {k: dict(v) if isinstance(v, dict) else v for k, v in role.fixed.items()}
+        options = copy.deepcopy(role.fixed)
         if role.rope:
             others = {k.theirs.rpartition(".")[2] for k in self.keys} | {name.rpartition(".")[2] for name in self.indifferent}
             found = rope.from_config(config, role.rope, others)
@@ -358,9 +361,9 @@ def _of_layer(spec: LayerSpec, part: int, option: str) -> Any:
 
 
 def _fits(value: Any, fixed: Any) -> bool:
-    """Whether an option is as a role fixes it; of a block only what it names."""
-    if isinstance(value, BlockOptions):
-        return all(getattr(value, name) == v for name, v in fixed.items())
+    """Whether an option is as a role fixes it; of a block, or of mixers side by side, only what it names."""
+    if isinstance(value, (BlockOptions, Branch, dict)):
+        return all(_fits(_get(value, name), v) for name, v in fixed.items())
     return bool(_plain(value) == fixed)
 
 
@@ -369,16 +372,27 @@ def _options(k: Key) -> str:
 
 
 def _put(config: dict[str, Any], name: str, value: Any) -> None:
-    """Set a value at a dotted name."""
+    """Set a value at a dotted name, or behind those of a list."""
     *parents, last = name.split(".")
-    for parent in parents:
-        config = config.setdefault(parent, {})
-    config[last] = value
+    place: Any = config
+    for parent, child in zip(parents, name.split(".")[1:], strict=True):
+        place = place.setdefault(parent, [] if child.isdigit() else {})
+    if isinstance(place, list):
+        place[int(last) :] = [value]
+    else:
+        place[last] = value
 
 
 def _get(part: Any, name: str) -> Any:
     """The field of a dataclass, or of those in it, at a dotted name; None in one that is None."""
-    return reduce(lambda part, field: None if part is None else getattr(part, field), name.split("."), part)
+    return reduce(_field, name.split("."), part)
+
+
+def _field(part: Any, name: str) -> Any:
+    if part is None or isinstance(part, dict):
+        return part and part.get(name)
+    # the options of a branch stand beside its own fields, as in a config
+    return getattr(part.options if isinstance(part, Branch) and not hasattr(part, name) else part, name)
 
 
 def _plain(value: Any) -> Any:
@@ -407,4 +421,8 @@ def _feed_forward(spec: LayerSpec) -> dict[str, Any]:
 
 def _inferred(options: Any) -> dict[str, Any]:
     """The options that inference reads."""
-    return {name: value for name, value in dataclasses.asdict(options).items() if name not in _TRAINING}
+    found = {name: value for name, value in dataclasses.asdict(options).items() if name not in _TRAINING}
+    if isinstance(options, ParallelOptions):
+        scales = {name: {"in_scale": branch.in_scale, "out_scale": branch.out_scale} for name, branch in options.resolved()}
+        found["branches"] = {name: {"mixer": MIXERS[b.mixer][0], **_inferred(b.options), **scales[name]} for name, b in options.resolved()}
+    return found

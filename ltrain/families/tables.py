@@ -241,6 +241,11 @@ def without(keys: tuple[Key, ...], *theirs: str) -> tuple[Key, ...]:
     return tuple(k for k in keys if k.theirs not in theirs)
 
 
+def below(prefix: str, weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
+    """Weights of a part of a mixer."""
+    return tuple(dataclasses.replace(weight, ours=prefix + weight.ours) for weight in weights)
+
+
 def rename(keys: tuple[Key, ...], role: str, other: str) -> tuple[Key, ...]:
     """Keys of one role, of another."""
     return tuple(dataclasses.replace(k, ours=tuple(name.replace(f"{role}.", f"{other}.", 1) for name in k.ours)) for k in keys)

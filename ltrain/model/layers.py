@@ -273,6 +273,10 @@ class LocalLayers:
         weight = self.parameter(ParamLayout((out_features, in_features), normal(self.output_std), axis=1))
         return RowLinear(weight, self.row_bias(out_features) if bias else None)
 
+    def output(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
+        """The `row` that a mixer ends with."""
+        return self.row(in_features, out_features, bias)
+
     def row_bias(self, width: int) -> nn.Parameter:
         return self.parameter(ParamLayout((width,), constant(0.0), partial_gradient=True, decay=False))
 

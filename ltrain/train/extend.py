@@ -14,6 +14,7 @@ from ltrain import families, schema
 from ltrain.checkpoint import Checkpoint
 from ltrain.config import COMMAND_LINE, Config, ConfigError, load, parse, resolve_layers, to_dict
 from ltrain.model.options import RopeOptions
+from ltrain.pattern import ropes
 from ltrain.stages import laid_over, length
 from ltrain.train.start import locate
 
@@ -190,7 +191,7 @@ def _stage(base: Config, trained: int, tokens: int, budget: int, data_ranks: int
         stage["train"]["recompute"] = "full"
     if base.eval.tokens < stream:
         stage["eval"] = {"tokens": stream}
-    rotary = [spec.options.rope for spec in resolve_layers(base.model) if getattr(spec.options, "rope", None) is not None]
+    rotary = [rope for spec in resolve_layers(base.model) for rope in ropes(spec).values()]
     if rotary:
         wanted = [rope_of(rope, trained, tokens, method or "yarn") for rope in rotary]
         if any(other != wanted[0] for other in wanted):

@@ -43,7 +43,7 @@ class Attention(Mixer):
         self.qkv = layers.column(hidden, self._parts, bias=o.qkv_bias)
         self.q_norm, self.k_norm = self._qk_norm(o.heads, layers), self._qk_norm(o.kv_heads, layers)
         self.sinks = layers.per_head(o.heads, normal(layers.std)) if o.sinks else None
-        self.out = layers.row(o.heads * self.value_dim, hidden, bias=o.out_bias)
+        self.out = layers.output(o.heads * self.value_dim, hidden, bias=o.out_bias)
 
     def _qk_norm(self, heads: int, layers: LocalLayers) -> nn.Module | None:
         o = self.options

@@ -51,7 +51,7 @@ class LinearRecurrence(Mixer):
         keys, values = o.key_heads * o.key_dim, o.value_heads * o.value_dim
         self.scale = o.key_dim**-0.5 if o.scale is None else o.scale
         self.rotary = rotary_width(o.key_dim, o.rope) if o.rope else 0
-        self.input = layers.column(hidden, self._parts, bias=o.bias)
+        self.input = layers.column(hidden, tuple(o.part_widths.values()), bias=o.bias)
         if o.conv_width:
             self.conv = layers.conv((keys, keys, values), o.conv_width)
         self.conv_bias = layers.column_bias((keys, keys, values)) if o.conv_bias else None
@@ -70,24 +70,15 @@ class LinearRecurrence(Mixer):
             self.norm = layers.output_norm(o.value_dim, o.norm_eps)
         elif o.norm != "none":
             self.norm = layers.full_output_norm(values, o.key_heads if o.norm == "group" else 1, o.norm_eps)
-        self.out = layers.row(values, hidden, bias=o.bias)
+        self.out = layers.output(values, hidden, bias=o.bias)
         if o.gate_rank or o.decay_rank:
             self.entry = None
-
-    @property
-    def _parts(self) -> tuple[int, ...]:
-        """Widths of what the input gives at once: q, k, v, the output gate z, and for each value head the strength beta and the decay's a."""
-        o = self.options
-        keys, values = o.key_heads * o.key_dim, o.value_heads * o.value_dim
-        gate = (values,) if o.gate != "none" and not o.gate_rank else ()
-        beta = (o.value_heads,) if o.update == "delta" else ()
-        a = o.value_heads * (o.key_dim if o.decay == "channel" else 1)
-        return (keys, keys, values, *gate, *beta, *((a,) if o.decay in DATA_DECAYS and not o.decay_rank else ()))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]:
         """q, k, v [T, heads * width], z [T, H * V], and what `_rates` takes."""
         o = self.options
-        q, k, v, *more = self.input(x)
+        parts = self.input(x)
+        q, k, v, *more = [part * scale for part, scale in zip(parts, o.part_scales, strict=True)] if o.part_scales else parts
         z = None
         if o.gate_rank:
             (z,) = self.gate_up(self.gate_down(x))
@@ -206,7 +197,7 @@ class LinearRecurrence(Mixer):
         o = self.options
         values, decays = o.value_heads * o.value_dim, o.value_heads * (o.key_dim if o.decay == "channel" else 1)
         ranks = o.gate_rank * (self.hidden + values) + o.decay_rank * (self.hidden + decays)
-        projections = 2 * (self.hidden * (sum(self._parts) + values) + ranks)
+        projections = 2 * (self.hidden * (sum(o.part_widths.values()) + values) + ranks)
         return tokens * (projections + 2 * o.conv_width * self._channels + (6 if o.update == "delta" else 4) * self._state_values)
 
     def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:

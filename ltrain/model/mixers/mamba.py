@@ -59,7 +59,7 @@ class Mamba(Mixer):
             return layers.weightless_norm(eps) if o.inner_norm == "weightless" else layers.latent_norm(width, eps)
 
         self.step_norm, self.B_norm, self.C_norm = norm(o.step_rank), norm(o.states), norm(o.states)
-        self.out = layers.row(o.inner, hidden, bias=o.bias)
+        self.out = layers.output(o.inner, hidden, bias=o.bias)
 
     def _activated(self, x: Tensor) -> Tensor:
         return F.silu(x if self.conv_bias is None else x + self.conv_bias.to(x.dtype))

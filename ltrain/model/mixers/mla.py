@@ -44,7 +44,7 @@ class MLA(Mixer):
         self.kv = layers.column(o.kv_rank, (o.heads * o.nope_dim, o.heads * o.value_dim))
         self.gate = layers.column(hidden, (o.heads,)) if o.gate == "head" else None
         self.indexer = Indexer(hidden, o, layers) if o.select == "index" else None
-        self.out = layers.row(o.heads * o.value_dim, hidden, bias=o.bias)
+        self.out = layers.output(o.heads * o.value_dim, hidden, bias=o.bias)
 
     def _query_latent(self, x: Tensor) -> Tensor:
         """What queries are projected from, [T / tensor, q_rank] or x itself."""

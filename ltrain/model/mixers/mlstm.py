@@ -41,7 +41,7 @@ class MLSTM(Mixer):
         self.gates = layers.column(hidden, (o.heads, o.heads), bias=True)
         self.norm_weight = layers.per_head(values, constant(1.0))
         self.norm_bias = layers.per_head(values, constant(0.0)) if o.bias else None
-        self.out = layers.row(values, hidden, bias=o.bias)
+        self.out = layers.output(values, hidden, bias=o.bias)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q, k [T, H, K], what is written [T, H, V + 1], the log decay and the input gate [T, H], and the output gate [T, H * V]"""

@@ -65,7 +65,7 @@ class NSA(Mixer):
         self.mask = Mask(window=o.window)
         self.qkv = layers.column(hidden, self._parts)
         self.compress_k, self.compress_v = Compression(o.head_dim, o, layers), Compression(o.head_dim, o, layers)
-        self.out = layers.row(o.heads * o.head_dim, hidden)
+        self.out = layers.output(o.heads * o.head_dim, hidden)
 
     @property
     def _parts(self) -> tuple[int, ...]:

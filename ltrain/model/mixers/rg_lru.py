@@ -71,7 +71,7 @@ class RGLRU(Mixer):
         self.input_gate, self.input_gate_bias = gate()  # used as x @ W
         self.decay_gate, self.decay_gate_bias = gate()
         self.decay = layers.per_head(o.inner, slow_decays)  # Lambda
-        self.out = layers.row(o.inner, hidden, bias=True)
+        self.out = layers.output(o.inner, hidden, bias=True)
 
     def _gates(self, x: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, C] behind the convolution, first [T] -> a and what is added [T, C], in float32 or wider."""

@@ -55,7 +55,7 @@ class RWKV7(Mixer):
             self.value_bias = of_channels(constant(1.0))
         self.removal, self.replacement, self.bonus = of_channels(constant(0.85)), of_channels(constant(1.0)), of_channels(constant(0.0))
         self.norm_weight, self.norm_bias = of_channels(constant(1.0)), of_channels(constant(0.0))
-        self.out = layers.row(width, hidden)
+        self.out = layers.output(width, hidden)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))

@@ -16,6 +16,7 @@ from ltrain.model.options.mlstm import MLSTMOptions
 from ltrain.model.options.model import ModelConfig
 from ltrain.model.options.mtp import MTPOptions
 from ltrain.model.options.nsa import NSAOptions
+from ltrain.model.options.parallel import Branch, ParallelOptions
 from ltrain.model.options.rope import RopeOptions
 from ltrain.model.options.rwkv7 import RWKV7Options
 from ltrain.model.options.shared import SharedOptions
@@ -26,6 +27,7 @@ __all__ = [
     "NO_MIXER",
     "AttentionOptions",
     "BlockOptions",
+    "Branch",
     "FeedForwardOptions",
     "LinearRecurrenceOptions",
     "MTPOptions",
@@ -35,6 +37,7 @@ __all__ = [
     "MambaOptions",
     "ModelConfig",
     "NSAOptions",
+    "ParallelOptions",
     "RGLRUOptions",
     "RWKV7Options",
     "RopeOptions",
@@ -88,4 +91,5 @@ MIXERS: dict[str, tuple[str, type, dict[str, Any]]] = {
     "rg_lru": ("rg_lru", RGLRUOptions, {}),
     "rwkv7": ("rwkv7", RWKV7Options, {}),
     "mlstm": ("mlstm", MLSTMOptions, {}),
+    "parallel": ("parallel", ParallelOptions, {}),
 }

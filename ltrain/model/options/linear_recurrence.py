@@ -65,15 +65,34 @@ class LinearRecurrenceOptions(MixerOptions):
     norm: str = "head"  # RMSNorm of the output: head (inside each) | group (of a key head's value heads) | all (over all heads) | none
     norm_eps: float | None = None  # null: model.norm_eps
     bias: bool = False  # of the projections in and out
+    # Times what the projection of the input gives: q, k, v, and of gate, beta and decay those that are part of it; empty: all 1 (Falcon-H1)
+    part_scales: list[float] = field(default_factory=list)
 
     @property
     def has_step(self) -> bool:
         """Whether the decay is a softplus step times a rate."""
         return self.decay in DATA_DECAYS and self.decay_gate == "softplus"
 
+    @property
+    def part_widths(self) -> dict[str, int]:
+        """What the projection of the input gives at once: q, k, v, the output's gate, and for each value head the strength beta and the decay."""
+        keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        parts = {"q": keys, "k": keys, "v": values}
+        if self.gate != "none" and not self.gate_rank:
+            parts["gate"] = values
+        if self.update == "delta":
+            parts["beta"] = self.value_heads
+        if self.decay in DATA_DECAYS and not self.decay_rank:
+            parts["decay"] = self.value_heads * (self.key_dim if self.decay == "channel" else 1)
+        return parts
+
     def check(self, key: str, parallel: "ParallelConfig") -> None:
         check_multiple(f"{key}.value_heads", self.value_heads, f"{key}.key_heads", self.key_heads)
         check_multiple(f"{key}.key_heads", self.key_heads, "parallel.tensor", parallel.tensor)
+        if self.part_scales and len(self.part_scales) != len(self.part_widths):
+            raise ConfigError(
+                f"{key}.part_scales has {len(self.part_scales)} numbers for {len(self.part_widths)} parts: {', '.join(self.part_widths)}"
+            )
         if self.rope is not None:
             self.rope.check(f"{key}.rope", self.key_dim)
         idle = [
