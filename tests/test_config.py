@@ -86,6 +86,9 @@ def test_a_file_that_does_not_fit_the_schema_is_refused_with_its_name(tmp_path: 
     assert words in said and "run.yaml" in said
 
 
+PARALLEL, BRANCHES = "model.pattern=[parallel] model.layers.parallel", "model.layers.parallel.branches"
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -123,20 +126,20 @@ def test_a_file_that_does_not_fit_the_schema_is_refused_with_its_name(tmp_path: 
         ("model.layers.attention.ffn=null", "expected a mapping"),
         ("model.layers.attention.ffn.top_k=9", "model.layers.attention.ffn.top_k=9 is not from 1 to experts=8"),
         ("model.layers.gated_delta_net.decay=none", "fixed at head by the mixer gated_delta_net"),
-        ("model.pattern=[parallel] model.layers.parallel.branches.attention.heads=4", "branches has 1 of the two or more mixers"),
-        ("model.pattern=[parallel] model.layers.parallel.branches.attention.hea=4", "did you mean model.layers.parallel.branches.attention.heads?"),
-        ("model.pattern=[parallel] model.layers.parallel.branches.attention=4", "branches.attention is 4, expected a mapping"),
-        ("model.pattern=[parallel] model.layers.parallel.branches.near.heads=4", "model.layers.parallel.branches.near has no mixer"),
+        (f"{PARALLEL}.branches.attention.heads=4", "branches has 1 of the two or more mixers"),
+        (f"{PARALLEL}.branches.attention.hea=4", "did you mean model.layers.parallel.branches.attention.heads?"),
+        (f"{PARALLEL}.branches.attention=4", "branches.attention is 4, expected a mapping"),
+        (f"{PARALLEL}.branches.near.heads=4", "model.layers.parallel.branches.near has no mixer"),
         (
-            "model.pattern=[parallel] model.layers.parallel.branches.a.mixer=none model.layers.parallel.branches.b.mixer=attention",
+            f"{PARALLEL}.branches.a.mixer=none {BRANCHES}.b.mixer=attention",
             "branches.a.mixer=none cannot be a branch",
         ),
         (
-            "model.pattern=[parallel] model.layers.parallel.fuse=true model.layers.parallel.branches.a.mixer=attention model.layers.parallel.branches.b.mixer=mamba",
+            f"{PARALLEL}.fuse=true {BRANCHES}.a.mixer=attention {BRANCHES}.b.mixer=mamba",
             "takes the mean",
         ),
         (
-            "model.pattern=[parallel] model.layers.parallel.fuse=true model.layers.parallel.branches.a.mixer=mamba model.layers.parallel.branches.b.mixer=rg_lru",
+            f"{PARALLEL}.fuse=true {BRANCHES}.a.mixer=mamba {BRANCHES}.b.mixer=rg_lru",
             "has a bias",
         ),
         ("model.layers.attention.kv_heads=3", "is not a multiple of model.layers.attention.kv_heads=3"),
