@@ -69,7 +69,9 @@ def families() -> list[Row]:
         each = [supports(role.mixer, {k: v for k, v in role.fixed.items() if k != "block"}) for role in roles]
         about = _first(import_module(f"ltrain.families.models.{name}").__doc__)
         used = tuple(dict.fromkeys(role.mixer for role in roles))
-        found.append(Row(name, about, used, {key: all(s[key] for s in each) for key in each[0]}))
+        supported = {key: all(s[key] for s in each) for key in each[0]}
+        supported["pipeline"] &= family(name).shared is None  # such blocks serve all stages
+        found.append(Row(name, about, used, supported))
     return found
 
 

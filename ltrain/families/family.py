@@ -31,9 +31,9 @@ from torch import Tensor
 from ltrain.families import rope
 from ltrain.families.rope import Rope
 from ltrain.families.weights import Row, Table, Weight, resolve
-from ltrain.model.options import MIXERS, BlockOptions, Branch, FeedForwardOptions, ModelConfig, MoEOptions, ParallelOptions
+from ltrain.model.options import MIXERS, BlockOptions, Branch, FeedForwardOptions, ModelConfig, MoEOptions, ParallelOptions, SharedOptions
 from ltrain.model.stack import Stack
-from ltrain.pattern import LayerSpec, resolve_layers
+from ltrain.pattern import LayerSpec, resolve_layers, shared_layer
 from ltrain.schema import ConfigError
 
 REQUIRED = object()
@@ -106,6 +106,17 @@ class Role:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """Where the blocks stand whose weights layers share (`model.shared`): in the first of the layers that use each.
+
+    What is in them is one layer more at the end of what `roles` gives and `role_keys` takes, with roles of its own.
+    """
+
+    at: str  # what their names in a block start with, {layer} being that first layer
+    uses: tuple[Weight, ...]  # below it, what each layer has of its own: {use} counts these layers; in ours below the layer's `shared.`
+
+
+@dataclass(frozen=True)
 class Family:
     """One Hugging Face model_type."""
 
@@ -121,6 +132,7 @@ class Family:
     layer_weights: tuple[Weight, ...] = ()  # of every layer: its norms
     constants: dict[str, Any] = field(default_factory=dict)  # key of config.json -> the one value that is supported, also where it is absent
     indifferent: tuple[str, ...] = ()  # keys of config.json that do not change the model, beside those of all families
+    shared: Shared | None = None
     layer: str = "model.layers.{layer}."  # what their names in a layer start with
     length: str = "max_position_embeddings"  # the key of the longest sequence; '': none
     model: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig that are always so
@@ -132,8 +144,8 @@ class Family:
         self._refuse_unknown(config)
         roles = self.roles(config)
         parts = [(self._start(self.mixers, mixer, config), self._start(self.ffns, ffn, config)) for mixer, ffn in roles]
-        model: dict[str, Any] = {"depth": len(roles), "block": {}, **self.model}
-        model["block"] = dict(model["block"])
+        depth = len(roles) - (self.shared is not None)
+        model: dict[str, Any] = copy.deepcopy({"depth": depth, "block": {}, "shared": {}, **self.model})
         for k in self.keys:
             if all(self._places(ours, roles) == [] for ours in k.ours):  # no layer asks for it
                 continue
@@ -148,8 +160,8 @@ class Family:
                 for index, part, option in places:
                     theirs = value[index] if k.per_layer else value
                     _put(parts[index][part], option, k.read(theirs, config) if k.read else theirs)
-        if len(roles) != model["depth"]:
-            raise ConfigError(f"config.json gives {len(roles)} layers a type and num_hidden_layers={model['depth']}: write one for each layer")
+        if depth != model["depth"]:
+            raise ConfigError(f"config.json gives {depth} layers a type and num_hidden_layers={model['depth']}: write one for each layer")
         full = [MoEOptions(**ffn) for _, ffn in parts]
         common = next((ffn for ffn in full if ffn.experts), full[0])
         layers: dict[str, dict[str, Any]] = {}
@@ -161,13 +173,14 @@ class Family:
             layers[name] = kind
             pattern.append(name)
         model["block"] = BlockOptions(**model["block"])
-        found = ModelConfig(pattern=_period(pattern), layers=layers, ffn=common, **model)
+        model["shared"] = SharedOptions(layer=pattern[-1] if self.shared else "", **model["shared"])
+        found = ModelConfig(pattern=_period(pattern[:depth]), layers=layers, ffn=common, **model)
         resolve_layers(found)
         return found
 
     def to_config(self, model: ModelConfig, vocab: int, length: int) -> Config:
         """A config.json of the model. length: its longest sequence. Errors: ConfigError where the family has no such model."""
-        specs = resolve_layers(model)
+        specs = self._specs(model)
         roles = self.roles_of(specs)
         model = dataclasses.replace(model, vocab=vocab)
         config: Config = {"model_type": self.model_type, "architectures": [self.architecture]}
@@ -187,11 +200,23 @@ class Family:
     def table(self, stack: Stack) -> Table:
         """Every tensor of a whole model under both names."""
         rows: list[Row] = []
-        for index, (spec, role) in enumerate(self._parts(stack.model)):
-            ours, theirs = f"layers.{index}.", self.layer.format(layer=index)
-            rows.append((f"{ours}mixer.", theirs, role[0].weights, spec.options))
-            rows.append((f"{ours}ffn.", theirs, role[1].weights, spec.ffn))
-            rows.append((ours, theirs, (*role[0].layer_weights, *role[1].layer_weights, *self.layer_weights), None))
+
+        def add(ours: str, theirs: str, spec: LayerSpec, mixer: Role, ffn: Role, norms: tuple[Weight, ...]) -> None:
+            rows.append((f"{ours}mixer.", theirs, mixer.weights, spec.options))
+            rows.append((f"{ours}ffn.", theirs, ffn.weights, spec.ffn))
+            rows.append((ours, theirs, (*mixer.layer_weights, *ffn.layer_weights, *norms), None))
+
+        parts = list(self._parts(stack.model))
+        for index, (spec, roles) in enumerate(parts[: stack.model.depth]):
+            add(f"layers.{index}.", self.layer.format(layer=index), spec, *roles, self.layer_weights)
+        if self.shared:
+            blocks, users = stack.model.shared.blocks, [i for i, (spec, _) in enumerate(parts) if spec.block.shared]
+            for use, layer in enumerate(users):
+                theirs = self.shared.at.format(layer=users[use % blocks])
+                rows.append((f"layers.{layer}.shared.", theirs, tuple(weight.counted(use) for weight in self.shared.uses), None))
+                if use < blocks:
+                    spec, roles = parts[-1]
+                    add(f"shared.{use}.", theirs, spec, *roles, ())
         return resolve(stack, [*rows, ("", "", self.weights, None)])
 
     def computed(self, model: ModelConfig) -> dict[str, Callable[[], Tensor]]:
@@ -216,9 +241,17 @@ class Family:
         return [(self._mixer(spec), self._ffn(spec)) for spec in specs]
 
     def _parts(self, model: ModelConfig) -> Iterator[tuple[LayerSpec, tuple[Role, Role]]]:
-        specs = resolve_layers(model)
+        specs = self._specs(model)
         for spec, (mixer, ffn) in zip(specs, self.roles_of(specs), strict=True):
             yield spec, (self.mixers[mixer], self.ffns[ffn])
+
+    def _specs(self, model: ModelConfig) -> list[LayerSpec]:
+        """A model's layers, and what is in the blocks that they share."""
+        if bool(model.shared.blocks) != (self.shared is not None):
+            raise ConfigError(
+                f"{self.model_type} has {'' if self.shared else 'no '}blocks that layers share: model.shared.blocks={model.shared.blocks}"
+            )
+        return [*resolve_layers(model), *([shared_layer(model)] if self.shared else [])]
 
     def _start(self, roles: dict[str, Role], name: str, config: Config) -> dict[str, Any]:
         """The options that a role has before any key is read."""
@@ -329,10 +362,12 @@ class Family:
     def difference(self, a: ModelConfig, config: Config) -> str:
         """The first option by which a model computes differently from what a config.json describes, as written in the model, or ''."""
         b = self.to_model(config)
+        named = b.shared
+        b = dataclasses.replace(b, shared=dataclasses.replace(named, layer=a.shared.layer))  # a name of the model's own
         for f in dataclasses.fields(a):
             if f.name not in _NOT_COMPUTED and getattr(a, f.name) != getattr(b, f.name):
                 return f"model.{f.name}={getattr(a, f.name)}"
-        for one, other in zip(resolve_layers(a), resolve_layers(b), strict=True):
+        for one, other in zip(self._specs(a), self._specs(dataclasses.replace(b, shared=named)), strict=True):
             options, blocks = (self._computed(one), self._computed(other)), (dataclasses.asdict(one.block), dataclasses.asdict(other.block))
             for part, mine, theirs in (("", *options), ("ffn.", _feed_forward(one), _feed_forward(other)), ("block.", *blocks)):
                 for name in mine:

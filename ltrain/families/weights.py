@@ -48,6 +48,10 @@ class Weight:
         """The same tensor under two names."""
         return cls(ours, (Theirs(theirs, transposed=transposed, unit_axes=unit_axes, at=at),))
 
+    def counted(self, use: int) -> "Weight":
+        """With this number for {use} in their names."""
+        return replace(self, theirs=tuple(replace(t, name=t.name.replace("{use}", str(use))) for t in self.theirs))
+
 
 @dataclass(frozen=True)
 class Claim:
