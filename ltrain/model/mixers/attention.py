@@ -66,10 +66,14 @@ class Attention(Mixer):
         q, k, v, *gate = self.qkv(x)
         if self.options.qk_norm == "full":  # which may ask other ranks, and is thus not made again
             q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
-        q, k = cheap(self._place, q, k, seq)
+        q, k = self._placed(q, k, seq)
         v = v.unflatten(-1, (self.kv_heads, -1))
         v = v if self.options.value_scale == 1 else v * self.options.value_scale
         return q, k, v, gate[0] if gate else None
+
+    def _placed(self, q: Tensor, k: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
+        q, k = cheap(self._place, q, k, seq)
+        return q, k
 
     def _place(self, q: Tensor, k: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
         """q [T, H * D] and k [T, Hk * D] -> q [T, H, D] and k [T, Hk, D], normed and rotated."""
@@ -110,12 +114,13 @@ class Attention(Mixer):
         if seq.exchange.keeps(state.decoded):
             state.append(k, v)
         state.decoded += 1
+        return self._output(self._decode(q, state, seq), gate), state
+
+    def _decode(self, q: Tensor, state: KVCache, seq: Sequence) -> Tensor:
         if self.options.block_size:
             o = self.options
-            y = decode_block_attention(q, state.k, state.v, state.lengths, scale=self.scale, block=o.block_size, top=o.top_blocks)
-        else:
-            y = seq.exchange.decode_attention(q, state.k, state.v, state.lengths, scale=self.scale, score=self.score, sinks=self.sinks)
-        return self._output(y, gate), state
+            return decode_block_attention(q, state.k, state.v, state.lengths, scale=self.scale, block=o.block_size, top=o.top_blocks)
+        return seq.exchange.decode_attention(q, state.k, state.v, state.lengths, scale=self.scale, score=self.score, sinks=self.sinks)
 
     def _seen(self, context: int) -> float:
         """Tokens that one of a document of `context` tokens sees, on average."""
@@ -144,4 +149,7 @@ class Attention(Mixer):
         return [ExchangeNeed("ring", self.state_bytes(tokens, bytes_per_value) * (ranks - 1) // ranks)]
 
 
-MIXER = Attention
+def MIXER(hidden: int, options: AttentionOptions, layers: LocalLayers) -> Attention:
+    from ltrain.model.mixers.differential import DifferentialAttention
+
+    return (DifferentialAttention if options.differential else Attention)(hidden, options, layers)

@@ -43,6 +43,7 @@ class AttentionOptions(MixerOptions):
     temperature: float = 0.0  # queries times 1 + temperature x ln(1 + floor((position + temperature_offset) / temperature_length)) (Llama 4)
     temperature_length: int = 8192
     temperature_offset: int = 0
+    differential: bool = False  # pairs of heads give what one softmax sees less what the other sees (Ye et al. 2024)
     alibi: bool = False  # scores minus a slope of each head times the distance (Press et al. 2021)
     rope: RopeOptions | None = field(default_factory=RopeOptions)  # null: no position (NoPE)
 
@@ -56,6 +57,14 @@ class AttentionOptions(MixerOptions):
         for name in ("window", "chunk", "sinks", "softcap", "alibi"):
             if self.block_size and getattr(self, name):
                 raise ConfigError(f"{key}.block_size={self.block_size} does not go with {name}={getattr(self, name)}: take one of the two out")
+        if self.differential:
+            check_multiple(f"{key}.kv_heads", self.kv_heads, "the 2 of each pair x parallel.tensor", 2 * parallel.tensor)
+            for name, plain in (("value_dim", 0), ("block_size", 0), ("sinks", False), ("alibi", False)):
+                if getattr(self, name) != plain:
+                    raise ConfigError(f"{key}.{name}={getattr(self, name)} does not go with differential=true: take one of the two out")
+            for name, other in (("qk_norm", "full"), ("gate", "head")):
+                if getattr(self, name) == other:
+                    raise ConfigError(f"{key}.{name}={other} does not go with differential=true, whose heads are pairs: write another {name}")
         if not self.block_size and self.top_blocks != 8:
             raise ConfigError(f"{key}.top_blocks={self.top_blocks} has no effect without blocks: write {key}.block_size, or take it out")
         if self.anchors and not self.window:

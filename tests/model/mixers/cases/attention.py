@@ -21,5 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "attention-moba": ("attention", {**SMALL, "block_size": 8, "top_blocks": 3}),
+    "attention-differential": ("attention", {**SMALL, "heads": 8, "kv_heads": 4, "differential": True, "qkv_bias": True}),
+    "attention-differential-window": ("attention", {**PLAIN, "heads": 4, "kv_heads": 4, "differential": True, "window": 9, "value_scale": 0.7}),
     "attention-alibi": ("attention", {**PLAIN, "kv_heads": 4, "alibi": True, "rope": None}),
 }
