@@ -233,6 +233,7 @@ def validate(config: "Config", world_size: int | None = None) -> None:
             near = schema.suggestion(kind, dict.fromkeys(config.model.pattern))
             raise ConfigError(f"model.layers.{kind} is in no entry of model.pattern{near} (write model.layers.{kind}=null to take it out)")
     _check_shared(config)
+    _check_order(resolve_layers(config.model))
     for spec in specs.values():
         _check_layer(spec, config, list(specs.values()))
     _check_layout(config, list(specs.values()))
@@ -325,6 +326,17 @@ def _check_shared(config: "Config") -> None:
         raise ConfigError(f"model.shared.layer={spec.kind} needs attention and a dense feed-forward: write {key}.mixer=attention and ffn.experts=0")
     if spec.block != BlockOptions():
         raise ConfigError(f"{key}.block has no effect in a shared block, which adds to no residual stream: take it out")
+
+
+def _check_order(specs: list[LayerSpec]) -> None:
+    """What a layer takes from an earlier one has to be given by one."""
+    given: set[str] = set()
+    for number, spec in enumerate(specs, start=1):
+        option, giver = spec.options.takes()
+        if giver and giver not in given:
+            key = f"model.layers.{spec.kind}"
+            raise ConfigError(f"{key}.{option} takes what an earlier layer with {giver} leaves, and layer {number} has none before it: write one")
+        given.add(spec.options.gives())
 
 
 def _check_layer(spec: LayerSpec, config: "Config", specs: list[LayerSpec]) -> None:

@@ -145,6 +145,12 @@ PARALLEL, BRANCHES = "model.pattern=[parallel] model.layers.parallel", "model.la
         ("model.layers.attention.differential=true model.layers.attention.kv_heads=1", "is not a multiple of the 2 of each pair"),
         ("model.layers.attention.differential=true model.layers.attention.sinks=true", "does not go with differential=true"),
         ("model.layers.attention.differential=true model.layers.attention.gate=head", "gate=head does not go with differential"),
+        ("model.pattern=[mlstm] model.layers.mlstm.gate_softcap=61", "at most 60"),
+        (
+            "model.pattern=[rwkv7] model.layers.rwkv7.value_mix=mix",
+            "value_mix=mix takes what an earlier layer with value_mix=source leaves, and layer 1",
+        ),
+        ("model.pattern=[mla] model.layers.mla.select=shared", "select=shared takes what an earlier layer with select=index leaves"),
         ("model.layers.attention.kv_heads=3", "is not a multiple of model.layers.attention.kv_heads=3"),
         ("model.layers.gated_delta_net.key_heads=3", "is not a multiple of model.layers.gated_delta_net.key_heads=3"),
         ("model.layers.attention.rope.factor=4", "has no effect with scaling: none"),

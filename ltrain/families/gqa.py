@@ -67,6 +67,8 @@ def _with_heads(model: ModelConfig, kv_heads: int, where: str) -> ModelConfig:
         heads = getattr(spec.options, "kv_heads", None)
         if heads is None or heads == kv_heads:
             continue
+        if getattr(spec.options, "differential", False):
+            raise ConfigError(f"model.layers.{spec.kind} has differential attention, whose K/V heads are pairs: they are not pooled")
         if heads % kv_heads:
             raise ConfigError(f"--kv-heads {kv_heads} does not divide the {heads} K/V heads of model.layers.{spec.kind}: write a divisor of {heads}")
         layers.setdefault(spec.kind, {})["kv_heads"] = kv_heads

@@ -27,7 +27,7 @@ class MLSTM(Mixer):
     of soft-capped gates (xLSTM, Beck et al. 2024, section 2.3; xLSTM 7B, Beck et al. 2025).
 
     It is a linear recurrence with a decay for each head that writes i_t (v_t, 1). The papers divide memory and normaliser by exp(m_t), m_t
-    the largest of what the input gates left; soft caps bound that by e^15, so that float32 holds it all, and m_t serves the quotient's eps.
+    the largest of what the input gates left; soft caps bound that (by e^15 there), so that float32 holds it all, and m_t serves the quotient's eps.
     """
 
     options: MLSTMOptions

@@ -23,6 +23,14 @@ class MixerOptions:
         """Parallelism (tensor, context, pipeline) -> why a layer with these options does not work under it; the rest it supports."""
         return {}
 
+    def gives(self) -> str:
+        """The option by which a layer with these options leaves something to later ones, as in a config; '': it leaves nothing."""
+        return ""
+
+    def takes(self) -> tuple[str, str]:
+        """The option by which it needs what an earlier layer left, and the one by which that layer `gives` it; empty: it needs nothing."""
+        return "", ""
+
 
 @dataclass
 class NoMixerOptions(MixerOptions):

@@ -72,6 +72,12 @@ class MLAOptions(MixerOptions):
         if not self.temperature and (self.temperature_length, self.temperature_offset) != (8192, 0):
             raise ConfigError(f"{key}.temperature_length and temperature_offset have no effect with temperature=0: write a temperature")
 
+    def gives(self) -> str:
+        return "select=index" if self.select == "index" else ""
+
+    def takes(self) -> tuple[str, str]:
+        return ("select=shared", "select=index") if self.select == "shared" else ("", "")
+
     def refuses(self) -> dict[str, str]:
         found = {} if self.select == "none" else {"context": "no exchange gathers the indexer's keys yet"}
         return {**found, "pipeline": "what a layer selects does not cross stages yet"} if self.select == "shared" else found

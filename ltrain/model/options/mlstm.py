@@ -16,7 +16,8 @@ class MLSTMOptions(MixerOptions):
 
     LIMITS: ClassVar[Limits] = {
         **dict.fromkeys(("heads", "key_dim", "value_dim"), AT_LEAST_1),
-        **dict.fromkeys(("gate_softcap", "norm_eps"), ABOVE_0),
+        "gate_softcap": ("above 0 and at most 60: e^60 times a million tokens is still a float32", lambda x: 0 < x <= 60),
+        "norm_eps": ABOVE_0,
     }
 
     heads: int = 4

@@ -34,6 +34,12 @@ class RWKV7Options(MixerOptions):
         if self.value_mix != "mix" and self.value_rank != 32:
             raise ConfigError(f"{key}.value_rank={self.value_rank} has no effect with value_mix: {self.value_mix}: take it out")
 
+    def gives(self) -> str:
+        return "value_mix=source" if self.value_mix == "source" else ""
+
+    def takes(self) -> tuple[str, str]:
+        return ("value_mix=mix", "value_mix=source") if self.value_mix == "mix" else ("", "")
+
     def refuses(self) -> dict[str, str]:
         found = {"context": "no exchange carries its token shift and its state over ranks yet"}
         return {**found, "pipeline": "values of a source do not cross stages yet"} if self.value_mix == "mix" else found

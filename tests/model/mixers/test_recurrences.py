@@ -1,5 +1,6 @@
 """Published recurrences that transformers has not, or not alone, token by token in float64 from their papers' equations."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -8,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltrain.model.layers import LocalLayers, seed_parameters
 from ltrain.model.mixers.base import Mixer
+from ltrain.model.mixers.mlstm import MLSTM
+from ltrain.model.mixers.rwkv7 import RWKV7
 from ltrain.model.sequence import Sequence
 from tests.model.mixers.cases import HIDDEN, spec_of
-from tests.model.mixers.test_contract import built, inputs
+from tests.model.mixers.test_contract import built, inputs, jitter
 
 K, V = 8, 6
 LENGTHS = [1, 2, 66, 13]
@@ -110,8 +114,8 @@ def kda(x: Tensor, w: Weights) -> Tensor:
     return (torch.cat(rows, -1) * gate) @ w["out.weight"].T
 
 
-def rwkv7(x: Tensor, w: Weights) -> Tensor:
-    """RWKV-7 (Peng et al. 2025, arXiv 2503.14456), section 4, without the mixture of values."""
+def rwkv7(x: Tensor, w: Weights, first: Tensor | None = None) -> Tensor:
+    """RWKV-7 (Peng et al. 2025, arXiv 2503.14456), section 4; first: the first layer's values, which later ones mix in."""
     shifted = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
     xr, xw, xk, xv, xa, xg = (x + (shifted - x) * mu for mu in w["mu"])
 
@@ -119,6 +123,8 @@ def rwkv7(x: Tensor, w: Weights) -> Tensor:
         return of @ w[f"{name}_down.weight"].T
 
     r, k, v = xr @ w["receptance.weight"].T, xk @ w["key.weight"].T, xv @ w["value.weight"].T
+    if first is not None:
+        v = torch.lerp(v, first, torch.sigmoid(w["value_bias"] + low_rank("value", xv) @ w["value_up.weight"].T))
     decay = torch.exp(-(math.e**-0.5) * torch.sigmoid(w["decay_bias"] + torch.tanh(low_rank("decay", xw)) @ w["decay_up.weight"].T))
     a = torch.sigmoid(w["rate_bias"] + low_rank("rate", xa) @ w["rate_up.weight"].T)
     gate = torch.sigmoid(low_rank("gate", xg)) @ w["gate_up.weight"].T
@@ -164,3 +170,57 @@ def test_the_equations_of_the_paper(name: str) -> None:
     for key, mine, other in zip(["x", *weights], gradients(y, x, module), gradients(expected, x, module), strict=True):
         error = float((mine - other).norm() / other.norm())
         assert error < (1e-5 if name == "linear_attention" else 1e-8), f"{key} is off by {error:.1e}"  # its quotient has 1e-6 below
+
+
+def test_values_of_the_first_layer_are_mixed_in() -> None:
+    """RWKV-7's value residual: outputs and gradients by the paper, packed documents, decoding."""
+    options = spec_of("rwkv7").options
+    made = []
+    for mix in ("source", "mix"):
+        made.append(RWKV7(HIDDEN, dataclasses.replace(options, value_mix=mix, value_rank=3), LocalLayers(std=0.3, dtype=torch.float64)))
+        seed_parameters(made[-1], len(made))
+        jitter(made[-1])
+    (one, two), x = made, inputs(sum(LENGTHS)).requires_grad_()
+    a, b = dict(one.named_parameters()), dict(two.named_parameters())
+
+    def by_the_paper(part: Tensor) -> Tensor:
+        shifted = torch.cat((torch.zeros_like(part[:1]), part[:-1]))
+        first = (part + (shifted - part) * a["mu"][3]) @ a["value.weight"].T
+        return rwkv7(rwkv7(part, a), b, first)
+
+    seq = Sequence.of(LENGTHS)
+    y, expected = two(one(x, seq), seq), torch.cat([by_the_paper(part) for part in x.split(LENGTHS)])
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+    weight, wanted = inputs(sum(LENGTHS)).flip(0), [x, *a.values(), *b.values()]
+    for mine, other in zip(*(torch.autograd.grad((z * weight).sum(), wanted) for z in (y, expected)), strict=True):
+        assert (mine - other).norm() < 1e-8 * other.norm()
+    with torch.no_grad():
+        whole, n = x.detach()[: LENGTHS[-1]], LENGTHS[-1] - 3
+        seq = Sequence.of([n])
+        y, first_state = one.prefill(whole[:n], seq)
+        y, second_state = two.prefill(y, seq)
+        rows = [*y]
+        for t in range(n, len(whole)):
+            seq = Sequence.step(torch.tensor([t]))
+            y, first_state = one.decode(whole[t : t + 1], first_state, seq)
+            y, second_state = two.decode(y, second_state, seq)
+            rows += [*y]
+        torch.testing.assert_close(torch.stack(rows), by_the_paper(whole), rtol=1e-9, atol=1e-9)
+
+
+def test_mlstm_holds_its_largest_gates_in_float32() -> None:
+    """At the highest soft cap that its options take, with every gate open: nothing is infinite, and float32 is near float64."""
+    options = dataclasses.replace(spec_of("mlstm").options, gate_softcap=60.0)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        module = MLSTM(HIDDEN, options, LocalLayers(std=0.3, dtype=dtype))
+        seed_parameters(module, 0)
+        with torch.no_grad():
+            module.gates.bias.fill_(1e3)  # type: ignore[union-attr, operator]
+        x = inputs(700, dtype).requires_grad_()
+        y = module(x, Sequence.of([700]))
+        found.append([y, *torch.autograd.grad((y * inputs(700, dtype).flip(0)).sum(), [x, *module.parameters()])])
+    for key, half, wide in zip(["y", "x", *dict(module.named_parameters())], *found, strict=True):
+        assert half.isfinite().all(), key
+        if not key.startswith("gates"):  # tanh is flat here
+            assert (half.double() - wide).norm() < 1e-3 * wide.norm(), key
