@@ -10,6 +10,7 @@ from ltrain.model.options.base import NoMixerOptions
 from ltrain.model.options.block import BlockOptions
 from ltrain.model.options.elementwise import MambaOptions, RGLRUOptions
 from ltrain.model.options.ffn import FeedForwardOptions, MoEOptions
+from ltrain.model.options.gated_conv import GatedConvOptions
 from ltrain.model.options.linear_recurrence import LinearRecurrenceOptions
 from ltrain.model.options.mla import MLAOptions
 from ltrain.model.options.mlstm import MLSTMOptions
@@ -29,6 +30,7 @@ __all__ = [
     "BlockOptions",
     "Branch",
     "FeedForwardOptions",
+    "GatedConvOptions",
     "LinearRecurrenceOptions",
     "MTPOptions",
     "MLAOptions",
@@ -91,5 +93,6 @@ MIXERS: dict[str, tuple[str, type, dict[str, Any]]] = {
     "rg_lru": ("rg_lru", RGLRUOptions, {}),
     "rwkv7": ("rwkv7", RWKV7Options, {}),
     "mlstm": ("mlstm", MLSTMOptions, {}),
+    "gated_conv": ("gated_conv", GatedConvOptions, {}),
     "parallel": ("parallel", ParallelOptions, {}),
 }
