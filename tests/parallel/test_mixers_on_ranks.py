@@ -8,9 +8,8 @@ from torch import Tensor
 
 from ltrain.config import ConfigError, ParallelConfig
 from ltrain.model.layers import LocalLayers, layout_of, pieces, seed_parameters
-from ltrain.model.mixers.base import build_mixer
 from ltrain.model.sequence import Sequence
-from tests.model.mixers.cases import CASES, HIDDEN, config_of, spec_of
+from tests.model.mixers.cases import CASES, HIDDEN, build, config_of, specs_of
 from tests.model.mixers.test_contract import inputs, jitter
 
 LENGTHS = [1, 37, 2, 40, 16]  # documents that cross the cuts of 2 and of 4 ranks
@@ -24,17 +23,17 @@ def weight() -> Tensor:
 
 
 def supported(name: str, parallel: ParallelConfig) -> bool:
-    options = spec_of(name).options
+    every = [spec.options for spec in specs_of(name)]
     try:
-        options.check(name, parallel)
+        for options in every:
+            options.check(name, parallel)
     except ConfigError:
         return False
-    return not any(getattr(parallel, refused) > 1 for refused in options.refuses())
+    return not any(getattr(parallel, refused) > 1 for options in every for refused in options.refuses())
 
 
 def alone(name: str) -> dict[str, Tensor]:
-    spec = spec_of(name)
-    module = build_mixer(spec.mixer, HIDDEN, spec.options, LocalLayers(std=0.3, dtype=torch.float64))
+    module = build(name, LocalLayers(std=0.3, dtype=torch.float64))
     seed_parameters(module, 0)
     jitter(module)
     x = inputs(sum(LENGTHS)).requires_grad_()
@@ -61,8 +60,7 @@ def on_ranks(names: list[str], parallel: ParallelConfig) -> Found:
         for name in names:
             config = config_of(name)
             config.parallel = parallel
-            spec = spec_of(name)
-            module = build_mixer(spec.mixer, HIDDEN, spec.options, build_layers(config, mesh, torch.float64).at(0))
+            module = build(name, build_layers(config, mesh, torch.float64).at(0))
             seed_parameters(module, 0)
             jitter(module)
             layout = ContextLayout(sum(LENGTHS), mesh.context.rank(), mesh.context.size(), parallel.context_layout)

@@ -79,7 +79,8 @@ class RWKV7(Mixer):
         elif o.value_mix == "mix":
             (share,) = self.value_up(self.value_down(xv))
             share = self._heads((share.to(wide) + self.value_bias).sigmoid())
-            v = (v + (seq.shared[VALUES] - v) * share).to(v.dtype)
+            source = seq.tape.keep(lambda: seq.shared[VALUES])  # a later layer's will stand there when this one is made again
+            v = (v + (source - v) * share).to(v.dtype)
         return (self._heads(r), self._heads(w), self._heads(k), v, self._heads(a) * kappa, kappa), gate
 
     def _output(self, y: Tensor, inputs: Inputs, gate: Tensor) -> Tensor:

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from ltrain.model.layers import LocalLayers, seed_parameters
-from ltrain.model.mixers.base import Mixer, build_mixer
+from ltrain.model.mixers.base import Mixer
 from ltrain.model.sequence import Sequence
-from tests.model.mixers.cases import CASES, HIDDEN, spec_of
+from tests.model.mixers.cases import CASES, HIDDEN, build
 
 LENGTHS = [1, 2, 63, 64, 65, 5]  # around the chunks of the recurrences
 
 
 def built(name: str, dtype: torch.dtype = torch.float64) -> Mixer:
     """The case's mixer, with weights that hide nothing: no ones in norms, no zeros in biases."""
-    spec = spec_of(name)
-    module = build_mixer(spec.mixer, HIDDEN, spec.options, LocalLayers(std=0.3, dtype=dtype))
+    module = build(name, LocalLayers(std=0.3, dtype=dtype))
     seed_parameters(module, 0)
     jitter(module)
     return module

@@ -10,16 +10,9 @@ from ltrain.model.options import ModelConfig, MoEOptions
 from ltrain.model.sequence import Sequence
 from ltrain.model.stack import Stack
 from tests.model.mixers.cases import CASES, HIDDEN
-from tests.model.mixers.cases.mla import CASES as MLA
 from tests.model.mixers.test_contract import jitter
 
 VOCAB, LENGTHS = 32, [1, 37, 30]
-# Layers that hand something on to later ones, beside the mixers by themselves.
-HANDED_ON = {
-    "rwkv7-mix": [CASES["rwkv7-source"], ("rwkv7", {**CASES["rwkv7-source"][1], "value_mix": "mix", "value_rank": 3})],
-    "dsa-shared": [MLA["mla-dsa"], ("mla", {**MLA["mla-dsa"][1], "select": "shared"})],
-}
-LAYERS = {**{name: [case] for name, case in CASES.items()}, **HANDED_ON}
 
 
 def run(layers: list[tuple[str, dict[str, Any]]], recompute: str) -> list[Any]:
@@ -37,8 +30,8 @@ def run(layers: list[tuple[str, dict[str, Any]]], recompute: str) -> list[Any]:
     return [loss.detach(), {name: p.grad for name, p in stack.named_parameters()}]
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", CASES)
 def test_recomputation_changes_nothing(name: str) -> None:
-    plain = run(LAYERS[name], "none")
+    plain = run(CASES[name], "none")
     for recompute in ("selective", "full"):
-        torch.testing.assert_close(run(LAYERS[name], recompute), plain, rtol=0, atol=0, msg=f"{recompute}: {{}}".format)
+        torch.testing.assert_close(run(CASES[name], recompute), plain, rtol=0, atol=0, msg=f"{recompute}: {{}}".format)
