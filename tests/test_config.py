@@ -150,6 +150,8 @@ PARALLEL, BRANCHES = "model.pattern=[parallel] model.layers.parallel", "model.la
             "model.pattern=[rwkv7] model.layers.rwkv7.value_mix=mix",
             "value_mix=mix takes what an earlier layer with value_mix=source leaves, and layer 1",
         ),
+        ("model.layers.attention.kv=shared", "kv=shared takes what an earlier layer with kv=source and kv_heads="),
+        ("model.layers.attention.kv=source model.layers.attention.differential=true", "kv=source goes with plain attention"),
         ("model.pattern=[mla] model.layers.mla.select=shared", "select=shared takes what an earlier layer with select=index leaves"),
         ("model.layers.attention.kv_heads=3", "is not a multiple of model.layers.attention.kv_heads=3"),
         ("model.layers.gated_delta_net.key_heads=3", "is not a multiple of model.layers.gated_delta_net.key_heads=3"),

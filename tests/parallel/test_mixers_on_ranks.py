@@ -33,7 +33,7 @@ def supported(name: str, parallel: ParallelConfig) -> bool:
 
 
 def alone(name: str) -> dict[str, Tensor]:
-    module = build(name, LocalLayers(std=0.3, dtype=torch.float64))
+    module = build(name, LocalLayers(std=0.3, depth=len(CASES[name]), dtype=torch.float64))
     seed_parameters(module, 0)
     jitter(module)
     x = inputs(sum(LENGTHS)).requires_grad_()

@@ -41,7 +41,7 @@ class Attention(Mixer):
         self.mask = Mask(o.window, o.chunk, o.anchors)
         self.score = Score(o.softcap, layers.of_heads(alibi_slopes(o.heads)) if o.alibi else None)
         self.qkv = layers.column(hidden, self._parts, bias=o.qkv_bias)
-        self.q_norm, self.k_norm = self._qk_norm(o.heads, layers), self._qk_norm(o.kv_heads, layers)
+        self.q_norm, self.k_norm = self._qk_norm(o.heads, layers), None if o.kv == "shared" else self._qk_norm(o.kv_heads, layers)
         self.sinks = layers.per_head(o.heads, normal(layers.std)) if o.sinks else None
         self.out = layers.output(o.heads * self.value_dim, hidden, bias=o.out_bias)
 
@@ -59,17 +59,35 @@ class Attention(Mixer):
         o = self.options
         value = o.value_dim or o.head_dim
         gate = {"none": (), "elementwise": (o.heads * value,), "head": (o.heads,)}[o.gate]
-        return (o.heads * o.head_dim, o.kv_heads * o.head_dim, o.kv_heads * value, *gate)
+        keys_values = () if o.kv == "shared" else (o.kv_heads * o.head_dim, o.kv_heads * value)
+        return (o.heads * o.head_dim, *keys_values, *gate)
 
     def _project(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q [T, H, D], k [T, Hk, D], v [T, Hk, Dv], and the gate's logits [T, H * Dv] or [T, H]."""
+        if self.options.kv == "shared":
+            q, gate_logits = self._queries(x, seq)
+            # a later source's will stand there when this layer is made again
+            return q, *seq.tape.keep(lambda: seq.shared[self._source]), gate_logits
         q, k, v, *gate = self.qkv(x)
         if self.options.qk_norm == "full":  # which may ask other ranks, and is thus not made again
             q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
         q, k = self._placed(q, k, seq)
         v = v.unflatten(-1, (self.kv_heads, -1))
         v = v if self.options.value_scale == 1 else v * self.options.value_scale
+        if self.options.kv == "source":
+            seq.shared[self._source] = k, v
         return q, k, v, gate[0] if gate else None
+
+    def _queries(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor | None]:
+        """q [T, H, D] and the gate's logits, where keys and values are another layer's."""
+        q, *gate = self.qkv(x)
+        q = self.q_norm(q) if self.options.qk_norm == "full" else q  # type: ignore[misc]
+        return cheap(self._placed_queries, q, seq), gate[0] if gate else None
+
+    @property
+    def _source(self) -> str:
+        """In Sequence.shared: keys and values of the last source that sees the same tokens; in decoding its cache."""
+        return f"kv {self.mask}"
 
     def _placed(self, q: Tensor, k: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
         q, k = cheap(self._place, q, k, seq)
@@ -77,19 +95,23 @@ class Attention(Mixer):
 
     def _place(self, q: Tensor, k: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
         """q [T, H * D] and k [T, Hk * D] -> q [T, H, D] and k [T, Hk, D], normed and rotated."""
+        return self._placed_queries(q, seq), self._turn(k, self.kv_heads, self.k_norm, seq)
+
+    def _placed_queries(self, q: Tensor, seq: Sequence) -> Tensor:
+        q = self._turn(q, self.heads, self.q_norm, seq)
+        return q * query_temperature(seq.positions, self.options).to(q.dtype) if self.options.temperature else q
+
+    def _turn(self, x: Tensor, heads: int, norm: nn.Module | None, seq: Sequence) -> Tensor:
+        """x [T, H * D] -> [T, H, D]"""
         o = self.options
-        q, k = (q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.kv_heads, -1)))
-        normed = o.qk_norm in ("head", "weightless")
-        if normed and not o.qk_norm_after_rope:
-            q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
+        x = x.unflatten(-1, (heads, -1))
+        inside = norm if o.qk_norm in ("head", "weightless") else None
+        if inside is not None and not o.qk_norm_after_rope:
+            x = inside(x)
         if o.rope:
-            cos, sin = shared_rotary_tables(seq, self.rotary, o.rope, torch.promote_types(q.dtype, torch.float32))
-            q, k = rotate(q, cos, sin, o.rope.pairs), rotate(k, cos, sin, o.rope.pairs)
-        if normed and o.qk_norm_after_rope:
-            q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
-        if o.temperature:
-            q = q * query_temperature(seq.positions, o).to(q.dtype)
-        return q, k
+            cos, sin = shared_rotary_tables(seq, self.rotary, o.rope, torch.promote_types(x.dtype, torch.float32))
+            x = rotate(x, cos, sin, o.rope.pairs)
+        return inside(x) if inside is not None and o.qk_norm_after_rope else x
 
     def _output(self, y: Tensor, gate: Tensor | None) -> Tensor:
         """y [T, H, Dv] -> [T, hidden]"""
@@ -104,16 +126,21 @@ class Attention(Mixer):
         q, k, v, gate = self._project(x, seq)
         return self._output(self._attend(q, k, v, seq), gate)
 
-    def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, KVCache]:
+    def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, KVCache | None]:
         q, k, v, gate = self._project(x, seq)
-        return self._output(self._attend(q, k, v, seq), gate), KVCache.of(k, v, seq, self.mask)
+        return self._output(self._attend(q, k, v, seq), gate), None if self.options.kv == "shared" else KVCache.of(k, v, seq, self.mask)
 
-    def decode(self, x: Tensor, state: KVCache, seq: Sequence) -> tuple[Tensor, KVCache]:
-        """The cache is extended in place."""
+    def decode(self, x: Tensor, state: KVCache | None, seq: Sequence) -> tuple[Tensor, KVCache | None]:
+        """The cache is extended in place; with kv: shared it is the source's, whose layer has extended it."""
+        if state is None:
+            q, gate = self._queries(x, seq)
+            return self._output(self._decode(q, seq.shared[self._source], seq), gate), None
         q, k, v, gate = self._project(x, seq)
         if seq.exchange.keeps(state.decoded):
             state.append(k, v)
         state.decoded += 1
+        if self.options.kv == "source":
+            seq.shared[self._source] = state
         return self._output(self._decode(q, state, seq), gate), state
 
     def _decode(self, q: Tensor, state: KVCache, seq: Sequence) -> Tensor:
@@ -140,13 +167,16 @@ class Attention(Mixer):
         return tokens * (projections + 2 * o.heads * (o.head_dim + self.value_dim) * self._seen(context))
 
     def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:
+        if self.options.kv == "shared":
+            return 0
         kept = min(context, limit(self.mask) or context)
         return self.options.kv_heads * (self.options.head_dim + self.value_dim) * kept * bytes_per_value
 
     def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
         if ranks == 1:
             return []
-        return [ExchangeNeed("ring", self.state_bytes(tokens, bytes_per_value) * (ranks - 1) // ranks)]
+        values = self.options.kv_heads * (self.options.head_dim + self.value_dim) * tokens * bytes_per_value
+        return [ExchangeNeed("ring", values * (ranks - 1) // ranks)]
 
 
 def MIXER(hidden: int, options: AttentionOptions, layers: LocalLayers) -> Attention:

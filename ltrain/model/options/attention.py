@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 class AttentionOptions(MixerOptions):
     """Softmax attention with grouped K/V heads (Vaswani et al. 2017; GQA: Ainslie et al. 2023), MHA and MQA at its ends."""
 
-    CHOICES: ClassVar[Choices] = {"qk_norm": ("none", "head", "full", "weightless"), "gate": ("none", "elementwise", "head")}
+    CHOICES: ClassVar[Choices] = {
+        "kv": ("own", "source", "shared"),
+        "qk_norm": ("none", "head", "full", "weightless"),
+        "gate": ("none", "elementwise", "head"),
+    }
     LIMITS: ClassVar[Limits] = {
         **dict.fromkeys(("heads", "kv_heads", "head_dim", "temperature_length", "top_blocks"), AT_LEAST_1),
         **dict.fromkeys(("scale", "value_scale"), ABOVE_0),
@@ -25,6 +29,8 @@ class AttentionOptions(MixerOptions):
     kv_heads: int = 2
     head_dim: int = 64  # width of a query and a key
     value_dim: int = 0  # width of a value; 0: head_dim
+    # own | source (later layers use them too) | shared (those of the last source that sees the same tokens: cross-layer attention,
+    kv: str = "own"  # Brandon et al. 2024; Gemma 3n and 4), keys and values
     window: int = 0  # a token sees the last so many, itself included; 0: all
     chunk: int = 0  # a token sees those whose position divided by it gives the same whole number (Llama 4); 0: all
     anchors: int = 0  # and the document's first so many, whatever the window (StreamingLLM)
@@ -65,6 +71,10 @@ class AttentionOptions(MixerOptions):
             for name, other in (("qk_norm", "full"), ("gate", "head")):
                 if getattr(self, name) == other:
                     raise ConfigError(f"{key}.{name}={other} does not go with differential=true, whose heads are pairs: write another {name}")
+        if self.kv != "own" and (self.block_size or self.differential):
+            raise ConfigError(f"{key}.kv={self.kv} goes with plain attention: take block_size and differential out, or write kv: own")
+        if self.kv == "shared" and self.value_scale != 1:
+            raise ConfigError(f"{key}.value_scale={self.value_scale:g} has no effect with kv: shared: write it in the source alone")
         if not self.block_size and self.top_blocks != 8:
             raise ConfigError(f"{key}.top_blocks={self.top_blocks} has no effect without blocks: write {key}.block_size, or take it out")
         if self.anchors and not self.window:
@@ -78,9 +88,20 @@ class AttentionOptions(MixerOptions):
         if self.value_dim == self.head_dim:
             raise ConfigError(f"{key}.value_dim={self.value_dim} is head_dim, which 0 says too: take it out")
 
+    def _source(self) -> str:
+        seen = [f"{name}={getattr(self, name)}" for name in ("window", "chunk", "anchors") if getattr(self, name)]
+        return " and ".join(["kv=source", f"kv_heads={self.kv_heads}", f"head_dim={self.head_dim}", *seen])
+
+    def gives(self) -> str:
+        return self._source() if self.kv == "source" else ""
+
+    def takes(self) -> tuple[str, str]:
+        return ("kv=shared", self._source()) if self.kv == "shared" else ("", "")
+
     def refuses(self) -> dict[str, str]:
         special = [name for name in ("window", "chunk", "block_size", "sinks", "softcap", "alibi") if getattr(self, name)]
-        return {"context": f"the ring carries attention without {' and '.join(special)}"} if special else {}
+        found = {"context": f"the ring carries attention without {' and '.join(special)}"} if special else {}
+        return {**found, "pipeline": "keys and values of a source do not cross stages yet"} if self.kv == "shared" else found
 
 
 def limited(options: AttentionOptions) -> bool:

@@ -1,3 +1,4 @@
+import dataclasses
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -232,3 +233,26 @@ def test_log_decays_start_as_in_mamba_2() -> None:
 def test_heads_that_do_not_group_are_refused(name: str, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mixer(name, options)
+
+
+def test_keys_and_values_of_another_layer() -> None:
+    """kv: shared is plain softmax over what the last source that sees the same tokens made, whatever other sources came between."""
+    options = AttentionOptions(heads=4, kv_heads=2, head_dim=8, gate="none")
+    source, other = (mixer("attention", dataclasses.replace(options, kv="source", window=window)) for window in (0, 3))
+    shared = mixer("attention", dataclasses.replace(options, kv="shared"))
+    lengths = [5, 1, 9]
+    seq, x = Sequence.of(lengths), inputs(sum(lengths))
+    source(x, seq)
+    k, v = (t.repeat_interleave(2, dim=1) for t in seq.shared[source._source])  # type: ignore[union-attr]
+    other(x.flip(0), seq)
+    y = x.roll(1, 0)
+    q, _ = shared._queries(y, seq)  # type: ignore[operator]
+    rows, start = [], 0
+    for n in lengths:
+        at = slice(start, start + n)
+        scores = torch.einsum("qhd,khd->hqk", q[at], k[at]) * 8**-0.5
+        scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
+        rows.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[at]).flatten(1))
+        start += n
+    torch.testing.assert_close(shared(y, seq), torch.cat(rows) @ shared.out.weight.T, rtol=1e-9, atol=1e-9)  # type: ignore[union-attr, operator]
+    assert shared.num_params() == source.num_params() - 2 * HIDDEN * 2 * 8 - 8  # no keys, values and norm of keys

@@ -2,7 +2,7 @@ from typing import Any
 
 SMALL = {"heads": 4, "kv_heads": 2, "head_dim": 8}
 PLAIN = {**SMALL, "qk_norm": "none", "gate": "none"}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
+CASES: dict[str, Any] = {
     "attention": ("attention", {**SMALL, "qkv_bias": True, "out_bias": True}),
     "attention-mha-plain": ("attention", {**PLAIN, "kv_heads": 4, "rope": None}),
     "attention-rope-pairs-partial": ("attention", {**SMALL, "rope": {"fraction": 0.5, "pairs": True}}),
@@ -23,5 +23,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "attention-moba": ("attention", {**SMALL, "block_size": 8, "top_blocks": 3}),
     "attention-differential": ("attention", {**SMALL, "heads": 8, "kv_heads": 4, "differential": True, "qkv_bias": True}),
     "attention-differential-window": ("attention", {**PLAIN, "heads": 4, "kv_heads": 4, "differential": True, "window": 9, "value_scale": 0.7}),
+    "attention-shared-kv": [
+        ("attention", {**SMALL, "kv": "source"}),
+        ("attention", {**SMALL, "kv": "source", "window": 9, "qk_norm": "full"}),
+        ("attention", {**SMALL, "kv": "shared", "gate": "none"}),
+        ("attention", {**SMALL, "kv": "source"}),
+        ("attention", {**SMALL, "kv": "shared", "window": 9, "qk_norm": "full", "gate": "head"}),
+        ("attention", {**SMALL, "kv": "shared", "qk_norm": "none"}),
+    ],
     "attention-alibi": ("attention", {**PLAIN, "kv_heads": 4, "alibi": True, "rope": None}),
 }
