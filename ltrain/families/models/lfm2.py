@@ -23,7 +23,12 @@ def inner(width: int, config: dict[str, Any]) -> int:
     return -(-width // multiple) * multiple
 
 
-HEADS = (
+MODEL = (
+    key("vocab_size", "vocab"),
+    key("hidden_size", "hidden"),
+    key("num_hidden_layers", "depth"),
+    key("norm_eps", "norm_eps", default=1e-5),
+    key("tie_word_embeddings", "tie_embeddings", also=("tie_embedding",), default=True),
     key("num_attention_heads", "full_attention.heads", default=32),
     key("num_key_value_heads", "full_attention.kv_heads", default=8),
     key("", "full_attention.head_dim", default=lambda c: c["hidden_size"] // c.get("num_attention_heads", 32)),
@@ -52,12 +57,7 @@ FAMILY = Family(
     model_type="lfm2",
     architecture="Lfm2ForCausalLM",
     keys=(
-        key("vocab_size", "vocab"),
-        key("hidden_size", "hidden"),
-        key("num_hidden_layers", "depth"),
-        key("norm_eps", "norm_eps", default=1e-5),
-        key("tie_word_embeddings", "tie_embeddings", also=("tie_embedding",), default=True),
-        *HEADS,
+        *MODEL,
         key("intermediate_size", "dense.inner", also=("block_ff_dim",), default=12288, read=inner),
     ),
     mixers=MIXERS,

@@ -20,12 +20,7 @@ FAMILY = Family(
     model_type="lfm2_moe",
     architecture="Lfm2MoeForCausalLM",
     keys=(
-        key("vocab_size", "vocab"),
-        key("hidden_size", "hidden"),
-        key("num_hidden_layers", "depth"),
-        key("norm_eps", "norm_eps", default=1e-5),
-        key("tie_word_embeddings", "tie_embeddings", also=("tie_embedding",), default=True),
-        *lfm2.HEADS,
+        *lfm2.MODEL,
         key("intermediate_size", "dense.inner", default=7168),
         key("num_experts", "moe.experts", default=32),
         key("num_experts_per_tok", "moe.top_k", default=4),

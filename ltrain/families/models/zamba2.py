@@ -32,11 +32,6 @@ def expand(width: int, config: dict[str, Any]) -> float:
     return int(found) if found == int(found) else found
 
 
-def adapter(of: str, ours: str, part: int) -> tuple[Weight, ...]:
-    """The second of two products; the first ones stand together in ours."""
-    return (Weight.same(f"{ours}.up.{part}.weight", f"{of}_adapter_list.{{use}}.1.weight"),)
-
-
 BARE = {"gate": "none", "qk_norm": "none", "qkv_bias": False, "out_bias": False}
 NORMS = tables.norms("input_layernorm", "pre_ff_layernorm")
 QKV = tuple(f"self_attn.linear_{name}" for name in "qkv")
@@ -109,7 +104,7 @@ FAMILY = Family(
             Weight.same("ffn_adapter.down.weight", "feed_forward.gate_up_proj_adapter_list.{use}.0.weight"),
             Weight("ffn_adapter.up.0.weight", (Theirs("feed_forward.gate_up_proj_adapter_list.{use}.1.weight", (0, 1)),)),
             Weight("mixer_adapter.down.weight", tuple(Theirs(f"{of}_adapter_list.{{use}}.0.weight", (i,)) for i, of in enumerate(QKV)), parts=3),
-            *(weight for i, of in enumerate(QKV) for weight in adapter(of, "mixer_adapter", i)),
+            *(Weight.same(f"mixer_adapter.up.{i}.weight", f"{of}_adapter_list.{{use}}.1.weight") for i, of in enumerate(QKV)),
         ),
     ),
     roles=roles,
