@@ -2,29 +2,23 @@
 
 import datetime
 import gc
-import logging
 import os
 import unittest.mock
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# megatron-core announces on import which optional packages are missing, and decorates fusions that ltrain never calls
-# with torch.compile, which loads the whole compiler: half of the time of a small run's start.
-with warnings.catch_warnings(), unittest.mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda f: f)):
-    warnings.simplefilter("ignore")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+# megatron-core decorates fusions that ltrain never calls with torch.compile, which loads the whole compiler: half of the time
+# of a small run's start.
+with unittest.mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda f: f)):
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ltrain.config import ConfigError, ParallelConfig
 from ltrain.model.layers import Shard
 from ltrain.parallel import cpu
-
-warnings.filterwarnings("ignore", module=r"megatron\.core\.")  # on options of its own that ltrain does not use
 
 
 def start(device: str = "auto", timeout: int = 600) -> torch.device:

@@ -2,23 +2,19 @@
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-    from megatron.core.optimizer_param_scheduler import ParamGroupOverride
-    from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from ltrain.checkpoint import Checkpoint

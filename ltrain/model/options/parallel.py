@@ -70,4 +70,4 @@ class ParallelOptions(MixerOptions):
             raise ConfigError(f"{key}.fuse=true takes the mean of what the branches' heads give, but {told} numbers: make heads x width equal")
 
     def refuses(self) -> dict[str, str]:
-        return {kind: f"{name} {why}" for name, branch in reversed([*self.resolved()]) for kind, why in branch.options.refuses().items()}
+        return {kind: f"{why} (its branch {name})" for name, branch in reversed([*self.resolved()]) for kind, why in branch.options.refuses().items()}
