@@ -48,7 +48,7 @@ def _check_pairs(pairs: Sequence[Pair], queries: int, keys: int) -> list[Pair]:
 def _backend(name: str, q: Tensor, v: Tensor, plain: bool = True) -> Any:
     """plain: no windows inside pairs and scores as they are."""
     choose(name, tuple(BACKENDS))
-    why = flash.refusal(q, v) if plain else "has no windows, soft caps and slopes"
+    why = flash.refusal(q, v) if plain else "has no windows, soft caps, slopes and biases"
     if name == "flash" and why is not None:
         raise ValueError(f"backend='flash' {why}: choose blockwise or auto")
     if name == "auto":
@@ -121,28 +121,42 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, pairs: list[Pair], scale: float, score: Score, backend: Any
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        bias: Tensor | None,
+        pairs: list[Pair],
+        scale: float,
+        score: Score,
+        backend: Any,
     ) -> Tensor:
-        more = () if backend is flash else (score,)
+        more = () if backend is flash else (score._replace(bias=bias),)
         out, lse = backend.forward_pairs(q, k, v, pairs, scale, *more)
         if sinks is not None:
             out, lse = with_sinks(out, lse, sinks)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, sinks)
-        ctx.pairs, ctx.scale, ctx.more, ctx.backend = pairs, scale, more, backend
+        ctx.save_for_backward(q, k, v, out, lse, sinks, bias)
+        ctx.pairs, ctx.scale, ctx.score, ctx.backend = pairs, scale, score, backend
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, out, lse, sinks = ctx.saved_tensors
+        q, k, v, out, lse, sinks, bias = ctx.saved_tensors
         # exp(score - lse) is the final probability, the sink's share taken out: nothing else in these gradients knows of sinks
-        dq, dk, dv = ctx.backend.backward_pairs(grads[0], q, k, v, out, lse, ctx.pairs, ctx.scale, *ctx.more)
+        arguments, dbias = (grads[0], q, k, v, out, lse, ctx.pairs, ctx.scale), None
+        if ctx.backend is flash:
+            dq, dk, dv = flash.backward_pairs(*arguments)
+        else:
+            dq, dk, dv, dbias = blockwise.backward_scores(*arguments, ctx.score._replace(bias=bias))
+            dbias = None if bias is None or dbias is None else dbias.to(bias.dtype)
         dsinks = None
         if sinks is not None:
             pull = (grads[0].to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [T, H]
             dsinks = -((sinks.to(lse) - lse).exp() * pull).sum(0).to(sinks.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, dbias, None, None, None, None
 
 
 def attention(
@@ -158,7 +172,7 @@ def attention(
     sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Causal softmax attention inside every segment. Differentiable in q, k, v and sinks.
+    """Causal softmax attention inside every segment. Differentiable in q, k, v, sinks and score.bias.
 
     Args:
         q: [T, H, D].
@@ -169,7 +183,7 @@ def attention(
         starts: the position of each segment's first token in its document, for chunks and anchors; None: 0.
         score: what becomes of scores before the softmax.
         sinks: [H], see `with_sinks`; None: there are none.
-        backend: auto | reference | blockwise | flash (without windows shorter than a segment, soft caps and slopes).
+        backend: auto | reference | blockwise | flash (without windows shorter than a segment, soft caps, slopes and biases).
 
     Returns:
         [T, H, Dv] in q's type.
@@ -188,7 +202,7 @@ def attention(
     chosen = _backend(backend, q, v, score.plain and not any(pair.window for pair in pairs))
     if chosen is reference:
         return reference.attention(q, k, v, bounds, scale, mask, starts, score, sinks)
-    out: Tensor = _Attention.apply(q, k, v, sinks, pairs, scale, score, chosen)
+    out: Tensor = _Attention.apply(q, k, v, sinks, score.bias, pairs, scale, score._replace(bias=None), chosen)
     return out
 
 
@@ -200,7 +214,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale:
         k, v: [N, L, Hk, D], [N, L, Hk, Dv], padded to one length L; the padding has weight 0 and must be finite.
         lengths: [N] integers, the valid keys of each sequence here; the new token's own key is among them, here or on another rank.
         scale: what scores are multiplied with, usually D ** -0.5.
-        score: what becomes of scores before the softmax; slopes take the keys to be in order and the last valid one to be the query's.
+        score: what becomes of scores before the softmax; slopes and biases take the keys to be in order and the last valid one to be the query's.
 
     Returns:
         out [N, H, Dv] and lse [N, H] (natural log of the sum of exponentials of scaled scores) in float32 or wider, for `merge`;
@@ -222,9 +236,10 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale:
     scores = (queries @ k.permute(0, 2, 3, 1)).to(accumulator(q.dtype)) * scale  # [N, Hk, G, L]
     if score.softcap:
         scores = score.softcap * (scores / score.softcap).tanh_()
-    if score.slopes is not None:
-        behind = lengths.to(q.device).unsqueeze(1) - 1 - torch.arange(k.shape[1], device=q.device)  # [N, L]
-        scores = scores - score.slopes.to(scores).unflatten(0, (k.shape[2], -1)).unsqueeze(-1) * behind[:, None, None]
+    behind = lengths.to(q.device).unsqueeze(1) - 1 - torch.arange(k.shape[1], device=q.device)  # [N, L]
+    added = score.added(behind, q.shape[1])
+    if added is not None:
+        scores = scores + added.to(scores).transpose(0, 1).unflatten(1, (k.shape[2], -1))
     lse = scores.masked_fill_(past[:, None, None], -torch.inf).logsumexp(-1)  # [N, Hk, G]
     p = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp().to(v.dtype)
     return (p @ v.transpose(1, 2)).flatten(1, 2).to(lse.dtype), lse.flatten(1, 2)

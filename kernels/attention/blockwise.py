@@ -43,17 +43,22 @@ def _ungrouped(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(1, (-1, rows)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
+def _behind(rows: slice, keys: slice, like: Tensor) -> Tensor:
+    """[rows, keys]: how far before the query a key is."""
+    return torch.arange(rows.start, rows.stop, device=like.device).unsqueeze(1) - torch.arange(keys.start, keys.stop, device=like.device)
+
+
 def _scores(q: Tensor, k: Tensor, rows: slice, keys: slice, mask: Tensor | None, scale: float, score: Score) -> tuple[Tensor, Tensor | None]:
     """q [Hk, G * rows, D], k [columns, Hk, D] -> scores [Hk, G * rows, columns], and their derivative by the scaled product where it is not 1."""
     scores, slope = (q * scale) @ k.permute(1, 2, 0), None
     if score.softcap:
         bent = (scores / score.softcap).tanh_()
         scores, slope = bent * score.softcap, 1 - bent.square()
-    if mask is not None or score.slopes is not None:
+    if mask is not None or score.slopes is not None or score.bias is not None:
         apart = scores.unflatten(1, (-1, rows.stop - rows.start))  # [Hk, G, rows, columns]
-        if score.slopes is not None:
-            behind = torch.arange(rows.start, rows.stop, device=q.device).unsqueeze(1) - torch.arange(keys.start, keys.stop, device=q.device)
-            apart.sub_(score.slopes.to(scores).unflatten(0, (len(q), -1))[:, :, None, None] * behind)
+        added = score.added(_behind(rows, keys, q), apart.shape[0] * apart.shape[1])
+        if added is not None:
+            apart.add_(added.to(scores).unflatten(0, (len(q), -1)))
         if mask is not None:
             apart.masked_fill_(mask.to(q.device), -torch.inf)
     return scores, slope
@@ -86,8 +91,16 @@ def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: flo
 def backward_pairs(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float, score: Score = PLAIN
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return backward_scores(dout, q, k, v, out, lse, pairs, scale, score)[:3]
+
+
+def backward_scores(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float, score: Score
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As `backward_pairs`, and the gradient of score.bias."""
     wide, kv_heads = accumulator(q.dtype), k.shape[1]
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+    dbias = None if score.bias is None else torch.zeros_like(score.bias, dtype=wide)
     for pair in pairs:
         for rows, columns in _blocks(pair):
             size = rows.stop - rows.start
@@ -101,8 +114,10 @@ def backward_pairs(
                 p = (scores - row_lse).exp_()
                 dv[keys] += (p.mT @ grad).transpose(0, 1)
                 ds = p.mul_((grad @ value.permute(1, 2, 0)).sub_(delta))
+                if dbias is not None:
+                    dbias.index_add_(1, score.buckets(_behind(rows, keys, q)).flatten(), ds.unflatten(1, (-1, size)).flatten(0, 1).flatten(1))
                 ds = ds if slope is None else ds.mul_(slope)
                 grad_q += ds @ key.transpose(0, 1)
                 dk[keys] += (ds.mT @ queries).transpose(0, 1) * scale
             dq[rows] += _ungrouped(grad_q, size) * scale
-    return dq, dk, dv
+    return dq, dk, dv, dbias

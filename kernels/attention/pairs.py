@@ -1,5 +1,6 @@
 """What a piece of attention covers, and how pieces over the same queries are put together."""
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,10 +21,30 @@ class Score(NamedTuple):
 
     softcap: float = 0.0  # softcap x tanh(score / softcap) (Gemma 2); 0: as it is
     slopes: Tensor | None = None  # [H]: minus slope x distance is added (ALiBi, Press et al. 2021); rows count the distance
+    bias: Tensor | None = None  # [H, buckets]: that of the distance's bucket is added (T5, Raffel et al. 2020)
+    farthest: int = 128  # the distance from which on all share the last bucket
 
     @property
     def plain(self) -> bool:
-        return not self.softcap and self.slopes is None
+        return not self.softcap and self.slopes is None and self.bias is None
+
+    def added(self, behind: Tensor, heads: int) -> Tensor | None:
+        """What distances [...] add to the scores of each head: [H, ...], or None."""
+        found = None
+        if self.slopes is not None:
+            found = -self.slopes.view(heads, *[1] * behind.ndim) * behind
+        if self.bias is not None:
+            of_buckets = self.bias[:, self.buckets(behind)]
+            found = of_buckets if found is None else found + of_buckets
+        return found
+
+    def buckets(self, behind: Tensor) -> Tensor:
+        """Half of the buckets are of one distance each, from 0; the others of ever wider ranges, evenly in the logarithm."""
+        assert self.bias is not None
+        count, behind = self.bias.shape[1], behind.clamp(min=0)
+        exact = count // 2
+        wider = exact + (torch.log(behind.clamp(min=1) / exact) / math.log(self.farthest / exact) * (count - exact)).long()
+        return torch.where(behind < exact, behind, wider.clamp(max=count - 1))
 
 
 FULL, PLAIN = Mask(), Score()

@@ -28,8 +28,8 @@ def attention(
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     if score.softcap:
         scores = score.softcap * (scores / score.softcap).tanh()
-    if score.slopes is not None:
-        scores = scores - score.slopes.to(scores)[:, None, None] * behind
+    added = score.added(behind, q.shape[1])
+    scores = scores if added is None else scores + added.to(scores)
     scores = scores.masked_fill(~seen, -torch.inf)
     if sinks is not None:  # one more column, which has no value
         scores = torch.cat((scores, sinks.to(scores)[:, None, None].expand(-1, len(q), 1)), -1)

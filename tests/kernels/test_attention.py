@@ -3,6 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from ltrain.kernels.attention import Mask, Pair, Score, attention, backward_pairs, blockwise, decode_attention, flash, forward_pairs, merge
 
@@ -56,7 +57,7 @@ MASKS = [Mask(), Mask(window=1), Mask(window=7), Mask(window=40, chunk=50), Mask
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
-@pytest.mark.parametrize("more", [False, True], ids=["", "slopes-sinks"])
+@pytest.mark.parametrize("more", [False, True], ids=["", "slopes-sinks-bias"])
 def test_masks_scores_and_sinks(mask, softcap, more, monkeypatch):
     """In several blocks of queries and keys, the first document continued from an earlier stream."""
     monkeypatch.setattr(blockwise, "ROWS", 16)
@@ -64,12 +65,19 @@ def test_masks_scores_and_sinks(mask, softcap, more, monkeypatch):
     lengths, starts = [60, 1, 0, 2, 130], [7, 0, 0, 0, 0]
     inputs = tensors(sum(lengths), 4, 2, 8, 6)
     sinks = torch.tensor([-1.0, 0.0, 2.0, 4.0], dtype=torch.float64, requires_grad=True) if more else None
-    score = Score(softcap, torch.tensor([0.5, 0.25, 0.1, 0.0]) if more else None)
+    bias = torch.randn(4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_() if more else None
+    score = Score(softcap, torch.tensor([0.5, 0.25, 0.1, 0.0]) if more else None, bias, 50)
     outs = [attention(*inputs, cu(lengths), scale=0.4, mask=mask, starts=starts, score=score, sinks=sinks, backend=b) for b in ("auto", "reference")]
     torch.testing.assert_close(*outs, rtol=1e-12, atol=1e-12)
     weight = torch.randn(outs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    leaves = [*inputs, *([sinks] if sinks is not None else [])]
+    leaves = [*inputs, *(leaf for leaf in (sinks, bias) if leaf is not None)]
     torch.testing.assert_close(*([torch.autograd.grad((out * weight).sum(), leaves) for out in outs]), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (8, 20), (7, 100)])
+def test_buckets_of_distances_are_those_of_t5(buckets, farthest):
+    theirs = T5Attention._relative_position_bucket(-torch.arange(300), bidirectional=False, num_buckets=buckets, max_distance=farthest)
+    assert torch.equal(Score(bias=torch.zeros(2, buckets), farthest=farthest).buckets(torch.arange(300)), theirs)
 
 
 def test_the_reference_sees_what_the_mask_says():

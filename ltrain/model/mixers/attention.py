@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ltrain.kernels.attention import Mask, Score
 from ltrain.kernels.sparse_attention.block_means import block_attention, decode_block_attention
-from ltrain.model.layers import LocalLayers, normal
+from ltrain.model.layers import LocalLayers, ParamLayout, normal
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.mixers.kv_cache import KVCache, limit
 from ltrain.model.options import AttentionOptions
@@ -39,11 +39,17 @@ class Attention(Mixer):
         self.rotary = rotary_width(o.head_dim, o.rope) if o.rope else 0
         self.scale = o.head_dim**-0.5 if o.scale is None else o.scale
         self.mask = Mask(o.window, o.chunk, o.anchors)
-        self.score = Score(o.softcap, layers.of_heads(alibi_slopes(o.heads)) if o.alibi else None)
+        self.slopes = layers.of_heads(alibi_slopes(o.heads)) if o.alibi else None
+        table = ParamLayout((o.heads, o.relative_buckets), normal(layers.std), axis=0, decay=False)
+        self.relative_bias = layers.parameter(table) if o.relative_buckets else None
         self.qkv = layers.column(hidden, self._parts, bias=o.qkv_bias)
         self.q_norm, self.k_norm = self._qk_norm(o.heads, layers), None if o.kv == "shared" else self._qk_norm(o.kv_heads, layers)
         self.sinks = layers.per_head(o.heads, normal(layers.std)) if o.sinks else None
         self.out = layers.output(o.heads * self.value_dim, hidden, bias=o.out_bias)
+
+    @property
+    def score(self) -> Score:
+        return Score(self.options.softcap, self.slopes, self.relative_bias, self.options.relative_distance)
 
     def _qk_norm(self, heads: int, layers: LocalLayers) -> nn.Module | None:
         o = self.options

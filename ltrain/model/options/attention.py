@@ -51,6 +51,8 @@ class AttentionOptions(MixerOptions):
     temperature_offset: int = 0
     differential: bool = False  # pairs of heads give what one softmax sees less what the other sees (Ye et al. 2024)
     alibi: bool = False  # scores minus a slope of each head times the distance (Press et al. 2021)
+    relative_buckets: int = 0  # scores plus a learned number of the distance's bucket for each head (T5, Raffel et al. 2020); 0: none
+    relative_distance: int = 128  # from which on all share the last bucket
     rope: RopeOptions | None = field(default_factory=RopeOptions)  # null: no position (NoPE)
 
     def check(self, key: str, parallel: "ParallelConfig") -> None:
@@ -60,12 +62,12 @@ class AttentionOptions(MixerOptions):
             self.rope.check(f"{key}.rope", self.head_dim)
         if self.window and self.chunk:
             raise ConfigError(f"{key}.window={self.window} and {key}.chunk={self.chunk} exclude each other: write one of the two")
-        for name in ("window", "chunk", "sinks", "softcap", "alibi"):
+        for name in ("window", "chunk", "sinks", "softcap", "alibi", "relative_buckets"):
             if self.block_size and getattr(self, name):
                 raise ConfigError(f"{key}.block_size={self.block_size} does not go with {name}={getattr(self, name)}: take one of the two out")
         if self.differential:
             check_multiple(f"{key}.kv_heads", self.kv_heads, "the 2 of each pair x parallel.tensor", 2 * parallel.tensor)
-            for name, plain in (("value_dim", 0), ("block_size", 0), ("sinks", False), ("alibi", False)):
+            for name, plain in (("value_dim", 0), ("block_size", 0), ("sinks", False), ("alibi", False), ("relative_buckets", 0)):
                 if getattr(self, name) != plain:
                     raise ConfigError(f"{key}.{name}={getattr(self, name)} does not go with differential=true: take one of the two out")
             for name, other in (("qk_norm", "full"), ("gate", "head")):
@@ -81,6 +83,16 @@ class AttentionOptions(MixerOptions):
             raise ConfigError(f"{key}.anchors={self.anchors} has no effect without a window: write {key}.window, or take it out")
         if self.alibi and (self.rope is not None or limited(self)):
             raise ConfigError(f"{key}.alibi=true goes with no other position and sees all tokens: write {key}.rope=null and no window or chunk")
+        if not self.relative_buckets and self.relative_distance != 128:
+            raise ConfigError(f"{key}.relative_distance={self.relative_distance} has no effect without relative_buckets: take it out")
+        if self.relative_buckets and (self.rope is not None or limited(self) or self.alibi):
+            raise ConfigError(
+                f"{key}.relative_buckets goes with no other position and sees all tokens: write {key}.rope=null, no window and no alibi"
+            )
+        if self.relative_buckets and not 4 <= self.relative_buckets < 2 * self.relative_distance:
+            raise ConfigError(
+                f"{key}.relative_buckets={self.relative_buckets}, half of them for one distance each, is not from 4 to below 2 x relative_distance"
+            )
         if self.qk_norm_after_rope and (self.rope is None or self.qk_norm == "none"):
             raise ConfigError(f"{key}.qk_norm_after_rope=true has no effect without both RoPE and a qk_norm: take it out")
         if not self.temperature and (self.temperature_length, self.temperature_offset) != (8192, 0):
@@ -99,7 +111,7 @@ class AttentionOptions(MixerOptions):
         return ("kv=shared", self._source()) if self.kv == "shared" else ("", "")
 
     def refuses(self) -> dict[str, str]:
-        special = [name for name in ("window", "chunk", "block_size", "sinks", "softcap", "alibi") if getattr(self, name)]
+        special = [name for name in ("window", "chunk", "block_size", "sinks", "softcap", "alibi", "relative_buckets") if getattr(self, name)]
         found = {"context": f"the ring carries attention without {' and '.join(special)}"} if special else {}
         return {**found, "pipeline": "keys and values of a source do not cross stages yet"} if self.kv == "shared" else found
 

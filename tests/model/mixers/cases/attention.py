@@ -31,5 +31,6 @@ CASES: dict[str, Any] = {
         ("attention", {**SMALL, "kv": "shared", "window": 9, "qk_norm": "full", "gate": "head"}),
         ("attention", {**SMALL, "kv": "shared", "qk_norm": "none"}),
     ],
+    "attention-t5-bias": ("attention", {**SMALL, "rope": None, "softcap": 4.0, "relative_buckets": 8, "relative_distance": 20, "scale": 1.0}),
     "attention-alibi": ("attention", {**PLAIN, "kv_heads": 4, "alibi": True, "rope": None}),
 }
