@@ -47,7 +47,7 @@ def supports(mixer: str, fixed: dict[str, Any]) -> dict[str, bool]:
     _, options = build_options(mixer, fixed, mixer, lambda key: "")
     refused, layers = options.refuses(), _Recording()
     built: Mixer = build_mixer(mixer, 64, options, layers)
-    decodes = type(built).decode is not Mixer.decode
+    decodes = type(built).decode is not Mixer.decode and "decode" not in refused
     return {**{name: name not in refused for name in PARALLELISMS}, "FP8": {"column", "row"} <= layers.made, "decode": decodes}
 
 

@@ -344,7 +344,7 @@ def _check_layer(spec: LayerSpec, config: "Config", specs: list[LayerSpec]) -> N
     check_values(spec.options, key)
     spec.options.check(key, config.parallel)
     for name, why in spec.options.refuses().items():
-        degree = getattr(config.parallel, name)
+        degree = getattr(config.parallel, name, 1)  # decoding has no degree, and _check_ranks tells of training
         if degree > 1:
             raise ConfigError(f"parallel.{name}={degree} does not work with {key} ({spec.mixer}): {why}: write parallel.{name}=1")
     check_values(spec.ffn, f"{key}.ffn")
@@ -440,6 +440,12 @@ def _check_fp8(config: "Config") -> None:
 
 
 def _check_ranks(config: "Config", specs: list[LayerSpec], world_size: int) -> None:
+    for spec in specs:
+        if "training" in spec.options.refuses():
+            raise ConfigError(
+                f"model.layers.{spec.kind} ({spec.mixer}) is not for training on next tokens, nor for its evaluation: "
+                f"{spec.options.refuses()['training']}: write causal: true, or train what ltrain.load_pretrained gives with a loss of your own"
+            )
     if config.model.learned_positions:
         _check_learned_positions(config)
     parallel, data = config.parallel, config.data

@@ -152,6 +152,18 @@ PARALLEL, BRANCHES = "model.pattern=[parallel] model.layers.parallel", "model.la
         ),
         ("model.layers.attention.kv=shared", "kv=shared takes what an earlier layer with kv=source and kv_heads="),
         ("model.layers.attention.kv=source model.layers.attention.differential=true", "kv=source goes with plain attention"),
+        ("model.layers.attention.causal=false model.layers.attention.block_size=64", "block_size=64 goes with a causal mask"),
+        (
+            "model.layers.attention.causal=false model.layers.attention.window=9 model.layers.attention.anchors=2",
+            "anchors=2 goes with a causal mask",
+        ),
+        ("model.layers.attention.causal=false parallel.context=2", "the ring carries causal attention alone: write parallel.context=1"),
+        (
+            "model.depth=2 model.pattern=[source,shared] model.layers.attention=null model.layers.gated_delta_net=null "
+            "model.layers.source.mixer=attention model.layers.source.kv=source "
+            "model.layers.shared.mixer=attention model.layers.shared.kv=shared model.layers.shared.causal=false",
+            "head_dim=64 and causal=false leaves, and layer 2 has none before it",
+        ),
         ("model.layers.attention.relative_buckets=32", "relative_buckets goes with no other position"),
         ("model.layers.attention.relative_buckets=300 model.layers.attention.rope=null", "not from 4 to below 2 x relative_distance"),
         ("model.layers.attention.relative_distance=64", "has no effect without relative_buckets"),
@@ -206,6 +218,7 @@ def test_what_cannot_run_is_refused_in_one_sentence(tmp_path: Path, overrides: s
         ("parallel.expert=4 parallel.pipeline=2", 4, "does not divide the 2 ranks"),
         ("data.shards=6", 4, "data.shards=6 does not divide over 4 data ranks"),
         ("data.tokens=2048 train.tokens_per_step=4096", 4, "write 8192"),
+        ("model.layers.attention.causal=false", 1, "is not for training on next tokens, nor for its evaluation: each token would see the next one"),
         ("model.learned_positions=256", 1, "write a sequence_length from 2 to 256"),
         ("model.learned_positions=256 data.sequence_length=256 eval.positions=512", 1, "eval.positions asks for 512 tokens"),
     ],

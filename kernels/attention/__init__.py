@@ -37,11 +37,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_pairs(pairs: Sequence[Pair], queries: int, keys: int) -> list[Pair]:
     for pair in pairs:
-        q_start, q_len, k_start, k_len, causal, _ = pair
+        q_start, q_len, k_start, k_len, causal, window = pair
         if min(pair) < 0 or q_start + q_len > queries or k_start + k_len > keys:
             raise ValueError(f"pairs: {pair} leaves q's {queries} or k's {keys} rows")
-        if causal and q_len > k_len:
-            raise ValueError(f"pairs: {pair} is causal with more queries than keys, so its first queries see nothing: leave those out")
+        if (causal or window) and q_len > k_len:
+            of = "is causal" if causal else "has a window"
+            raise ValueError(f"pairs: {pair} {of} with more queries than keys, so its first queries see nothing: leave those out")
     return [pair for pair in pairs if pair.q_len and pair.k_len]
 
 
@@ -172,7 +173,7 @@ def attention(
     sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Causal softmax attention inside every segment. Differentiable in q, k, v, sinks and score.bias.
+    """Softmax attention inside every segment, causal where the mask is. Differentiable in q, k, v, sinks and score.bias.
 
     Args:
         q: [T, H, D].
@@ -196,6 +197,8 @@ def attention(
         raise ValueError(f"q has {len(q)} tokens and k {len(k)}: attention inside segments takes as many keys as queries")
     if mask.anchors and not mask.window:
         raise ValueError("mask.anchors has an effect with a window only: without one every query sees the first tokens")
+    if mask.anchors and not mask.causal:
+        raise ValueError("mask.anchors go with a causal mask: leave them out")
     bounds = boundaries(cu_seqlens, len(q))
     starts = starts or [0] * (len(bounds) - 1)
     pairs = masked_pairs(bounds, mask, starts)

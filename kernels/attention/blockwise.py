@@ -18,17 +18,18 @@ COLUMNS = 1024  # keys of one block: with ROWS it bounds the scores held at a ti
 def _blocks(pair: Pair) -> Iterator[tuple[slice, list[tuple[slice, Tensor | None]]]]:
     """Query rows of the whole tensor, each with the key rows they see and, where only some do, the mask of those that do not."""
     q_start, q_len, k_start, k_len, causal, window = pair
+    offset = k_len - q_len  # query i stands at key i + offset
+    ahead = 0 if causal else window - 1 if window else k_len + q_len  # how far past it a query sees
     for first in range(0, q_len, ROWS):
         last = min(first + ROWS, q_len)
-        offset = k_len - q_len if causal else k_len  # query i sees keys up to i + offset
         columns: list[tuple[slice, Tensor | None]] = []
-        begin = max(first + offset - window + 1, 0) if window else 0
-        for left in range(begin, min(k_len, last + offset), COLUMNS):
-            right = min(left + COLUMNS, k_len, last + offset)
+        begin, end = max(first + offset - window + 1, 0) if window else 0, min(k_len, last + offset + ahead)
+        for left in range(begin, end, COLUMNS):
+            right = min(left + COLUMNS, end)
             mask = None
-            if causal and right - 1 > first + offset or window and left < last + offset - window:
+            if right - 1 > first + offset + ahead or window and left < last + offset - window:
                 behind = torch.arange(first, last).unsqueeze(1) + offset - torch.arange(left, right)  # [rows, columns]
-                mask = (behind < 0) | (behind >= window) if window else behind < 0
+                mask = (behind < -ahead) | (behind >= window) if window else behind < -ahead
             columns.append((slice(k_start + left, k_start + right), mask))
         yield slice(q_start + first, q_start + last), columns
 

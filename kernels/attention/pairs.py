@@ -9,18 +9,24 @@ from torch import Tensor
 
 
 class Mask(NamedTuple):
-    """Which keys of its own segment a query may see, beside being causal. 0: the rule is absent."""
+    """Which keys of its own segment a query may see. 0: the rule is absent."""
 
-    window: int = 0  # the last so many tokens, itself included (Beltagy et al. 2020)
+    window: int = 0  # the last so many tokens, itself included (Beltagy et al. 2020); not causal: those less than so many away on either side
     chunk: int = 0  # tokens whose position divided by it gives the same whole number (Llama 4)
     anchors: int = 0  # the first so many tokens of the document, beside the window (attention sinks: Xiao et al. 2023)
+    causal: bool = True  # none behind the query; otherwise the later ones too (encoders: Devlin et al. 2018)
+
+    @property
+    def placed(self) -> bool:
+        """Whether it asks where in the document a token stands."""
+        return bool(self.chunk or self.anchors)
 
 
 class Score(NamedTuple):
     """What becomes of scaled scores before the softmax."""
 
     softcap: float = 0.0  # softcap x tanh(score / softcap) (Gemma 2); 0: as it is
-    slopes: Tensor | None = None  # [H]: minus slope x distance is added (ALiBi, Press et al. 2021); rows count the distance
+    slopes: Tensor | None = None  # [H]: minus slope x distance is added (ALiBi, Press et al. 2021), to either side; rows count the distance
     bias: Tensor | None = None  # [H, buckets]: that of the distance's bucket is added (T5, Raffel et al. 2020)
     farthest: int = 128  # the distance from which on all share the last bucket
 
@@ -29,10 +35,10 @@ class Score(NamedTuple):
         return not self.softcap and self.slopes is None and self.bias is None
 
     def added(self, behind: Tensor, heads: int) -> Tensor | None:
-        """What distances [...] add to the scores of each head: [H, ...], or None."""
+        """What keys so far behind their queries [...], negative where they are ahead, add to the scores of each head: [H, ...], or None."""
         found = None
         if self.slopes is not None:
-            found = -self.slopes.view(heads, *[1] * behind.ndim) * behind
+            found = -self.slopes.view(heads, *[1] * behind.ndim) * behind.abs()
         if self.bias is not None:
             of_buckets = self.bias[:, self.buckets(behind)]
             found = of_buckets if found is None else found + of_buckets
@@ -54,7 +60,7 @@ class Pair(NamedTuple):
     """Query rows [q_start, q_start + q_len) see key rows [k_start, k_start + k_len).
 
     `causal` aligns the two ranges at their ends: query i of the pair sees its keys 0 .. k_len - q_len + i, and with a `window` only the
-    last so many of them.
+    last so many of them. A `window` alone aligns them likewise, and query i sees the keys less than so many away from k_len - q_len + i.
     """
 
     q_start: int
@@ -80,9 +86,9 @@ def masked_pairs(bounds: list[int], mask: Mask, starts: list[int]) -> list[Pair]
             if not length:
                 continue
             if not w or length <= w:
-                pairs.append(Pair(first, length, first, length, True))
+                pairs.append(Pair(first, length, first, length, mask.causal))
                 continue
-            pairs.append(Pair(first, length, first, length, True, w))
+            pairs.append(Pair(first, length, first, length, mask.causal, w))
             anchors = max(mask.anchors - start, 0)
             if anchors > 1:  # the queries that the window leaves one anchor after the other
                 count = min(anchors - 1, length - w)

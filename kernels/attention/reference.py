@@ -12,7 +12,7 @@ from ltrain.kernels.segments import accumulator
 def attention(
     q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float, mask: Mask, starts: list[int], score: Score, sinks: Tensor | None
 ) -> Tensor:
-    """softmax(scale q k^T) v, causal inside segments, under a mask, in q's type. Differentiable by autograd."""
+    """softmax(scale q k^T) v inside segments, under a mask, in q's type. Differentiable by autograd."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [T, H, D], [T, H, Dv]
     lengths = torch.tensor([b - a for a, b in pairwise(bounds)], dtype=torch.int64)
@@ -20,9 +20,11 @@ def attention(
     row = torch.arange(len(q), device=q.device)
     position = row + torch.repeat_interleave(torch.tensor([s - a for s, a in zip(starts, bounds, strict=False)]), lengths).to(q.device)
     behind = row[:, None] - row
-    seen = (segment[:, None] == segment) & (behind >= 0)  # [T, T]
+    seen = segment[:, None] == segment  # [T, T]
+    if mask.causal:
+        seen &= behind >= 0
     if mask.window:
-        seen &= (behind < mask.window) | (position < mask.anchors)
+        seen &= (behind.abs() < mask.window) | (position < mask.anchors)
     if mask.chunk:
         seen &= position[:, None] // mask.chunk == position // mask.chunk
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
@@ -41,7 +43,8 @@ def _scores(q: Tensor, k: Tensor, pairs: list[Pair], scale: float) -> Tensor:
     count = torch.zeros(len(q), len(k), dtype=q.dtype, device=q.device)
     for q_start, q_len, k_start, k_len, causal, window in pairs:
         seen = torch.ones(q_len, k_len, dtype=q.dtype, device=q.device)
-        seen = seen.tril(k_len - q_len) if causal else seen
+        if causal or window:
+            seen = seen.tril(k_len - q_len + (0 if causal else window - 1))
         count[q_start : q_start + q_len, k_start : k_start + k_len] += seen.triu(k_len - q_len - window + 1) if window else seen
     return torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale + count.log()
 

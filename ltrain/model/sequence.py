@@ -23,7 +23,7 @@ class Exchange(Protocol):
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, seq: "Sequence", *, scale: float, mask: Mask = FULL, score: Score = PLAIN, sinks: Tensor | None = None
     ) -> Tensor:
-        """Causal softmax attention inside documents: q [T, H, D], k [T, Hk, D], v [T, Hk, Dv], sinks [H] -> [T, H, Dv]."""
+        """Softmax attention inside documents under a mask: q [T, H, D], k [T, Hk, D], v [T, Hk, Dv], sinks [H] -> [T, H, Dv]."""
         ...
 
     def short_conv(self, x: Tensor, weight: Tensor, seq: "Sequence", activation: str | None = "silu") -> Tensor:
@@ -79,7 +79,7 @@ class LocalExchange:
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, seq: "Sequence", *, scale: float, mask: Mask = FULL, score: Score = PLAIN, sinks: Tensor | None = None
     ) -> Tensor:
-        starts = seq.starts() if mask.chunk or mask.anchors else None
+        starts = seq.starts() if mask.placed else None
         return attention.attention(q, k, v, seq.cu_seqlens, scale=scale, mask=mask, starts=starts, score=score, sinks=sinks)
 
     def short_conv(self, x: Tensor, weight: Tensor, seq: "Sequence", activation: str | None = "silu") -> Tensor:

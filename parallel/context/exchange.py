@@ -80,7 +80,7 @@ class ContextExchange:
     ) -> Tensor:
         """q [T, H, D], k [T, Hk, D], v [T, Hk, Dv] of this rank's T tokens, sinks [H] -> [T, H, Dv]."""
         if self.layout.size == 1:
-            starts = seq.starts() if mask.chunk or mask.anchors else None
+            starts = seq.starts() if mask.placed else None
             return attention.attention(q, k, v, seq.cu_seqlens, scale=scale, mask=mask, starts=starts, score=score, sinks=sinks)
         assert mask == FULL and score.plain and sinks is None, "the ring carries causal attention over whole documents"
         plan = self._local(q, "q", seq)

@@ -53,6 +53,8 @@ def test_attention_and_its_gradients(backend, lengths, heads, kv_heads, value_wi
 
 
 MASKS = [Mask(), Mask(window=1), Mask(window=7), Mask(window=40, chunk=50), Mask(chunk=16), Mask(window=5, anchors=1), Mask(window=20, anchors=9)]
+MASKS += [Mask(causal=False), Mask(window=1, causal=False), Mask(window=7, causal=False), Mask(window=40, chunk=50, causal=False)]
+MASKS += [Mask(chunk=16, causal=False), Mask(window=55, causal=False)]
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
@@ -80,6 +82,11 @@ def test_buckets_of_distances_are_those_of_t5(buckets, farthest):
     assert torch.equal(Score(bias=torch.zeros(2, buckets), farthest=farthest).buckets(torch.arange(300)), theirs)
 
 
+def test_slopes_go_by_the_distance_to_either_side():
+    added = Score(slopes=torch.tensor([0.5, 0.25])).added(torch.tensor([-2, 0, 3]), 2)
+    assert added is not None and added.tolist() == [[-1.0, 0.0, -1.5], [-0.5, 0.0, -0.75]]
+
+
 def test_the_reference_sees_what_the_mask_says():
     """Which keys have a weight, of a document that begins at position 3, told row by row."""
     q, k, v = torch.zeros(8, 1, 4), torch.zeros(8, 1, 4), torch.eye(8).unsqueeze(1)
@@ -89,6 +96,8 @@ def test_the_reference_sees_what_the_mask_says():
 
     assert seen(Mask(window=2))[5] == [0, 0, 0, 0, 1, 1, 0, 0]
     assert seen(Mask(chunk=4))[0] == [1, 0, 0, 0, 0, 0, 0, 0] and seen(Mask(chunk=4))[4] == [0, 1, 1, 1, 1, 0, 0, 0]
+    assert seen(Mask(causal=False)) == [[1] * 8] * 8 and seen(Mask(chunk=4, causal=False))[2] == [0, 1, 1, 1, 1, 0, 0, 0]
+    assert seen(Mask(window=2, causal=False))[0] == [1, 1, 0, 0, 0, 0, 0, 0] and seen(Mask(window=2, causal=False))[5] == [0, 0, 0, 0, 1, 1, 1, 0]
     assert seen(Mask(window=2, anchors=4))[5] == [1, 0, 0, 0, 1, 1, 0, 0] and seen(Mask(window=2, anchors=2), 0)[5] == [1, 1, 0, 0, 1, 1, 0, 0]
 
 
@@ -134,6 +143,7 @@ PAIRS = [
     Pair(60, 1, 5, 1, True),
     Pair(61, 1, 5, 40, False),
 ]
+WINDOWED = [Pair(0, 30, 40, 60, False, 7), Pair(10, 60, 0, 60, False, 50), Pair(30, 20, 10, 50, True, 5), Pair(3, 1, 5, 30, False, 4)]
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -151,6 +161,16 @@ def test_pairs_in_any_order_and_overlap(backend, heads, kv_heads, value_width):
         backward_pairs(dout, q, k, v, out, lse, pairs, scale=0.3, backend=backend),
         backward_pairs(dout, q, k, v, out, lse, pairs, scale=0.3, backend="reference"),
     )
+
+
+def test_pairs_with_windows():
+    q, _, _ = (x.detach() for x in tensors(70, 4, 2, 8, 5))
+    _, k, v = (x.detach() for x in tensors(100, 4, 2, 8, 5, seed=1))
+    out, lse = forward_pairs(q, k, v, WINDOWED, scale=0.3)
+    torch.testing.assert_close((out, lse), forward_pairs(q, k, v, WINDOWED, scale=0.3, backend="reference"))
+    dout = torch.randn_like(out)
+    grads = [backward_pairs(dout, q, k, v, out, lse, WINDOWED, scale=0.3, backend=b) for b in ("auto", "reference")]
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
@@ -225,6 +245,9 @@ def test_decode_is_the_last_row_of_attention():
         ({"q": torch.zeros(10, 4, 9)}, "8 wide"),
         ({"q": torch.zeros(10, 4, 8).half()}, "one floating type"),
         ({"backend": "fash"}, "backend='fash'.*flash"),
+        ({"mask": Mask(anchors=2)}, "with a window only"),
+        ({"mask": Mask(window=4, anchors=2, causal=False)}, "causal mask"),
+        ({"mask": Mask(window=4, causal=False), "backend": "flash"}, "backend='flash' has no windows"),
     ],
 )
 def test_refusals(change, words):
@@ -239,6 +262,8 @@ def test_pairs_are_refused_by_name():
         forward_pairs(q, q, q, [Pair(5, 6, 0, 3, False)], scale=1.0)
     with pytest.raises(ValueError, match="pairs.*more queries than keys"):
         forward_pairs(q, q, q, [Pair(0, 6, 0, 3, True)], scale=1.0)
+    with pytest.raises(ValueError, match="pairs.*has a window with more queries than keys"):
+        forward_pairs(q, q, q, [Pair(0, 6, 0, 3, False, 2)], scale=1.0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -29,7 +29,7 @@ def supported(name: str, parallel: ParallelConfig) -> bool:
             options.check(name, parallel)
     except ConfigError:
         return False
-    return not any(getattr(parallel, refused) > 1 for options in every for refused in options.refuses())
+    return not any(getattr(parallel, refused, 1) > 1 for options in every for refused in options.refuses())
 
 
 def alone(name: str) -> dict[str, Tensor]:

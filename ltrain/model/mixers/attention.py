@@ -12,6 +12,7 @@ from ltrain.model.options import AttentionOptions
 from ltrain.model.position import alibi_slopes, query_temperature, rotary_width, rotate, shared_rotary_tables
 from ltrain.model.recompute import cheap
 from ltrain.model.sequence import Sequence
+from ltrain.schema import ConfigError
 
 
 def _gated(y: Tensor, gate: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def _gated(y: Tensor, gate: Tensor) -> Tensor:
 
 
 class Attention(Mixer):
-    """Causal softmax attention inside documents (Vaswani et al. 2017; GQA: Ainslie et al. 2023).
+    """Softmax attention inside documents (Vaswani et al. 2017; GQA: Ainslie et al. 2023).
 
     Queries and keys may pass a norm (Henry et al. 2020), then RoPE; the output of each head may be multiplied with a sigmoid of a
     projection of the input (Qiu et al. 2025). What a token sees, and what becomes of scores, are `Mask` and `Score`.
@@ -38,7 +39,7 @@ class Attention(Mixer):
         self.value_dim = o.value_dim or o.head_dim
         self.rotary = rotary_width(o.head_dim, o.rope) if o.rope else 0
         self.scale = o.head_dim**-0.5 if o.scale is None else o.scale
-        self.mask = Mask(o.window, o.chunk, o.anchors)
+        self.mask = Mask(o.window, o.chunk, o.anchors, o.causal)
         self.slopes = layers.of_heads(alibi_slopes(o.heads)) if o.alibi else None
         table = ParamLayout((o.heads, o.relative_buckets), normal(layers.std), axis=0, decay=False)
         self.relative_bias = layers.parameter(table) if o.relative_buckets else None
@@ -133,11 +134,13 @@ class Attention(Mixer):
         return self._output(self._attend(q, k, v, seq), gate)
 
     def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, KVCache | None]:
+        self._refuse_decoding()
         q, k, v, gate = self._project(x, seq)
         return self._output(self._attend(q, k, v, seq), gate), None if self.options.kv == "shared" else KVCache.of(k, v, seq, self.mask)
 
     def decode(self, x: Tensor, state: KVCache | None, seq: Sequence) -> tuple[Tensor, KVCache | None]:
         """The cache is extended in place; with kv: shared it is the source's, whose layer has extended it."""
+        self._refuse_decoding()
         if state is None:
             q, gate = self._queries(x, seq)
             return self._output(self._decode(q, seq.shared[self._source], seq), gate), None
@@ -149,6 +152,11 @@ class Attention(Mixer):
             seq.shared[self._source] = state
         return self._output(self._decode(q, state, seq), gate), state
 
+    def _refuse_decoding(self) -> None:
+        why = self.options.refuses().get("decode")
+        if why:
+            raise ConfigError(f"attention with causal=false does not decode, for {why}: use the model's forward, or write causal: true")
+
     def _decode(self, q: Tensor, state: KVCache, seq: Sequence) -> Tensor:
         if self.options.block_size:
             o = self.options
@@ -157,6 +165,13 @@ class Attention(Mixer):
 
     def _seen(self, context: int) -> float:
         """Tokens that one of a document of `context` tokens sees, on average."""
+        o = self.options
+        if not o.causal:  # as many after it as before it, and itself
+            return 2 * self._seen_before(context) - 1
+        return self._seen_before(context)
+
+    def _seen_before(self, context: int) -> float:
+        """Itself included."""
         o = self.options
         if o.chunk and o.chunk < context:
             return (o.chunk + 1) / 2
@@ -173,7 +188,7 @@ class Attention(Mixer):
         return tokens * (projections + 2 * o.heads * (o.head_dim + self.value_dim) * self._seen(context))
 
     def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:
-        if self.options.kv == "shared":
+        if self.options.kv == "shared" or not self.options.causal:
             return 0
         kept = min(context, limit(self.mask) or context)
         return self.options.kv_heads * (self.options.head_dim + self.value_dim) * kept * bytes_per_value

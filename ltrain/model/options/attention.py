@@ -31,7 +31,8 @@ class AttentionOptions(MixerOptions):
     value_dim: int = 0  # width of a value; 0: head_dim
     # own | source (later layers use them too) | shared (those of the last source that sees the same tokens: cross-layer attention,
     kv: str = "own"  # Brandon et al. 2024; Gemma 3n and 4), keys and values
-    window: int = 0  # a token sees the last so many, itself included; 0: all
+    causal: bool = True  # a token sees those before it; false: the whole of its document, as in encoders (Devlin et al. 2018), without decoding
+    window: int = 0  # a token sees the last so many, itself included; 0: all; causal: false: those less than so many away on either side
     chunk: int = 0  # a token sees those whose position divided by it gives the same whole number (Llama 4); 0: all
     anchors: int = 0  # and the document's first so many, whatever the window (StreamingLLM)
     # A token sees its own block of so many tokens and of the earlier ones those whose mean key suits it best (MoBA, Lu et al. 2025); 0: all
@@ -60,6 +61,10 @@ class AttentionOptions(MixerOptions):
         check_multiple(f"{key}.kv_heads", self.kv_heads, "parallel.tensor", parallel.tensor)
         if self.rope is not None:
             self.rope.check(f"{key}.rope", self.head_dim)
+        if not self.causal:
+            for name in ("anchors", "block_size", "relative_buckets"):
+                if getattr(self, name):
+                    raise ConfigError(f"{key}.{name}={getattr(self, name)} goes with a causal mask: take it out, or write {key}.causal=true")
         if self.window and self.chunk:
             raise ConfigError(f"{key}.window={self.window} and {key}.chunk={self.chunk} exclude each other: write one of the two")
         for name in ("window", "chunk", "sinks", "softcap", "alibi", "relative_buckets"):
@@ -102,6 +107,7 @@ class AttentionOptions(MixerOptions):
 
     def _source(self) -> str:
         seen = [f"{name}={getattr(self, name)}" for name in ("window", "chunk", "anchors") if getattr(self, name)]
+        seen += [] if self.causal else ["causal=false"]
         return " and ".join(["kv=source", f"kv_heads={self.kv_heads}", f"head_dim={self.head_dim}", *seen])
 
     def gives(self) -> str:
@@ -113,6 +119,12 @@ class AttentionOptions(MixerOptions):
     def refuses(self) -> dict[str, str]:
         special = [name for name in ("window", "chunk", "block_size", "sinks", "softcap", "alibi", "relative_buckets") if getattr(self, name)]
         found = {"context": f"the ring carries attention without {' and '.join(special)}"} if special else {}
+        if not self.causal:
+            found = {
+                "context": "the ring carries causal attention alone",
+                "decode": "each new token would change what all before it give",
+                "training": "each token would see the next one, which it is to predict",
+            }
         return {**found, "pipeline": "keys and values of a source do not cross stages yet"} if self.kv == "shared" else found
 
 

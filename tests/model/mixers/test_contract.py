@@ -10,9 +10,11 @@ from torch import Tensor
 from ltrain.model.layers import LocalLayers, seed_parameters
 from ltrain.model.mixers.base import Mixer
 from ltrain.model.sequence import Sequence
-from tests.model.mixers.cases import CASES, HIDDEN, build
+from ltrain.schema import ConfigError
+from tests.model.mixers.cases import CASES, HIDDEN, build, decodes
 
 LENGTHS = [1, 2, 63, 64, 65, 5]  # around the chunks of the recurrences
+DECODED = [name for name in CASES if decodes(name)]
 
 
 def built(name: str, dtype: torch.dtype = torch.float64) -> Mixer:
@@ -72,7 +74,7 @@ def test_no_document_sees_another(name: str) -> None:
         assert packed.abs().max() > 0, f"{key} is zero"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", DECODED)
 @torch.no_grad()
 def test_decoding_goes_on_from_a_prefill(name: str) -> None:
     """One token after the other, from states of unequal documents, gives what one forward of each whole document gives."""
@@ -89,12 +91,26 @@ def test_decoding_goes_on_from_a_prefill(name: str) -> None:
         torch.testing.assert_close(torch.stack(rows), module(x, Sequence.of([len(x)])), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name not in DECODED])
+@torch.no_grad()
+def test_what_does_not_decode_sees_later_tokens_and_says_so(name: str) -> None:
+    module, x = built(name), inputs(9)
+    other = torch.cat((x[:-1], -x[-1:]))
+    assert not torch.allclose(module(x, Sequence.of([9]))[-2], module(other, Sequence.of([9]))[-2])
+    for call in (
+        lambda: module.prefill(x, Sequence.of([9])),
+        lambda: module.decode(x[:1], [None] * len(CASES[name]), Sequence.step(torch.tensor([9]))),
+    ):
+        with pytest.raises(ConfigError, match="does not decode"):
+            call()
+
+
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_costs_are_what_the_mixer_says(name: str) -> None:
     module = built(name, torch.float32)
     for context in (1, 40, 130):
-        _, state = module.prefill(inputs(context, torch.float32), Sequence.of([context]))
+        state = module.prefill(inputs(context, torch.float32), Sequence.of([context]))[1] if name in DECODED else None
         assert module.state_bytes(context, 4) == sum(4 * t.numel() for t in floats(state))
     assert module.num_params() == sum(p.numel() for p in module.parameters())
     assert module.flops(64, 64) >= 2 * 64 * sum(p.numel() for p in module.parameters() if p.ndim == 2) * 0.9

@@ -5,7 +5,7 @@ import torch
 
 from ltrain.model.sequence import Sequence
 from tests.model.mixers.cases import CASES
-from tests.model.mixers.test_contract import built, inputs
+from tests.model.mixers.test_contract import DECODED, built, inputs
 
 LENGTHS = [1, 2, 130, 13]
 SELECTS = {"attention-moba", "mla-dsa", "mla-dsa-shared", "nsa", "nsa-apart-nope"}  # rounding makes them select other tokens
@@ -23,6 +23,8 @@ def test_bfloat16_is_near_float64(name: str) -> None:
     y.sum().backward()
     for key, param in half.named_parameters():
         assert param.grad is not None and param.grad.isfinite().all(), key
+    if name not in DECODED:
+        return
     with torch.no_grad():
         whole = x[-LENGTHS[-1] :]
         y, state = half.prefill(whole[:10], Sequence.of([10]))

@@ -44,6 +44,10 @@ def spec_of(name: str) -> LayerSpec:
     return spec
 
 
+def decodes(name: str) -> bool:
+    return not any("decode" in spec.options.refuses() for spec in specs_of(name))
+
+
 def build(name: str, layers: LocalLayers) -> Mixer:
     """The mixer of a case, or the sum of those that read one another's output: each has a share in it."""
     mixers = [build_mixer(spec.mixer, HIDDEN, spec.options, layers) for spec in specs_of(name)]

@@ -31,6 +31,16 @@ CASES: dict[str, Any] = {
         ("attention", {**SMALL, "kv": "shared", "window": 9, "qk_norm": "full", "gate": "head"}),
         ("attention", {**SMALL, "kv": "shared", "qk_norm": "none"}),
     ],
+    "attention-both-ways": ("attention", {**SMALL, "causal": False}),
+    "attention-both-ways-window": ("attention", {**SMALL, "causal": False, "window": 4, "sinks": True, "softcap": 4.0}),
+    "attention-both-ways-alibi": ("attention", {**PLAIN, "causal": False, "kv_heads": 4, "rope": None, "alibi": True}),
+    "attention-both-ways-chunk": ("attention", {**PLAIN, "causal": False, "chunk": 16}),
+    "attention-both-ways-differential": ("attention", {**SMALL, "causal": False, "heads": 8, "kv_heads": 4, "differential": True}),
+    "attention-both-ways-shared-kv": [
+        ("attention", {**SMALL, "kv": "source", "causal": False}),
+        ("attention", {**SMALL, "kv": "source", "causal": False, "window": 4}),
+        ("attention", {**SMALL, "kv": "shared", "causal": False}),
+    ],
     "attention-t5-bias": ("attention", {**SMALL, "rope": None, "softcap": 4.0, "relative_buckets": 8, "relative_distance": 20, "scale": 1.0}),
     "attention-alibi": ("attention", {**PLAIN, "kv_heads": 4, "alibi": True, "rope": None}),
 }
