@@ -166,6 +166,16 @@ PARALLEL, BRANCHES = "model.pattern=[parallel] model.layers.parallel", "model.la
         ),
         ("model.layers.attention.relative_buckets=32", "relative_buckets goes with no other position"),
         ("model.layers.attention.relative_buckets=300 model.layers.attention.rope=null", "not from 4 to below 2 x relative_distance"),
+        (
+            "model.layers.attention.relative_buckets=300 model.layers.attention.relative_distance=64 model.layers.attention.rope=null "
+            "model.layers.attention.causal=false",
+            "is not from 8 to below 4 x relative_distance",
+        ),
+        (
+            "model.layers.attention.relative_buckets=33 model.layers.attention.rope=null model.layers.attention.causal=false",
+            "does not divide over the sides of causal=false: write 34",
+        ),
+        ("model.layers.attention.alibi=true model.layers.attention.rope=null model.layers.attention.window=9", "sees all tokens"),
         ("model.layers.attention.relative_distance=64", "has no effect without relative_buckets"),
         ("model.pattern=[mla] model.layers.mla.select=shared", "select=shared takes what an earlier layer with select=index leaves"),
         ("model.layers.attention.kv_heads=3", "is not a multiple of model.layers.attention.kv_heads=3"),

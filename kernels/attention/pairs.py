@@ -29,6 +29,7 @@ class Score(NamedTuple):
     slopes: Tensor | None = None  # [H]: minus slope x distance is added (ALiBi, Press et al. 2021), to either side; rows count the distance
     bias: Tensor | None = None  # [H, buckets]: that of the distance's bucket is added (T5, Raffel et al. 2020)
     farthest: int = 128  # the distance from which on all share the last bucket
+    ahead: bool = False  # whether the second half of the buckets is for keys that come after their queries
 
     @property
     def plain(self) -> bool:
@@ -45,12 +46,14 @@ class Score(NamedTuple):
         return found
 
     def buckets(self, behind: Tensor) -> Tensor:
-        """Half of the buckets are of one distance each, from 0; the others of ever wider ranges, evenly in the logarithm."""
+        """Half of the buckets of a side are of one distance each, from 0; the others of ever wider ranges, evenly in the logarithm."""
         assert self.bias is not None
-        count, behind = self.bias.shape[1], behind.clamp(min=0)
+        count = self.bias.shape[1] // (2 if self.ahead else 1)
+        apart = behind.abs() if self.ahead else behind.clamp(min=0)
         exact = count // 2
-        wider = exact + (torch.log(behind.clamp(min=1) / exact) / math.log(self.farthest / exact) * (count - exact)).long()
-        return torch.where(behind < exact, behind, wider.clamp(max=count - 1))
+        wider = exact + (torch.log(apart.clamp(min=1) / exact) / math.log(self.farthest / exact) * (count - exact)).long()
+        found = torch.where(apart < exact, apart, wider.clamp(max=count - 1))
+        return torch.where(behind < 0, found + count, found) if self.ahead else found
 
 
 FULL, PLAIN = Mask(), Score()

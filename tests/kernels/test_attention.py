@@ -1,9 +1,10 @@
+import math
 import random
 from itertools import pairwise
 
 import pytest
 import torch
-from transformers.models.t5.modeling_t5 import T5Attention
+from transformers.models.t5.modeling_t5 import T5Attention, T5Config
 
 from ltrain.kernels.attention import Mask, Pair, Score, attention, backward_pairs, blockwise, decode_attention, flash, forward_pairs, merge
 
@@ -68,7 +69,7 @@ def test_masks_scores_and_sinks(mask, softcap, more, monkeypatch):
     inputs = tensors(sum(lengths), 4, 2, 8, 6)
     sinks = torch.tensor([-1.0, 0.0, 2.0, 4.0], dtype=torch.float64, requires_grad=True) if more else None
     bias = torch.randn(4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_() if more else None
-    score = Score(softcap, torch.tensor([0.5, 0.25, 0.1, 0.0]) if more else None, bias, 50)
+    score = Score(softcap, torch.tensor([0.5, 0.25, 0.1, 0.0]) if more else None, bias, 50, ahead=not mask.causal)
     outs = [attention(*inputs, cu(lengths), scale=0.4, mask=mask, starts=starts, score=score, sinks=sinks, backend=b) for b in ("auto", "reference")]
     torch.testing.assert_close(*outs, rtol=1e-12, atol=1e-12)
     weight = torch.randn(outs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -76,10 +77,53 @@ def test_masks_scores_and_sinks(mask, softcap, more, monkeypatch):
     torch.testing.assert_close(*([torch.autograd.grad((out * weight).sum(), leaves) for out in outs]), rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (8, 20), (7, 100)])
-def test_buckets_of_distances_are_those_of_t5(buckets, farthest):
-    theirs = T5Attention._relative_position_bucket(-torch.arange(300), bidirectional=False, num_buckets=buckets, max_distance=farthest)
-    assert torch.equal(Score(bias=torch.zeros(2, buckets), farthest=farthest).buckets(torch.arange(300)), theirs)
+T5_BUCKETS = pytest.mark.parametrize(
+    ("buckets", "farthest", "causal"), [(32, 128, True), (8, 20, True), (7, 100, True), (32, 128, False), (8, 20, False)]
+)
+
+
+def bucket_of(behind: int, buckets: int, farthest: int, causal: bool) -> int:
+    """Raffel et al. 2020, section 2.1: each side's buckets, half of them of one distance and half logarithmic up to the farthest."""
+    side = buckets if causal else buckets // 2
+    far, exact = abs(behind), side // 2
+    if far >= exact:
+        far = min(exact + math.floor(math.log(far / exact) / math.log(farthest / exact) * (side - exact)), side - 1)
+    return far if behind >= 0 else side + far
+
+
+@T5_BUCKETS
+def test_biases_are_those_of_t5(buckets, farthest, causal):
+    theirs = T5Attention(
+        T5Config(d_model=8, d_kv=4, num_heads=2, relative_attention_num_buckets=buckets, relative_attention_max_distance=farthest, is_decoder=causal),
+        has_relative_attention_bias=True,
+    )
+    torch.nn.init.normal_(theirs.relative_attention_bias.weight)
+    score = Score(bias=theirs.relative_attention_bias.weight.T, farthest=farthest, ahead=not causal)
+    behind = torch.arange(300)[:, None] - torch.arange(300)
+    ours, expected = score.added(behind, 2), theirs.compute_bias(300, 300)[0]
+    assert ours is not None and ours.shape == expected.shape == (2, 300, 300)
+    assert torch.equal(ours.tril() if causal else ours, expected.tril() if causal else expected)
+
+
+@T5_BUCKETS
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_t5_attention_by_the_paper(buckets, farthest, causal, backend):
+    """softmax(q k + b) v in float64, a score after the other; T5 does not scale."""
+    q, k, v = tensors(70, 2, 2, 4, 3)
+    bias = torch.randn(2, buckets, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    documents, expected = [(0, 45), (45, 70)], []
+    for start, stop in documents:
+        for t in range(start, stop):
+            seen = range(start, t + 1 if causal else stop)
+            added = torch.stack([bias[:, bucket_of(t - s, buckets, farthest, causal)] for s in seen], 1)  # [H, keys]
+            scores = torch.stack([(q[t] * k[s]).sum(-1) for s in seen], 1) + added
+            expected.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v[seen.start : seen.stop]))
+    score, mask = Score(bias=bias, farthest=farthest, ahead=not causal), Mask(causal=causal)
+    out = attention(q, k, v, cu([45, 25]), scale=1.0, mask=mask, score=score, backend=backend)
+    torch.testing.assert_close(out, torch.stack(expected), rtol=1e-12, atol=1e-12)
+    weight = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grads = [torch.autograd.grad((y * weight).sum(), [q, k, v, bias]) for y in (out, torch.stack(expected))]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-12)
 
 
 def test_slopes_go_by_the_distance_to_either_side():

@@ -50,7 +50,8 @@ class Attention(Mixer):
 
     @property
     def score(self) -> Score:
-        return Score(self.options.softcap, self.slopes, self.relative_bias, self.options.relative_distance)
+        o = self.options
+        return Score(o.softcap, self.slopes, self.relative_bias, o.relative_distance, not o.causal)
 
     def _qk_norm(self, heads: int, layers: LocalLayers) -> nn.Module | None:
         o = self.options

@@ -52,7 +52,8 @@ class AttentionOptions(MixerOptions):
     temperature_offset: int = 0
     differential: bool = False  # pairs of heads give what one softmax sees less what the other sees (Ye et al. 2024)
     alibi: bool = False  # scores minus a slope of each head times the distance (Press et al. 2021)
-    relative_buckets: int = 0  # scores plus a learned number of the distance's bucket for each head (T5, Raffel et al. 2020); 0: none
+    # scores plus a learned number of the distance's bucket for each head (T5, Raffel et al. 2020); causal: false: half of them for each side; 0: none
+    relative_buckets: int = 0
     relative_distance: int = 128  # from which on all share the last bucket
     rope: RopeOptions | None = field(default_factory=RopeOptions)  # null: no position (NoPE)
 
@@ -62,7 +63,7 @@ class AttentionOptions(MixerOptions):
         if self.rope is not None:
             self.rope.check(f"{key}.rope", self.head_dim)
         if not self.causal:
-            for name in ("anchors", "block_size", "relative_buckets"):
+            for name in ("anchors", "block_size"):
                 if getattr(self, name):
                     raise ConfigError(f"{key}.{name}={getattr(self, name)} goes with a causal mask: take it out, or write {key}.causal=true")
         if self.window and self.chunk:
@@ -86,17 +87,24 @@ class AttentionOptions(MixerOptions):
             raise ConfigError(f"{key}.top_blocks={self.top_blocks} has no effect without blocks: write {key}.block_size, or take it out")
         if self.anchors and not self.window:
             raise ConfigError(f"{key}.anchors={self.anchors} has no effect without a window: write {key}.window, or take it out")
-        if self.alibi and (self.rope is not None or limited(self)):
+        hides = limited(self) and self.causal  # a cache without what is hidden does not know how far away its keys are
+        if self.alibi and (self.rope is not None or hides):
             raise ConfigError(f"{key}.alibi=true goes with no other position and sees all tokens: write {key}.rope=null and no window or chunk")
         if not self.relative_buckets and self.relative_distance != 128:
             raise ConfigError(f"{key}.relative_distance={self.relative_distance} has no effect without relative_buckets: take it out")
-        if self.relative_buckets and (self.rope is not None or limited(self) or self.alibi):
+        if self.relative_buckets and (self.rope is not None or hides or self.alibi):
             raise ConfigError(
                 f"{key}.relative_buckets goes with no other position and sees all tokens: write {key}.rope=null, no window and no alibi"
             )
-        if self.relative_buckets and not 4 <= self.relative_buckets < 2 * self.relative_distance:
+        sides = 1 if self.causal else 2
+        if self.relative_buckets % sides:
             raise ConfigError(
-                f"{key}.relative_buckets={self.relative_buckets}, half of them for one distance each, is not from 4 to below 2 x relative_distance"
+                f"{key}.relative_buckets={self.relative_buckets} does not divide over the sides of causal=false: write {self.relative_buckets + 1}"
+            )
+        if self.relative_buckets and not 4 * sides <= self.relative_buckets < 2 * sides * self.relative_distance:
+            raise ConfigError(
+                f"{key}.relative_buckets={self.relative_buckets}, half of them for one distance each, is not from {4 * sides} to below "
+                f"{2 * sides} x relative_distance"
             )
         if self.qk_norm_after_rope and (self.rope is None or self.qk_norm == "none"):
             raise ConfigError(f"{key}.qk_norm_after_rope=true has no effect without both RoPE and a qk_norm: take it out")

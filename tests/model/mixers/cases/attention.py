@@ -42,5 +42,7 @@ CASES: dict[str, Any] = {
         ("attention", {**SMALL, "kv": "shared", "causal": False}),
     ],
     "attention-t5-bias": ("attention", {**SMALL, "rope": None, "softcap": 4.0, "relative_buckets": 8, "relative_distance": 20, "scale": 1.0}),
+    "attention-t5-bias-both-ways": ("attention", {**SMALL, "causal": False, "rope": None, "relative_buckets": 16, "relative_distance": 20}),
+    "attention-t5-bias-both-ways-window": ("attention", {**PLAIN, "causal": False, "rope": None, "relative_buckets": 8, "window": 9}),
     "attention-alibi": ("attention", {**PLAIN, "kv_heads": 4, "alibi": True, "rope": None}),
 }
