@@ -181,7 +181,7 @@ def attention(
         cu_seqlens: [segments + 1] int32 boundaries, on the CPU.
         scale: what scores are multiplied with, usually D ** -0.5.
         mask: what a query sees of its segment.
-        starts: the position of each segment's first token in its document, for chunks and anchors; None: 0.
+        starts: the position of each segment's first token in its document, for chunks, anchors and globals; None: 0.
         score: what becomes of scores before the softmax.
         sinks: [H], see `with_sinks`; None: there are none.
         backend: auto | reference | blockwise | flash (without windows shorter than a segment, soft caps, slopes and biases).
@@ -199,6 +199,8 @@ def attention(
         raise ValueError("mask.anchors has an effect with a window only: without one every query sees the first tokens")
     if mask.anchors and not mask.causal:
         raise ValueError("mask.anchors go with a causal mask: leave them out")
+    if mask.globals and (mask.causal or not mask.window or mask.chunk):
+        raise ValueError("mask.globals go with a window alone that is not causal: leave them out, or write anchors")
     bounds = boundaries(cu_seqlens, len(q))
     starts = starts or [0] * (len(bounds) - 1)
     pairs = masked_pairs(bounds, mask, starts)

@@ -15,11 +15,13 @@ class Mask(NamedTuple):
     chunk: int = 0  # tokens whose position divided by it gives the same whole number (Llama 4)
     anchors: int = 0  # the first so many tokens of the document, beside the window (attention sinks: Xiao et al. 2023)
     causal: bool = True  # none behind the query; otherwise the later ones too (encoders: Devlin et al. 2018)
+    # the first so many tokens of the document see all and all see them, beside the window (Longformer, Beltagy et al. 2020); not causal, for
+    globals: int = 0  # a causal mask leaves of it what anchors are
 
     @property
     def placed(self) -> bool:
         """Whether it asks where in the document a token stands."""
-        return bool(self.chunk or self.anchors)
+        return bool(self.chunk or self.anchors or self.globals)
 
 
 class Score(NamedTuple):
@@ -88,8 +90,15 @@ def masked_pairs(bounds: list[int], mask: Mask, starts: list[int]) -> list[Pair]
             length, w = last - first, mask.window
             if not length:
                 continue
-            if not w or length <= w:
+            wide = min(max(mask.globals - start, 0), length)  # tokens that see all
+            if not w or length - wide <= w:
                 pairs.append(Pair(first, length, first, length, mask.causal))
+                continue
+            if wide:  # all of what they see, and they in what the others do
+                rest = length - wide
+                pairs.append(Pair(first, wide, first, length, False))
+                pairs.append(Pair(first + wide, rest, first, wide, False))
+                pairs.append(Pair(first + wide, rest, first + wide, rest, False, w))
                 continue
             pairs.append(Pair(first, length, first, length, mask.causal, w))
             anchors = max(mask.anchors - start, 0)

@@ -24,7 +24,7 @@ def attention(
     if mask.causal:
         seen &= behind >= 0
     if mask.window:
-        seen &= (behind.abs() < mask.window) | (position < mask.anchors)
+        seen &= (behind.abs() < mask.window) | (position < mask.anchors + mask.globals) | (position[:, None] < mask.globals)
     if mask.chunk:
         seen &= position[:, None] // mask.chunk == position // mask.chunk
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale

@@ -56,6 +56,7 @@ def test_attention_and_its_gradients(backend, lengths, heads, kv_heads, value_wi
 MASKS = [Mask(), Mask(window=1), Mask(window=7), Mask(window=40, chunk=50), Mask(chunk=16), Mask(window=5, anchors=1), Mask(window=20, anchors=9)]
 MASKS += [Mask(causal=False), Mask(window=1, causal=False), Mask(window=7, causal=False), Mask(window=40, chunk=50, causal=False)]
 MASKS += [Mask(chunk=16, causal=False), Mask(window=55, causal=False)]
+MASKS += [Mask(window=w, causal=False, globals=g) for w, g in ((1, 1), (7, 9), (20, 3), (55, 8), (9, 70))]
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
@@ -142,6 +143,20 @@ def test_the_reference_sees_what_the_mask_says():
     assert seen(Mask(chunk=4))[0] == [1, 0, 0, 0, 0, 0, 0, 0] and seen(Mask(chunk=4))[4] == [0, 1, 1, 1, 1, 0, 0, 0]
     assert seen(Mask(causal=False)) == [[1] * 8] * 8 and seen(Mask(chunk=4, causal=False))[2] == [0, 1, 1, 1, 1, 0, 0, 0]
     assert seen(Mask(window=2, causal=False))[0] == [1, 1, 0, 0, 0, 0, 0, 0] and seen(Mask(window=2, causal=False))[5] == [0, 0, 0, 0, 1, 1, 1, 0]
+    longformer = seen(Mask(window=2, causal=False, globals=2), 0)
+    assert longformer[0] == longformer[1] == [1] * 8 and longformer[4] == [1, 1, 0, 1, 1, 1, 0, 0]
+    assert seen(Mask(window=2, causal=False, globals=4))[0] == [1] * 8 and seen(Mask(window=2, causal=False, globals=4))[1] == [
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]
+    # what a causal mask leaves of global tokens are anchors
+    assert seen(Mask(window=2, anchors=2), 0) == torch.tensor(longformer).tril().tolist()
     assert seen(Mask(window=2, anchors=4))[5] == [1, 0, 0, 0, 1, 1, 0, 0] and seen(Mask(window=2, anchors=2), 0)[5] == [1, 1, 0, 0, 1, 1, 0, 0]
 
 
@@ -291,6 +306,8 @@ def test_decode_is_the_last_row_of_attention():
         ({"backend": "fash"}, "backend='fash'.*flash"),
         ({"mask": Mask(anchors=2)}, "with a window only"),
         ({"mask": Mask(window=4, anchors=2, causal=False)}, "causal mask"),
+        ({"mask": Mask(window=4, globals=2)}, "write anchors"),
+        ({"mask": Mask(globals=2, causal=False)}, "go with a window"),
         ({"mask": Mask(window=4, causal=False), "backend": "flash"}, "backend='flash' has no windows"),
     ],
 )

@@ -39,7 +39,7 @@ class Attention(Mixer):
         self.value_dim = o.value_dim or o.head_dim
         self.rotary = rotary_width(o.head_dim, o.rope) if o.rope else 0
         self.scale = o.head_dim**-0.5 if o.scale is None else o.scale
-        self.mask = Mask(o.window, o.chunk, o.anchors, o.causal)
+        self.mask = Mask(o.window, o.chunk, o.anchors, o.causal, o.globals)
         self.slopes = layers.of_heads(alibi_slopes(o.heads)) if o.alibi else None
         table = ParamLayout((o.heads, o.relative_buckets), normal(layers.std), axis=0, decay=False)
         self.relative_bias = layers.parameter(table) if o.relative_buckets else None
@@ -167,9 +167,11 @@ class Attention(Mixer):
     def _seen(self, context: int) -> float:
         """Tokens that one of a document of `context` tokens sees, on average."""
         o = self.options
-        if not o.causal:  # as many after it as before it, and itself
-            return 2 * self._seen_before(context) - 1
-        return self._seen_before(context)
+        if o.causal:
+            return self._seen_before(context)
+        first = min(o.globals, context)
+        others = context - first  # which see as many after them as before them, themselves, and the first ones
+        return (first * context + others * (first + 2 * self._seen_before(others) - 1)) / context
 
     def _seen_before(self, context: int) -> float:
         """Itself included."""

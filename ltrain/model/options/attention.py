@@ -35,6 +35,8 @@ class AttentionOptions(MixerOptions):
     window: int = 0  # a token sees the last so many, itself included; 0: all; causal: false: those less than so many away on either side
     chunk: int = 0  # a token sees those whose position divided by it gives the same whole number (Llama 4); 0: all
     anchors: int = 0  # and the document's first so many, whatever the window (StreamingLLM)
+    # causal: false: the document's first so many see all of it and all see them, whatever the window (Longformer, Beltagy et al. 2020; with the
+    globals: int = 0  # same projections as the others: BigBird, Zaheer et al. 2020)
     # A token sees its own block of so many tokens and of the earlier ones those whose mean key suits it best (MoBA, Lu et al. 2025); 0: all
     block_size: int = 0
     top_blocks: int = 8  # blocks that it sees, its own among them
@@ -66,6 +68,10 @@ class AttentionOptions(MixerOptions):
             for name in ("anchors", "block_size"):
                 if getattr(self, name):
                     raise ConfigError(f"{key}.{name}={getattr(self, name)} goes with a causal mask: take it out, or write {key}.causal=true")
+        if self.globals and self.causal:  # which hides from them what comes after: all see them, and that is what anchors are
+            raise ConfigError(f"{key}.globals={self.globals} goes with causal=false: write {key}.anchors={self.globals}, or {key}.causal=false")
+        if self.globals and not self.window:
+            raise ConfigError(f"{key}.globals={self.globals} has no effect without a window: write {key}.window, or take it out")
         if self.window and self.chunk:
             raise ConfigError(f"{key}.window={self.window} and {key}.chunk={self.chunk} exclude each other: write one of the two")
         for name in ("window", "chunk", "sinks", "softcap", "alibi", "relative_buckets"):
@@ -114,7 +120,7 @@ class AttentionOptions(MixerOptions):
             raise ConfigError(f"{key}.value_dim={self.value_dim} is head_dim, which 0 says too: take it out")
 
     def _source(self) -> str:
-        seen = [f"{name}={getattr(self, name)}" for name in ("window", "chunk", "anchors") if getattr(self, name)]
+        seen = [f"{name}={getattr(self, name)}" for name in ("window", "chunk", "anchors", "globals") if getattr(self, name)]
         seen += [] if self.causal else ["causal=false"]
         return " and ".join(["kv=source", f"kv_heads={self.kv_heads}", f"head_dim={self.head_dim}", *seen])
 

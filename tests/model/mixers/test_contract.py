@@ -105,6 +105,17 @@ def test_what_does_not_decode_sees_later_tokens_and_says_so(name: str) -> None:
             call()
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name not in DECODED and len(CASES[name]) == 1])
+@pytest.mark.parametrize("context", [1, 5, 48])
+def test_what_sees_later_tokens_counts_those_it_sees(name: str, context: int) -> None:
+    """By the gradients: which tokens each token's output depends on."""
+    module: Any = built(name)
+    x = inputs(context).requires_grad_()
+    y = module(x, Sequence.of([context]))
+    seen = sum(int((torch.autograd.grad(row.sum(), x, retain_graph=True)[0].abs().sum(-1) > 0).sum()) for row in y)
+    assert module._seen(context) * context == pytest.approx(seen)
+
+
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_costs_are_what_the_mixer_says(name: str) -> None:

@@ -34,6 +34,11 @@ CASES: dict[str, Any] = {
     "attention-both-ways": ("attention", {**SMALL, "causal": False}),
     "attention-both-ways-window": ("attention", {**SMALL, "causal": False, "window": 4, "sinks": True, "softcap": 4.0}),
     "attention-both-ways-alibi": ("attention", {**PLAIN, "causal": False, "kv_heads": 4, "rope": None, "alibi": True}),
+    "attention-both-ways-globals": ("attention", {**SMALL, "causal": False, "window": 4, "globals": 3}),
+    "attention-both-ways-globals-t5-bias": (
+        "attention",
+        {**SMALL, "causal": False, "window": 7, "globals": 2, "rope": None, "relative_buckets": 16, "relative_distance": 20, "gate": "none"},
+    ),
     "attention-both-ways-chunk": ("attention", {**PLAIN, "causal": False, "chunk": 16}),
     "attention-both-ways-differential": ("attention", {**SMALL, "causal": False, "heads": 8, "kv_heads": 4, "differential": True}),
     "attention-both-ways-shared-kv": [
