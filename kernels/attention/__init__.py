@@ -12,10 +12,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.attention import blockwise, flash, reference
-from ltrain.kernels.attention.pairs import FULL, PLAIN, Mask, Pair, Score, masked_pairs, merge
+from ltrain.kernels.attention.pairs import FULL, PLAIN, Mask, Pair, Score, masked_pairs, merge, seen
 from ltrain.kernels.segments import accumulator, boundaries, choose
 
-__all__ = ["FULL", "PLAIN", "Mask", "Pair", "Score", "attention", "backward_pairs", "decode_attention", "forward_pairs", "merge", "with_sinks"]
+__all__ = [
+    "FULL",
+    "PLAIN",
+    "Mask",
+    "Pair",
+    "Score",
+    "attention",
+    "backward_pairs",
+    "decode_attention",
+    "forward_pairs",
+    "merge",
+    "seen",
+    "sinks_gradient",
+    "with_sinks",
+]
 
 BACKENDS = {"reference": reference, "blockwise": blockwise, "flash": flash}
 
@@ -37,12 +51,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_pairs(pairs: Sequence[Pair], queries: int, keys: int) -> list[Pair]:
     for pair in pairs:
-        q_start, q_len, k_start, k_len, causal, window = pair
-        if min(pair) < 0 or q_start + q_len > queries or k_start + k_len > keys:
+        q_start, q_len, k_start, k_len, causal, window, gap = pair
+        if min(pair[:4]) < 0 or q_start + q_len > queries or k_start + k_len > keys:
             raise ValueError(f"pairs: {pair} leaves q's {queries} or k's {keys} rows")
-        if (causal or window) and q_len > k_len:
+        if causal and q_len > k_len or window and q_len > k_len + gap:
             of = "is causal" if causal else "has a window"
             raise ValueError(f"pairs: {pair} {of} with more queries than keys, so its first queries see nothing: leave those out")
+        if window and gap >= window:
+            raise ValueError(f"pairs: {pair} has a window that leaves its last query no key: leave that out")
     return [pair for pair in pairs if pair.q_len and pair.k_len]
 
 
@@ -57,7 +73,16 @@ def _backend(name: str, q: Tensor, v: Tensor, plain: bool = True) -> Any:
     return BACKENDS[name]
 
 
-def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: Sequence[Pair], *, scale: float, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def _pairs_backend(name: str, q: Tensor, v: Tensor, pairs: list[Pair], score: Score) -> Any:
+    chosen = _backend(name, q, v, score.plain and not any(p.window for p in pairs))
+    if chosen is reference and not score.plain:
+        raise ValueError("backend='reference' takes plain scores in pairs: choose blockwise or auto")
+    return chosen
+
+
+def forward_pairs(
+    q: Tensor, k: Tensor, v: Tensor, pairs: Sequence[Pair], *, scale: float, score: Score = PLAIN, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Attention of query rows over the key rows that `pairs` give them.
 
     A query in several pairs sees the union of their keys; one in no pair has output 0 and log-sum-exp -inf. Not differentiable:
@@ -66,8 +91,9 @@ def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: Sequence[Pair], *, sca
     Args:
         q: [Tq, H, D].
         k, v: [Tk, Hk, D], [Tk, Hk, Dv]; H is a multiple of Hk and query head h reads K/V head h // (H / Hk).
-        pairs: what sees what; a causal one has q_len <= k_len. No query should meet the same key in two pairs.
+        pairs: what sees what; of a causal one every query sees a key. No query should meet the same key in two pairs.
         scale: what scores are multiplied with, usually D ** -0.5.
+        score: what becomes of scores before the softmax; distances are those of the pairs.
         backend: auto | reference | blockwise | flash.
 
     Returns:
@@ -78,23 +104,35 @@ def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: Sequence[Pair], *, sca
     """
     _check(q, k, v)
     kept = _check_pairs(pairs, len(q), len(k))
+    chosen = _pairs_backend(backend, q, v, kept, score)
     with torch.no_grad():
-        out, lse = _backend(backend, q, v, not any(p.window for p in kept)).forward_pairs(q, k, v, kept, scale)
+        out, lse = chosen.forward_pairs(q, k, v, kept, scale, *(() if score.plain else (score,)))
     return out.to(accumulator(q.dtype)), lse
 
 
 def backward_pairs(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: Sequence[Pair], *, scale: float, backend: str = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pairs: Sequence[Pair],
+    *,
+    scale: float,
+    score: Score = PLAIN,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What `pairs` contribute to the gradients of attention over these and possibly many other keys.
 
     Args:
         dout: gradient of the final output, [Tq, H, Dv].
-        q, k, v, pairs, scale, backend: as for `forward_pairs`.
+        q, k, v, pairs, scale, score, backend: as for `forward_pairs`.
         out, lse: the final ones, merged over every pair of every step, so that exp(score - lse) is the final probability.
 
     Returns:
-        dq [Tq, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] in float32 or wider, to be summed over the steps.
+        dq [Tq, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] and, where the score has one, dbias [H, buckets], in float32 or wider, to be summed
+        over the steps.
 
     Raises:
         ValueError: shapes, types, pairs or backend do not fit.
@@ -104,10 +142,14 @@ def backward_pairs(
         given = ", ".join(str(list(x.shape)) for x in (dout, out, lse))
         raise ValueError(f"dout and out must be {[*q.shape[:2], v.shape[2]]} and lse {list(q.shape[:2])}, but dout, out and lse are {given}")
     kept = _check_pairs(pairs, len(q), len(k))
+    chosen, dbias = _pairs_backend(backend, q, v, kept, score), None
     with torch.no_grad():
-        dq, dk, dv = _backend(backend, q, v, not any(p.window for p in kept)).backward_pairs(dout, q, k, v, out, lse, kept, scale)
+        if score.plain:
+            dq, dk, dv = chosen.backward_pairs(dout, q, k, v, out, lse, kept, scale)
+        else:
+            dq, dk, dv, dbias = blockwise.backward_scores(dout, q, k, v, out, lse, kept, scale, score)
     wide = accumulator(q.dtype)
-    return dq.to(wide), dk.to(wide), dv.to(wide)
+    return dq.to(wide), dk.to(wide), dv.to(wide), dbias
 
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,6 +159,12 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
     """
     total = torch.logaddexp(lse, sinks.to(lse))
     return out * (lse - total).exp().unsqueeze(-1).to(out), total
+
+
+def sinks_gradient(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Of `with_sinks`, whose out and lse these are -> [H]: what these rows contribute."""
+    pull = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [T, H]
+    return -((sinks.to(lse) - lse).exp() * pull).sum(0).to(sinks.dtype)
 
 
 class _Attention(torch.autograd.Function):
@@ -153,10 +201,7 @@ class _Attention(torch.autograd.Function):
         else:
             dq, dk, dv, dbias = blockwise.backward_scores(*arguments, ctx.score._replace(bias=bias))
             dbias = None if bias is None or dbias is None else dbias.to(bias.dtype)
-        dsinks = None
-        if sinks is not None:
-            pull = (grads[0].to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [T, H]
-            dsinks = -((sinks.to(lse) - lse).exp() * pull).sum(0).to(sinks.dtype)
+        dsinks = None if sinks is None else sinks_gradient(grads[0], out, lse, sinks)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, dbias, None, None, None, None
 
 
@@ -211,19 +256,20 @@ def attention(
     return out
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float, score: Score = PLAIN) -> tuple[Tensor, Tensor]:
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, behind: Tensor, *, scale: float, score: Score = PLAIN) -> tuple[Tensor, Tensor]:
     """One new query per sequence over its cached keys, or those of them that this rank holds.
 
     Args:
         q: [N, H, D].
-        k, v: [N, L, Hk, D], [N, L, Hk, Dv], padded to one length L; the padding has weight 0 and must be finite.
-        lengths: [N] integers, the valid keys of each sequence here; the new token's own key is among them, here or on another rank.
+        k, v: [N, L, Hk, D], [N, L, Hk, Dv], in any order; what is not seen has weight 0 and must be finite.
+        behind: [N, L] integers, how far a key is behind the query; negative: the query does not see it. The new token's own key is among
+            them, here or on another rank.
         scale: what scores are multiplied with, usually D ** -0.5.
-        score: what becomes of scores before the softmax; slopes and biases take the keys to be in order and the last valid one to be the query's.
+        score: what becomes of scores before the softmax.
 
     Returns:
         out [N, H, Dv] and lse [N, H] (natural log of the sum of exponentials of scaled scores) in float32 or wider, for `merge`;
-        0 and -inf for a sequence of length 0.
+        0 and -inf for a query that sees nothing here.
 
     Raises:
         ValueError: shapes or types do not fit.
@@ -234,17 +280,15 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale:
         )
     if not k.shape[2] or q.shape[1] % k.shape[2]:
         raise ValueError(f"q has {q.shape[1]} heads, which is not a multiple of k's {k.shape[2]}: K/V heads serve equal groups of query heads")
-    if lengths.shape != q.shape[:1] or lengths.is_floating_point():
-        raise ValueError(f"lengths must be {len(q)} integers, one per sequence, but is {lengths.dtype} of shape {list(lengths.shape)}")
-    past = torch.arange(k.shape[1], device=q.device) >= lengths.to(q.device).unsqueeze(1)  # [N, L]
+    if behind.shape != k.shape[:2] or behind.is_floating_point():
+        raise ValueError(f"behind must be integers of shape {list(k.shape[:2])}, one per key, but is {behind.dtype} of shape {list(behind.shape)}")
     queries = q.unflatten(1, (k.shape[2], -1))  # [N, Hk, G, D]
     scores = (queries @ k.permute(0, 2, 3, 1)).to(accumulator(q.dtype)) * scale  # [N, Hk, G, L]
     if score.softcap:
         scores = score.softcap * (scores / score.softcap).tanh_()
-    behind = lengths.to(q.device).unsqueeze(1) - 1 - torch.arange(k.shape[1], device=q.device)  # [N, L]
     added = score.added(behind, q.shape[1])
     if added is not None:
         scores = scores + added.to(scores).transpose(0, 1).unflatten(1, (k.shape[2], -1))
-    lse = scores.masked_fill_(past[:, None, None], -torch.inf).logsumexp(-1)  # [N, Hk, G]
+    lse = scores.masked_fill_((behind < 0)[:, None, None], -torch.inf).logsumexp(-1)  # [N, Hk, G]
     p = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp().to(v.dtype)
     return (p @ v.transpose(1, 2)).flatten(1, 2).to(lse.dtype), lse.flatten(1, 2)

@@ -17,9 +17,9 @@ COLUMNS = 1024  # keys of one block: with ROWS it bounds the scores held at a ti
 
 def _blocks(pair: Pair) -> Iterator[tuple[slice, list[tuple[slice, Tensor | None]]]]:
     """Query rows of the whole tensor, each with the key rows they see and, where only some do, the mask of those that do not."""
-    q_start, q_len, k_start, k_len, causal, window = pair
-    offset = k_len - q_len  # query i stands at key i + offset
-    ahead = 0 if causal else window - 1 if window else k_len + q_len  # how far past it a query sees
+    q_start, q_len, k_start, k_len, causal, window, gap = pair
+    offset = k_len - q_len + gap  # query i stands at key i + offset
+    ahead = -gap if causal else window - 1 if window else k_len - offset  # how far past it a query sees
     for first in range(0, q_len, ROWS):
         last = min(first + ROWS, q_len)
         columns: list[tuple[slice, Tensor | None]] = []
@@ -44,24 +44,26 @@ def _ungrouped(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(1, (-1, rows)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def _behind(rows: slice, keys: slice, like: Tensor) -> Tensor:
-    """[rows, keys]: how far before the query a key is."""
-    return torch.arange(rows.start, rows.stop, device=like.device).unsqueeze(1) - torch.arange(keys.start, keys.stop, device=like.device)
+def _behind(rows: slice, keys: slice, apart: int, device: torch.device) -> Tensor:
+    """[rows, keys]: how far before the query a key is; apart: of their pair."""
+    return torch.arange(rows.start + apart, rows.stop + apart, device=device).unsqueeze(1) - torch.arange(keys.start, keys.stop, device=device)
 
 
-def _scores(q: Tensor, k: Tensor, rows: slice, keys: slice, mask: Tensor | None, scale: float, score: Score) -> tuple[Tensor, Tensor | None]:
+def _scores(
+    q: Tensor, k: Tensor, rows: slice, keys: slice, apart: int, mask: Tensor | None, scale: float, score: Score
+) -> tuple[Tensor, Tensor | None]:
     """q [Hk, G * rows, D], k [columns, Hk, D] -> scores [Hk, G * rows, columns], and their derivative by the scaled product where it is not 1."""
     scores, slope = (q * scale) @ k.permute(1, 2, 0), None
     if score.softcap:
         bent = (scores / score.softcap).tanh_()
         scores, slope = bent * score.softcap, 1 - bent.square()
     if mask is not None or score.slopes is not None or score.bias is not None:
-        apart = scores.unflatten(1, (-1, rows.stop - rows.start))  # [Hk, G, rows, columns]
-        added = score.added(_behind(rows, keys, q), apart.shape[0] * apart.shape[1])
+        by_head = scores.unflatten(1, (-1, rows.stop - rows.start))  # [Hk, G, rows, columns]
+        added = score.added(_behind(rows, keys, apart, q.device), by_head.shape[0] * by_head.shape[1])
         if added is not None:
-            apart.add_(added.to(scores).unflatten(0, (len(q), -1)))
+            by_head.add_(added.to(scores).unflatten(0, (len(q), -1)))
         if mask is not None:
-            apart.masked_fill_(mask.to(q.device), -torch.inf)
+            by_head.masked_fill_(mask.to(q.device), -torch.inf)
     return scores, slope
 
 
@@ -77,7 +79,7 @@ def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: flo
             total = torch.zeros_like(top)  # running sum of exp(score - top)
             weighted = queries.new_zeros(*queries.shape[:2], v.shape[2])
             for keys, mask in columns:
-                scores, _ = _scores(queries, k[keys].to(wide), rows, keys, mask, scale, score)
+                scores, _ = _scores(queries, k[keys].to(wide), rows, keys, pair.apart, mask, scale, score)
                 raised = torch.maximum(top, scores.amax(-1, keepdim=True))
                 shift = raised.masked_fill(raised == -torch.inf, 0.0)  # a window may leave a row nothing of its first block
                 p, fade = (scores - shift).exp_(), (top - shift).exp_()
@@ -111,12 +113,13 @@ def backward_scores(
             grad_q = torch.zeros_like(queries)
             for keys, mask in columns:
                 key, value = k[keys].to(wide), v[keys].to(wide)
-                scores, slope = _scores(queries, key, rows, keys, mask, scale, score)
+                scores, slope = _scores(queries, key, rows, keys, pair.apart, mask, scale, score)
                 p = (scores - row_lse).exp_()
                 dv[keys] += (p.mT @ grad).transpose(0, 1)
                 ds = p.mul_((grad @ value.permute(1, 2, 0)).sub_(delta))
                 if dbias is not None:
-                    dbias.index_add_(1, score.buckets(_behind(rows, keys, q)).flatten(), ds.unflatten(1, (-1, size)).flatten(0, 1).flatten(1))
+                    buckets = score.buckets(_behind(rows, keys, pair.apart, q.device))
+                    dbias.index_add_(1, buckets.flatten(), ds.unflatten(1, (-1, size)).flatten(0, 1).flatten(1))
                 ds = ds if slope is None else ds.mul_(slope)
                 grad_q += ds @ key.transpose(0, 1)
                 dk[keys] += (ds.mT @ queries).transpose(0, 1) * scale

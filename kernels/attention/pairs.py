@@ -64,8 +64,8 @@ FULL, PLAIN = Mask(), Score()
 class Pair(NamedTuple):
     """Query rows [q_start, q_start + q_len) see key rows [k_start, k_start + k_len).
 
-    `causal` aligns the two ranges at their ends: query i of the pair sees its keys 0 .. k_len - q_len + i, and with a `window` only the
-    last so many of them. A `window` alone aligns them likewise, and query i sees the keys less than so many away from k_len - q_len + i.
+    `causal` aligns the two ranges at their ends: query i of the pair sees its keys 0 .. k_len - q_len + i. In the document it stands `gap`
+    further on, at key k_len - q_len + i + gap; with a `window` it sees only keys less than so many away from there.
     """
 
     q_start: int
@@ -74,6 +74,16 @@ class Pair(NamedTuple):
     k_len: int
     causal: bool
     window: int = 0
+    gap: int = 0
+
+    @property
+    def apart(self) -> int:
+        """What a query's row less a key's has to be raised by to be how far the key is behind the query."""
+        return self.k_start - self.q_start + self.k_len - self.q_len + self.gap
+
+    def moved(self, queries: int, keys: int) -> "Pair":
+        """The same with its rows so many further on."""
+        return self._replace(q_start=self.q_start + queries, k_start=self.k_start + keys)
 
 
 def causal_pairs(bounds: list[int]) -> list[Pair]:
@@ -81,32 +91,63 @@ def causal_pairs(bounds: list[int]) -> list[Pair]:
     return [Pair(a, b - a, a, b - a, True) for a, b in pairwise(bounds) if b > a]
 
 
+def seen(queries: tuple[int, int], keys: tuple[int, int], mask: Mask) -> list[Pair]:
+    """What a causal mask leaves between queries at positions [first, last) of a document and keys at others or the same ones.
+
+    keys: none of their positions comes after a query's, or they are the queries'. Rows of the pairs are positions.
+    """
+    if mask.chunk:
+        cuts = range(queries[0] // mask.chunk * mask.chunk, queries[1], mask.chunk)
+        inside = ([(max(a, cut), min(b, cut + mask.chunk)) for a, b in (queries, keys)] for cut in cuts)
+        return [pair for q, k in inside for pair in seen(q, k, mask._replace(chunk=0))]
+    (first, last), (begin, end) = queries, keys
+    if first >= last or begin >= end:
+        return []
+    pairs: list[Pair] = []
+    window = mask.window or last  # which hides nothing
+    nearest, stop = max(begin, first - window + 1), min(last, end - 1 + window)  # the first key that is seen, and the first query that sees none
+    if nearest < end and first < stop:
+        cut = stop - window > nearest  # the last query does not see all of them
+        pairs.append(Pair(first, stop - first, nearest, end - nearest, end > first, window if cut else 0, stop - end))
+    anchored = min(end, mask.anchors)
+    if anchored > begin:
+        # the queries that the window leaves one anchor after the other, and those that it leaves all of them
+        some, every = (max(first, begin + window), min(last, anchored - 1 + window)), max(first, anchored - 1 + window)
+        if some[0] < some[1]:
+            pairs.append(Pair(some[0], some[1] - some[0], begin, some[1] - window - begin, True, 0, window))
+        if every < last:
+            pairs.append(Pair(every, last - every, begin, anchored - begin, False, 0, last - anchored))
+    return pairs
+
+
+def _both_ways(first: int, last: int, mask: Mask) -> list[Pair]:
+    """What a mask that is not causal leaves of positions [first, last) of a document to each other. Rows of the pairs are positions."""
+    if mask.chunk:
+        cuts = range(first // mask.chunk * mask.chunk, last, mask.chunk)
+        return [pair for cut in cuts for pair in _both_ways(max(first, cut), min(last, cut + mask.chunk), mask._replace(chunk=0))]
+    length = last - first
+    if not length:
+        return []
+    wide = min(max(mask.globals - first, 0), length)  # tokens that see all
+    rest, inner = length - wide, first + wide
+    if not mask.window or rest <= mask.window:
+        return [Pair(first, length, first, length, False)]
+    if not wide:
+        return [Pair(first, length, first, length, False, mask.window)]
+    # all of what they see, and they in what the others do
+    return [
+        Pair(first, wide, first, length, False, 0, -rest),
+        Pair(inner, rest, first, wide, False, 0, rest),
+        Pair(inner, rest, inner, rest, False, mask.window),
+    ]
+
+
 def masked_pairs(bounds: list[int], mask: Mask, starts: list[int]) -> list[Pair]:
     """Every segment sees what the mask leaves of itself; starts: the position of each segment's first token in its document."""
     pairs: list[Pair] = []
     for (a, b), start in zip(pairwise(bounds), starts, strict=True):
-        cuts = [a, *range(a + mask.chunk - start % mask.chunk, b, mask.chunk), b] if mask.chunk else [a, b]
-        for first, last in pairwise(cuts):
-            length, w = last - first, mask.window
-            if not length:
-                continue
-            wide = min(max(mask.globals - start, 0), length)  # tokens that see all
-            if not w or length - wide <= w:
-                pairs.append(Pair(first, length, first, length, mask.causal))
-                continue
-            if wide:  # all of what they see, and they in what the others do
-                rest = length - wide
-                pairs.append(Pair(first, wide, first, length, False))
-                pairs.append(Pair(first + wide, rest, first, wide, False))
-                pairs.append(Pair(first + wide, rest, first + wide, rest, False, w))
-                continue
-            pairs.append(Pair(first, length, first, length, mask.causal, w))
-            anchors = max(mask.anchors - start, 0)
-            if anchors > 1:  # the queries that the window leaves one anchor after the other
-                count = min(anchors - 1, length - w)
-                pairs.append(Pair(first + w, count, first, count, True))
-            if anchors and length > w + anchors - 1:  # and all of them
-                pairs.append(Pair(first + w + anchors - 1, length - w - anchors + 1, first, anchors, False))
+        own = start, start + b - a
+        pairs += [pair.moved(a - start, a - start) for pair in (seen(own, own, mask) if mask.causal else _both_ways(*own, mask))]
     return pairs
 
 

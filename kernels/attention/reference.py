@@ -41,11 +41,11 @@ def attention(
 def _scores(q: Tensor, k: Tensor, pairs: list[Pair], scale: float) -> Tensor:
     """[H, Tq, Tk] scaled scores plus the log of how many pairs hold each query and key (-inf where none does)."""
     count = torch.zeros(len(q), len(k), dtype=q.dtype, device=q.device)
-    for q_start, q_len, k_start, k_len, causal, window in pairs:
-        seen = torch.ones(q_len, k_len, dtype=q.dtype, device=q.device)
+    for q_start, q_len, k_start, k_len, causal, window, gap in pairs:
+        seen, place = torch.ones(q_len, k_len, dtype=q.dtype, device=q.device), k_len - q_len + gap
         if causal or window:
-            seen = seen.tril(k_len - q_len + (0 if causal else window - 1))
-        count[q_start : q_start + q_len, k_start : k_start + k_len] += seen.triu(k_len - q_len - window + 1) if window else seen
+            seen = seen.tril(place - gap if causal else place + window - 1)
+        count[q_start : q_start + q_len, k_start : k_start + k_len] += seen.triu(place - window + 1) if window else seen
     return torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale + count.log()
 
 

@@ -43,8 +43,8 @@ class Exchange(Protocol):
     # For prefill and decoding of N documents, without gradients. Every context rank decodes the same tokens, from recurrent
     # states that all of them have and from its own part of the keys and values.
 
-    def runs(self, seq: "Sequence") -> list[tuple[int, int]]:
-        """(document, tokens) for each run of one document among this context rank's tokens, in their order."""
+    def runs(self, seq: "Sequence") -> list[tuple[int, int, int]]:
+        """(document, its first token's place there, tokens) for each run of one document among this context rank's tokens, in their order."""
         ...
 
     def last(self, x: Tensor, seq: "Sequence", count: int) -> Tensor:
@@ -62,10 +62,10 @@ class Exchange(Protocol):
         ...
 
     def decode_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float, score: Score = PLAIN, sinks: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, behind: Tensor, *, scale: float, score: Score = PLAIN, sinks: Tensor | None = None
     ) -> Tensor:
-        """One query per document, q [N, H, D], over the keys k [N, L, Hk, D], v [N, L, Hk, Dv] of all context ranks, of which this one
-        holds lengths [N], and sinks [H] -> [N, H, Dv]."""
+        """One query per document, q [N, H, D], over the keys k [N, L, Hk, D], v [N, L, Hk, Dv] of all context ranks, which are behind [N, L]
+        it by so much (negative: it does not see them), and sinks [H] -> [N, H, Dv]."""
         ...
 
     def keeps(self, step: int) -> bool:
@@ -93,8 +93,8 @@ class LocalExchange:
     def sum(self, x: Tensor) -> Tensor:
         return x
 
-    def runs(self, seq: "Sequence") -> list[tuple[int, int]]:
-        return list(enumerate(seq.cu_seqlens.diff().tolist()))
+    def runs(self, seq: "Sequence") -> list[tuple[int, int, int]]:
+        return [(document, 0, tokens) for document, tokens in enumerate(seq.cu_seqlens.diff().tolist())]
 
     def last(self, x: Tensor, seq: "Sequence", count: int) -> Tensor:
         rows = seq.cu_seqlens[1:, None].long() + torch.arange(-count, 0)  # [N, count]
@@ -112,9 +112,9 @@ class LocalExchange:
         return result.output, result.final_state
 
     def decode_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float, score: Score = PLAIN, sinks: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, behind: Tensor, *, scale: float, score: Score = PLAIN, sinks: Tensor | None = None
     ) -> Tensor:
-        out, lse = attention.decode_attention(q, k, v, lengths, scale=scale, score=score)
+        out, lse = attention.decode_attention(q, k, v, behind, scale=scale, score=score)
         return (out if sinks is None else attention.with_sinks(out, lse, sinks)[0]).to(q.dtype)
 
     def keeps(self, step: int) -> bool:

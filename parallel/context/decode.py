@@ -73,11 +73,10 @@ def final_recurrence(inputs: Inputs, plan: Plan, messages: Messages, tape: Tape,
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, messages: Messages, *, scale: float, score: Score, sinks: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, behind: Tensor, messages: Messages, *, scale: float, score: Score, sinks: Tensor | None
 ) -> Tensor:
     """q [N, H, D] over every context rank's k [N, L, Hk, D] and v [N, L, Hk, Dv], and sinks [H] -> [N, H, Dv]."""
-    assert score.slopes is None or messages.size == 1, "slopes need keys in order"
-    out, lse = attention.decode_attention(q, k, v, lengths, scale=scale, score=score)
+    out, lse = attention.decode_attention(q, k, v, behind, scale=scale, score=score)
     parts = messages.all_gather("decode", torch.cat((out, lse.unsqueeze(-1)), dim=-1))
     out, lse = parts[0][..., :-1], parts[0][..., -1]
     for part in parts[1:]:

@@ -4,6 +4,7 @@ import copy
 from collections import Counter, OrderedDict
 from dataclasses import replace
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -82,13 +83,28 @@ class ContextExchange:
         if self.layout.size == 1:
             starts = seq.starts() if mask.placed else None
             return attention.attention(q, k, v, seq.cu_seqlens, scale=scale, mask=mask, starts=starts, score=score, sinks=sinks)
-        assert mask == FULL and score.plain and sinks is None, "the ring carries causal attention over whole documents"
+        assert mask.causal, "the ring carries causal attention"
         plan = self._local(q, "q", seq)
-        steps: Ring = plan.derive("ring", lambda: ring(plan))
-        if not steps.steps:
-            return attention.attention(q, k, v, plan.cu_seqlens, scale=scale)
-        out: Tensor = RingAttention.apply(q, k, v, steps, self._messages, seq.tape, scale)  # type: ignore[no-untyped-call]
+        begun = self._begun(plan, seq) if mask.placed else ()
+        found: Ring = plan.derive(("ring", mask, begun), lambda: ring(plan, mask, dict(begun)))
+        if found.alone:
+            before = dict(begun)
+            first = [s.start - s.begin + before.get(s.document, 0) for s in plan.segments]
+            return attention.attention(q, k, v, plan.cu_seqlens, scale=scale, mask=mask, starts=first, score=score, sinks=sinks)
+        plain = score._replace(bias=None)
+        out: Tensor = RingAttention.apply(q, k, v, sinks, score.bias, found, self._messages, seq.tape, scale, plain)  # type: ignore[no-untyped-call]
         return out
+
+    @staticmethod
+    def _begun(plan: Plan, seq: Sequence) -> tuple[tuple[int, int], ...]:
+        """(document, position of the first token that the stream has of it) of those here that an earlier stream has begun."""
+        if "document starts" not in seq.shared:
+            here = [s for s in plan.segments if s.length]
+            rows = torch.tensor([s.local for s in here], dtype=torch.int64).to(seq.positions.device, non_blocking=True)
+            starts = {s.document: place - (s.start - s.begin) for s, place in zip(here, seq.positions[rows].tolist(), strict=True)}
+            seq.shared["document starts"] = tuple((document, start) for document, start in starts.items() if start)
+        found: tuple[tuple[int, int], ...] = seq.shared["document starts"]
+        return found
 
     def short_conv(self, x: Tensor, weight: Tensor, seq: Sequence, activation: str | None = "silu") -> Tensor:
         """x [T, C], weight [C, W] -> [T, C]."""
@@ -114,9 +130,9 @@ class ContextExchange:
             dist.all_reduce(x, group=self.sum_group)
         return x
 
-    def runs(self, seq: Sequence) -> list[tuple[int, int]]:
-        """(document, tokens) of each of this rank's segments."""
-        return [(segment.document, segment.length) for segment in self.plan(seq.cu_seqlens).segments]
+    def runs(self, seq: Sequence) -> list[tuple[int, int, int]]:
+        """(document, place in it, tokens) of each of this rank's segments."""
+        return [(segment.document, segment.start - segment.begin, segment.length) for segment in self.plan(seq.cu_seqlens).segments]
 
     def last(self, x: Tensor, seq: Sequence, count: int) -> Tensor:
         """x [T, C] -> [N, count, C]"""
@@ -133,10 +149,10 @@ class ContextExchange:
         return decode.final_recurrence(Inputs(q, k, v, decay, beta), self._local(q, "q", seq), self._messages, seq.tape, scale=scale)
 
     def decode_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float, score: Score = PLAIN, sinks: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, behind: Tensor, *, scale: float, score: Score = PLAIN, sinks: Tensor | None = None
     ) -> Tensor:
-        """q [N, H, D], k [N, L, Hk, D], v [N, L, Hk, Dv], lengths [N], sinks [H] -> [N, H, Dv]"""
-        return decode.decode_attention(q, k, v, lengths, self._messages, scale=scale, score=score, sinks=sinks)
+        """q [N, H, D], k [N, L, Hk, D], v [N, L, Hk, Dv], behind [N, L], sinks [H] -> [N, H, Dv]"""
+        return decode.decode_attention(q, k, v, behind, self._messages, scale=scale, score=score, sinks=sinks)
 
     def keeps(self, step: int) -> bool:
         """The ranks in turn."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention, T5Config
 
-from ltrain.kernels.attention import Mask, Pair, Score, attention, backward_pairs, blockwise, decode_attention, flash, forward_pairs, merge
+from ltrain.kernels.attention import Mask, Pair, Score, attention, backward_pairs, blockwise, decode_attention, flash, forward_pairs, merge, seen
 
 FAST = ["blockwise", "flash"]
 LENGTHS = [[0], [], [1], [1, 0, 2, 63, 64, 65], [200], [7, 130, 1, 1, 61]]
@@ -217,8 +217,8 @@ def test_pairs_in_any_order_and_overlap(backend, heads, kv_heads, value_width):
     assert out[65:].eq(0).all() and lse[65:].eq(-torch.inf).all()
     dout = torch.randn_like(out)
     torch.testing.assert_close(
-        backward_pairs(dout, q, k, v, out, lse, pairs, scale=0.3, backend=backend),
-        backward_pairs(dout, q, k, v, out, lse, pairs, scale=0.3, backend="reference"),
+        backward_pairs(dout, q, k, v, out, lse, pairs, scale=0.3, backend=backend)[:3],
+        backward_pairs(dout, q, k, v, out, lse, pairs, scale=0.3, backend="reference")[:3],
     )
 
 
@@ -228,7 +228,7 @@ def test_pairs_with_windows():
     out, lse = forward_pairs(q, k, v, WINDOWED, scale=0.3)
     torch.testing.assert_close((out, lse), forward_pairs(q, k, v, WINDOWED, scale=0.3, backend="reference"))
     dout = torch.randn_like(out)
-    grads = [backward_pairs(dout, q, k, v, out, lse, WINDOWED, scale=0.3, backend=b) for b in ("auto", "reference")]
+    grads = [backward_pairs(dout, q, k, v, out, lse, WINDOWED, scale=0.3, backend=b)[:3] for b in ("auto", "reference")]
     torch.testing.assert_close(*grads)
 
 
@@ -247,6 +247,43 @@ def test_a_ring_of_two_steps_is_one_attention(backend):
     grads = [backward_pairs(dout, q, k[keys], v[keys], out, lse, pairs, scale=0.3, backend=backend) for keys, pairs in steps]
     dq, dk, dv = grads[0][0] + grads[1][0], torch.cat([g[1] for g in grads]), torch.cat([g[2] for g in grads])
     torch.testing.assert_close((dq, dk, dv), expected_grads)
+
+
+@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize(
+    "mask", [Mask(), Mask(window=7), Mask(window=1), Mask(window=50), Mask(window=9, anchors=3), Mask(window=3, anchors=14), Mask(chunk=16)], ids=str
+)
+def test_a_document_in_pieces_is_one_attention(mask, start):
+    """What each piece sees of itself and of those before it: the same outputs and gradients, and no key twice."""
+    inputs = tensors(60, 4, 2, 8, 6)
+    expected = attention(*inputs, cu([60]), scale=0.3, mask=mask, starts=[start], backend="reference")
+    dout = torch.randn_like(expected)
+    q, k, v = (x.detach() for x in inputs)
+    cuts = [0, 1, 13, 32, 33, 60]
+    pieces = [(start + a, start + b) for a, b in pairwise(cuts)]
+    pairs = [pair.moved(-start, -start) for i, mine in enumerate(pieces) for other in pieces[: i + 1] for pair in seen(mine, other, mask)]
+    for backend in ("auto", "reference"):
+        out, lse = forward_pairs(q, k, v, pairs, scale=0.3, backend=backend)
+        torch.testing.assert_close(out, expected)
+        grads = backward_pairs(dout, q, k, v, out, lse, pairs, scale=0.3, backend=backend)
+        torch.testing.assert_close(grads[:3], torch.autograd.grad(expected, inputs, dout, retain_graph=True))
+
+
+def test_distances_in_pieces_are_those_of_the_document():
+    inputs, bias = tensors(60, 4, 2, 8, 6), torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
+    score = Score(softcap=3.0, slopes=torch.rand(4, dtype=torch.float64), bias=bias, farthest=40)
+    expected = attention(*inputs, cu([60]), scale=0.3, score=score, backend="reference")
+    dout = torch.randn_like(expected)
+    pieces = list(pairwise([0, 1, 13, 32, 33, 60]))
+    pairs = [pair for i, mine in enumerate(pieces) for other in pieces[: i + 1] for pair in seen(mine, other, Mask())]
+    q, k, v = (x.detach() for x in inputs)
+    score = score._replace(bias=bias.detach())
+    out, lse = forward_pairs(q, k, v, pairs, scale=0.3, score=score)
+    torch.testing.assert_close(out, expected)
+    grads = backward_pairs(dout, q, k, v, out, lse, pairs, scale=0.3, score=score)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, (*inputs, bias), dout))
+    with pytest.raises(ValueError, match="plain scores in pairs"):
+        forward_pairs(q, k, v, pairs, scale=0.3, score=score, backend="reference")
 
 
 def test_merge_where_a_side_saw_nothing():
@@ -283,7 +320,12 @@ def test_packed_calls_cover_every_pair_once_and_no_query_twice():
 def test_decode_is_the_last_row_of_attention():
     lengths = [5, 1, 9, 0]
     q, k, v = torch.randn(4, 6, 8), torch.randn(4, 9, 2, 8), torch.randn(4, 9, 2, 5)
-    out, lse = decode_attention(q, k, v, torch.tensor(lengths), scale=0.3)
+    behind = torch.tensor(lengths).unsqueeze(1) - 1 - torch.arange(9)
+    out, lse = decode_attention(q, k, v, behind, scale=0.3)
+    shuffled = torch.stack([torch.randperm(9) for _ in lengths])
+    there = shuffled[..., None, None]
+    other = decode_attention(q, k.gather(1, there.expand_as(k)), v.gather(1, there.expand_as(v)), behind.gather(1, shuffled), scale=0.3)
+    torch.testing.assert_close((out, lse), other)
     for n, length in enumerate(lengths[:3]):
         queries = torch.cat([torch.zeros(length - 1, 6, 8), q[n : n + 1]])
         whole = attention(queries, k[n, :length], v[n, :length], cu([length]), scale=0.3, backend="reference")
@@ -354,7 +396,9 @@ def test_cuda_flash(heads, kv_heads, width, value_width):
         close(out, expected_out)
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-3)
         dout = torch.randn_like(out)
-        got_grads = backward_pairs(dout, q, k, v, out, lse, pairs, scale=scale, backend="flash")
-        exact = backward_pairs(dout.double(), q.double(), k.double(), v.double(), expected_out, expected_lse, pairs, scale=scale, backend="reference")
+        got_grads = backward_pairs(dout, q, k, v, out, lse, pairs, scale=scale, backend="flash")[:3]
+        exact = backward_pairs(
+            dout.double(), q.double(), k.double(), v.double(), expected_out, expected_lse, pairs, scale=scale, backend="reference"
+        )[:3]
         for a, b in zip(got_grads, exact, strict=True):
             close(a, b)

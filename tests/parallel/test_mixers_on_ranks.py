@@ -9,10 +9,12 @@ from torch import Tensor
 from ltrain.config import ConfigError, ParallelConfig
 from ltrain.model.layers import LocalLayers, layout_of, pieces, seed_parameters
 from ltrain.model.sequence import Sequence
-from tests.model.mixers.cases import CASES, HIDDEN, build, config_of, specs_of
+from tests.model.mixers.cases import CASES, HIDDEN, build, config_of, decodes, specs_of
 from tests.model.mixers.test_contract import inputs, jitter
 
 LENGTHS = [1, 37, 2, 40, 16]  # documents that cross the cuts of 2 and of 4 ranks
+MORE = 9  # tokens that are decoded of each document
+LONGER = [n + MORE for n in LENGTHS]
 LAYOUTS = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)]}  # world size -> (tensor, context)
 
 Found = dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]]  # case -> pieces of its results
@@ -91,6 +93,42 @@ def on_ranks(names: list[str], parallel: ParallelConfig) -> Found:
         mesh.close()
 
 
+def decoded_on_ranks(names: list[str], parallel: ParallelConfig) -> dict[str, Tensor]:
+    """On every context rank of a pool: what each case decodes behind a prefill, [MORE, documents, HIDDEN]."""
+    from ltrain.parallel import cpu
+    from ltrain.parallel.context.exchange import ContextExchange
+    from ltrain.parallel.context.layout import ContextLayout
+    from ltrain.parallel.layers import build_layers
+    from ltrain.parallel.mesh import Mesh
+
+    cpu.install()
+    mesh = Mesh(parallel, torch.device("cpu"))
+    try:
+        found = {}
+        for name in names:
+            config = config_of(name)
+            config.parallel = parallel
+            module = build(name, build_layers(config, mesh, torch.float64).at(0))
+            seed_parameters(module, 0)
+            jitter(module)
+            layout = ContextLayout(sum(LENGTHS), mesh.context.rank(), mesh.context.size(), parallel.context_layout)
+            exchange = ContextExchange(layout, mesh.exchange, mesh.tensor_context, mesh.tensor)
+            plain, x = Sequence.of(LENGTHS), inputs(sum(LENGTHS) + MORE * len(LENGTHS))
+            prompts, further = zip(*(document.split([n, MORE]) for document, n in zip(x.split(LONGER), LENGTHS, strict=True)), strict=True)
+            with torch.no_grad():
+                _, state = module.prefill(
+                    layout.take(torch.cat(prompts)), Sequence(plain.cu_seqlens, layout.take(plain.positions), exchange=exchange)
+                )
+                steps = []
+                for i in range(MORE):
+                    y, state = module.decode(torch.stack([d[i] for d in further]), state, Sequence.step(torch.tensor(LENGTHS) + i, exchange))
+                    steps.append(y)
+            found[name] = torch.stack(steps)
+        return found
+    finally:
+        mesh.close()
+
+
 def whole(parts: list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for key, shape, start, tensor in parts:
@@ -122,4 +160,25 @@ def test_on_ranks_as_on_one(pool: Any, expected: dict[str, dict[str, Tensor]], w
             error = float((found[key] - value).norm() / value.norm().clamp(min=1e-6))
             if not error < 1e-10:
                 wrong.append(f"{name}: {key} is off by {error:.1e}")
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+def test_decoding_over_context_ranks_as_on_one(pool: Any, kind: str) -> None:
+    parallel = ParallelConfig(context=4, context_layout=kind)
+    names = [name for name in CASES if supported(name, parallel) and decodes(name)]
+    assert len(names) > 20
+    results = pool(4).run(decoded_on_ranks, names, parallel, timeout=240)
+    wrong = []
+    for name in names:
+        module = build(name, LocalLayers(std=0.3, depth=len(CASES[name]), dtype=torch.float64))
+        seed_parameters(module, 0)
+        jitter(module)
+        with torch.no_grad():
+            y = module(inputs(sum(LONGER)), Sequence.of(LONGER))
+        expected = torch.stack([document[-MORE:] for document in y.split(LONGER)], dim=1)
+        for rank, result in enumerate(results):
+            error = float((result[name] - expected).norm() / expected.norm())
+            if not error < 1e-10:
+                wrong.append(f"{name}: rank {rank} is off by {error:.1e}")
     assert not wrong, wrong

@@ -146,9 +146,7 @@ class Attention(Mixer):
             q, gate = self._queries(x, seq)
             return self._output(self._decode(q, seq.shared[self._source], seq), gate), None
         q, k, v, gate = self._project(x, seq)
-        if seq.exchange.keeps(state.decoded):
-            state.append(k, v)
-        state.decoded += 1
+        state.append(k, v, seq)
         if self.options.kv == "source":
             seq.shared[self._source] = state
         return self._output(self._decode(q, state, seq), gate), state
@@ -162,7 +160,8 @@ class Attention(Mixer):
         if self.options.block_size:
             o = self.options
             return decode_block_attention(q, state.k, state.v, state.lengths, scale=self.scale, block=o.block_size, top=o.top_blocks)
-        return seq.exchange.decode_attention(q, state.k, state.v, state.lengths, scale=self.scale, score=self.score, sinks=self.sinks)
+        behind = state.behind(seq.positions)
+        return seq.exchange.decode_attention(q, state.k, state.v, behind, scale=self.scale, score=self.score, sinks=self.sinks)
 
     def _seen(self, context: int) -> float:
         """Tokens that one of a document of `context` tokens sees, on average."""
@@ -199,8 +198,10 @@ class Attention(Mixer):
     def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
         if ranks == 1:
             return []
-        values = self.options.kv_heads * (self.options.head_dim + self.value_dim) * tokens * bytes_per_value
-        return [ExchangeNeed("ring", values * (ranks - 1) // ranks)]
+        rows, most = tokens * (ranks - 1) // ranks, limit(self.mask)
+        if most:
+            rows = min(rows, 2 * most)  # in zigzag a rank has two spans, each with a cut before it
+        return [ExchangeNeed("ring", self.options.kv_heads * (self.options.head_dim + self.value_dim) * rows * bytes_per_value)]
 
 
 def MIXER(hidden: int, options: AttentionOptions, layers: LocalLayers) -> Attention:

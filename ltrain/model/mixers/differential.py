@@ -57,7 +57,8 @@ class DifferentialAttention(Attention):
 
     def _decode(self, q: Tensor, state: KVCache, seq: Sequence) -> Tensor:
         pairs = zip(q.chunk(2, dim=-1), state.k.chunk(2, dim=-1), strict=True)
-        found = (seq.exchange.decode_attention(a, b, state.v, state.lengths, scale=self.scale, score=self.score) for a, b in pairs)
+        behind = state.behind(seq.positions)
+        found = (seq.exchange.decode_attention(a, b, state.v, behind, scale=self.scale, score=self.score) for a, b in pairs)
         return self._difference(*found)
 
     def flops(self, tokens: int, context: int) -> float:

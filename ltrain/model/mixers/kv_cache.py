@@ -14,58 +14,70 @@ class KVCache:
     """Keys and values of N documents, or this rank's part of them, in a common capacity L that doubles when it is full.
 
     What the mask hides from every later token is not kept: with a window the slots behind the anchors are used in turn, and a chunk
-    begins again at the first slot. Softmax does not ask in which order keys lie.
+    begins again at the first slot. Softmax does not ask in which order keys lie; `positions` tell which they are.
     """
 
     k: Tensor  # [N, L, Hk, D]
     v: Tensor  # [N, L, Hk, Dv]
-    lengths: Tensor  # [N] int64: tokens held here, in the first slots
-    longest: int  # tokens of the longest document, on the host
-    seen: Tensor  # [N] int64: tokens of each document whose key and value came here
+    positions: Tensor  # [N, L] int64: of the token in its document; -1: the slot is empty
+    lengths: Tensor  # [N] int64: tokens that came here; where the mask hides none they have the first slots
+    longest: int  # slots that the longest document takes, on the host
     mask: Mask = FULL
     decoded: int = 0  # tokens of each document since the prefill, on all ranks together
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, seq: Sequence, mask: Mask = FULL) -> "KVCache":
         """From this rank's part of a packed stream of whole documents, k [T, Hk, D] and v [T, Hk, Dv], with seq.room for what decoding
-        adds. A mask that hides tokens takes the whole stream."""
-        counts, row = [0] * (len(seq.cu_seqlens) - 1), 0
-        places: list[tuple[int, Tensor, Tensor]] = []  # document, slots of its cache, rows of the stream
-        for document, count in seq.exchange.runs(seq):
-            kept = torch.arange(counts[document], counts[document] + count)  # positions, or places on this rank
+        adds."""
+        whole, most = seq.cu_seqlens.diff().tolist(), limit(mask)
+        counts, row = [0] * len(whole), 0
+        places: list[tuple[int, Tensor, Tensor, Tensor]] = []  # document, positions, slots of its cache, rows of the stream
+        for document, first, count in seq.exchange.runs(seq):
+            kept = torch.arange(first, first + count)
             if mask.window:
-                kept = kept[(kept < mask.anchors) | (kept >= count - mask.window)]
+                kept = kept[(kept < mask.anchors) | (kept >= whole[document] - mask.window)]
             if mask.chunk:
-                kept = kept[kept >= (count - 1) // mask.chunk * mask.chunk]
-            places.append((document, slots(kept, mask), kept - counts[document] + row))
+                kept = kept[kept >= (whole[document] - 1) // mask.chunk * mask.chunk]
+            to = slots(kept, mask) if most else kept - first + counts[document]
+            places.append((document, kept.to(k.device), to.to(k.device), (kept - first + row).to(k.device)))
             counts[document], row = counts[document] + count, row + count
-        longest = max(counts, default=0)
-        shape = len(counts), min(longest + seq.room, limit(mask) or longest + seq.room)
-        seen = torch.tensor(counts).to(k.device)
-        cache = cls(k.new_zeros(*shape, *k.shape[1:]), v.new_zeros(*shape, *v.shape[1:]), seen, longest, seen, mask)
-        cache.lengths = cache._held()
-        for document, to, rows in places:
-            cache.k[document, to.to(k.device)], cache.v[document, to.to(k.device)] = k[rows.to(k.device)], v[rows.to(k.device)]
+        longest = max(whole if most else counts, default=0)
+        shape = len(whole), min(longest + seq.room, most or longest + seq.room)
+        positions = torch.full(shape, -1, device=k.device)
+        cache = cls(k.new_zeros(*shape, *k.shape[1:]), v.new_zeros(*shape, *v.shape[1:]), positions, torch.tensor(counts).to(k.device), longest, mask)
+        for document, kept, to, rows in places:
+            cache.k[document, to], cache.v[document, to], cache.positions[document, to] = k[rows], v[rows], kept
         return cache
 
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """One token per document: k [N, Hk, D], v [N, Hk, Dv]."""
+    def append(self, k: Tensor, v: Tensor, seq: Sequence) -> None:
+        """One token per document, k [N, Hk, D], v [N, Hk, Dv], in place, where it is this rank's turn to keep it."""
         most = limit(self.mask)
-        if self.longest == self.k.shape[1] and not most or self.k.shape[1] <= self.longest < most:
-            grown = max(self.longest, 16)
-            grown = min(grown, most - self.k.shape[1]) if most else grown
+        here = seq.exchange.keeps(self.decoded)
+        self.decoded += 1
+        if most or here:
+            self.longest += 1
+        if not here:
+            return
+        needed = min(self.longest, most or self.longest)
+        if needed > self.k.shape[1]:
+            grown = max(self.k.shape[1], 16)
+            grown = max(needed - self.k.shape[1], min(grown, most - self.k.shape[1])) if most else grown
             self.k = torch.cat((self.k, self.k.new_zeros(len(k), grown, *k.shape[1:])), dim=1)
             self.v = torch.cat((self.v, self.v.new_zeros(len(v), grown, *v.shape[1:])), dim=1)
-        rows, to = torch.arange(len(k), device=k.device), slots(self.seen, self.mask)
-        self.k[rows, to], self.v[rows, to] = k, v
-        self.seen = self.seen + 1
-        self.longest += 1
-        self.lengths = self._held()
+            self.positions = torch.cat((self.positions, self.positions.new_full((len(k), grown), -1)), dim=1)
+        rows, to = torch.arange(len(k), device=k.device), slots(seq.positions, self.mask) if most else self.lengths
+        self.k[rows, to], self.v[rows, to], self.positions[rows, to] = k, v, seq.positions
+        self.lengths = self.lengths + 1
 
-    def _held(self) -> Tensor:
+    def behind(self, positions: Tensor) -> Tensor:
+        """[N, L]: how far behind a token at positions [N] each key is; -1 where it does not see it."""
+        now = positions.unsqueeze(1)
+        behind, hidden = now - self.positions, self.positions < 0
+        if self.mask.window:
+            hidden = hidden | (behind >= self.mask.window) & (self.positions >= self.mask.anchors)
         if self.mask.chunk:
-            return (self.seen - 1) % self.mask.chunk + (self.seen > 0)
-        return self.seen.clamp(max=limit(self.mask)) if self.mask.window else self.seen
+            hidden = hidden | (now // self.mask.chunk != self.positions // self.mask.chunk)
+        return behind.masked_fill(hidden, -1)
 
 
 def limit(mask: Mask) -> int:
@@ -74,7 +86,7 @@ def limit(mask: Mask) -> int:
 
 
 def slots(positions: Tensor, mask: Mask) -> Tensor:
-    """Where the cache of a document keeps the tokens at these positions."""
+    """Where the cache of a document keeps the tokens at these positions, under a mask that hides some."""
     if mask.chunk:
         return positions % mask.chunk
-    return positions.where(positions < mask.anchors, mask.anchors + (positions - mask.anchors) % mask.window) if mask.window else positions
+    return positions.where(positions < mask.anchors, mask.anchors + (positions - mask.anchors) % mask.window)

@@ -115,25 +115,25 @@ class MLA(Mixer):
         """The cache is extended in place."""
         o, query = self.options, self._query_latent(x)
         index = None if self.indexer is None else self.indexer(x, query, seq)
-        if seq.exchange.keeps(state.decoded):
-            state.append(*self._cached(*self._latents(x, seq), None if index is None else index[1]))
-        state.decoded += 1
+        state.append(*self._cached(*self._latents(x, seq), None if index is None else index[1]), seq)
         weight = self.kv.weight
         assert isinstance(weight, Tensor)
         keys, values = weight.split((self.heads * o.nope_dim, self.heads * o.value_dim))
         plain, turning = self._queries(query, seq)
         absorbed = torch.einsum("nhd,hdr->nhr", plain, keys.unflatten(0, (self.heads, -1)))
         q = torch.cat((absorbed, turning), dim=-1)  # [N, H, kv_rank + rope_dim]
-        cached, lengths = state.k, state.lengths
+        cached, behind = state.k, state.behind(seq.positions)
         if o.select == "shared" or self.indexer is not None and o.index_loss != "dense":
             if self.indexer is not None and index is not None:
-                self.indexer.choose(index, state.v.squeeze(2), lengths, seq)
+                self.indexer.choose(index, state.v.squeeze(2), state.lengths, seq)
             slots = seq.shared[SELECTION]
             if slots is not None:  # the best first: those of no token last
-                cached, lengths = cached.gather(1, slots[..., None, None].expand(-1, -1, *cached.shape[2:])), lengths.clamp(max=slots.shape[1])
+                cached = cached.gather(1, slots[..., None, None].expand(-1, -1, *cached.shape[2:]))
+                none = torch.arange(slots.shape[1], device=slots.device) >= state.lengths.unsqueeze(1)
+                behind = behind.gather(1, slots).masked_fill(none, -1)
         elif self.indexer is not None:
             seq.shared[SELECTION] = None
-        y = seq.exchange.decode_attention(q, cached, cached[..., : o.kv_rank], lengths, scale=self.scale)
+        y = seq.exchange.decode_attention(q, cached, cached[..., : o.kv_rank], behind, scale=self.scale)
         return self._output(torch.einsum("nhr,hdr->nhd", y, values.unflatten(0, (self.heads, -1))), x), state
 
     def flops(self, tokens: int, context: int) -> float:

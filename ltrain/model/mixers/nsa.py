@@ -110,8 +110,8 @@ class NSA(Mixer):
         """The caches are extended in place; compressed blocks are made again from the tokens."""
         q, kv, gates = self._project(x, seq)
         turned = self._turn(q, seq)
-        state.tokens.append(torch.cat((kv[0], kv[2]), 1), torch.cat((kv[1], kv[3]), 1))
-        state.window.append(kv[4], kv[5])
+        state.tokens.append(torch.cat((kv[0], kv[2]), 1), torch.cat((kv[1], kv[3]), 1), seq)
+        state.window.append(kv[4], kv[5], seq)
         found = []
         for n, length in enumerate(state.tokens.lengths.tolist()):
             (kc, ks), (vc, vs) = (t[n, :length].chunk(2, dim=1) for t in (state.tokens.k, state.tokens.v))
@@ -119,7 +119,7 @@ class NSA(Mixer):
             args = q[here], turned[here], self.compress_k(kc), self.compress_v(vc), ks, vs
             found.append(decode_native_attention(*args, scale=self.scale, shape=self.shape))
         compressed, selected = (torch.cat(parts) for parts in zip(*found, strict=True))
-        window = seq.exchange.decode_attention(turned, state.window.k, state.window.v, state.window.lengths, scale=self.scale)
+        window = seq.exchange.decode_attention(turned, state.window.k, state.window.v, state.window.behind(seq.positions), scale=self.scale)
         return self._output((compressed, selected, window), gates), state
 
     def flops(self, tokens: int, context: int) -> float:

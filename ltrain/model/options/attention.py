@@ -131,8 +131,7 @@ class AttentionOptions(MixerOptions):
         return ("kv=shared", self._source()) if self.kv == "shared" else ("", "")
 
     def refuses(self) -> dict[str, str]:
-        special = [name for name in ("window", "chunk", "block_size", "sinks", "softcap", "alibi", "relative_buckets") if getattr(self, name)]
-        found = {"context": f"the ring carries attention without {' and '.join(special)}"} if special else {}
+        found = {"context": "the ring carries attention without block_size"} if self.block_size else {}
         if not self.causal:
             found = {
                 "context": "the ring carries causal attention alone",

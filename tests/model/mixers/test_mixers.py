@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ltrain.kernels.attention import Mask
 from ltrain.model.layers import LocalLayers, seed_parameters
 from ltrain.model.mixers.base import Mixer, build_mixer
 from ltrain.model.mixers.kv_cache import KVCache
@@ -191,27 +192,52 @@ def test_attention_is_its_formula(rope: RopeOptions | None, extras: bool) -> Non
         torch.testing.assert_close(mine[name], grad, rtol=1e-7, atol=1e-9, msg=f"{name}: {{}}".format)
 
 
+def appended(cache: KVCache, step: int, lengths: list[int]) -> None:
+    seq = Sequence.step(torch.tensor(lengths) + step)
+    cache.append(torch.full((len(lengths), 1, 1), 100.0 + step), torch.full((len(lengths), 1, 1), 200.0 + step), seq)
+
+
 def test_cache_holds_each_document_and_grows_by_doubling() -> None:
-    k = torch.arange(20.0).reshape(20, 1, 1)
-    cache = KVCache.of(k, -k, Sequence.of([1, 17, 2]))
+    k, lengths = torch.arange(20.0).reshape(20, 1, 1), [1, 17, 2]
+    cache = KVCache.of(k, -k, Sequence.of(lengths))
     assert cache.k.shape[1] == 17
     assert cache.k[0, :1].flatten().tolist() == [0] and cache.v[1, :17].flatten().tolist() == [-i for i in range(1, 18)]
     for step in range(20):
-        cache.append(torch.full((3, 1, 1), 100.0 + step), torch.full((3, 1, 1), 200.0 + step))
+        appended(cache, step, lengths)
     assert cache.lengths.tolist() == [21, 37, 22] and cache.k.shape[1] == 68
     assert cache.k[2, :22].flatten().tolist() == [18, 19, *range(100, 120)]
     assert cache.v[0, 1:21].flatten().tolist() == list(range(200, 220))
+    behind = cache.behind(torch.tensor([20, 36, 21]))
+    assert behind[2, :22].tolist() == list(range(21, -1, -1)) and behind[2, 22:].eq(-1).all()
 
 
 def test_cache_with_room_does_not_grow() -> None:
-    k, seq = torch.arange(20.0).reshape(20, 1, 1), Sequence.of([1, 17, 2])
+    k, lengths = torch.arange(20.0).reshape(20, 1, 1), [1, 17, 2]
+    seq = Sequence.of(lengths)
     seq.room = 3
     cache = KVCache.of(k, -k, seq)
     place = cache.k.data_ptr()
     for step in range(3):
-        cache.append(torch.full((3, 1, 1), 100.0 + step), torch.full((3, 1, 1), 200.0 + step))
+        appended(cache, step, lengths)
     assert cache.k.data_ptr() == place and cache.k.shape[1] == 20
     assert cache.k[1, :20].flatten().tolist() == [*range(1, 18), 100, 101, 102]
+
+
+@pytest.mark.parametrize(("mask", "kept"), [(Mask(window=4), 4), (Mask(window=4, anchors=2), 6), (Mask(chunk=5), 5)])
+def test_cache_keeps_what_a_mask_leaves(mask: Mask, kept: int) -> None:
+    k, lengths = torch.arange(20.0).reshape(20, 1, 1), [1, 17, 2]
+    cache = KVCache.of(k, -k, Sequence.of(lengths), mask)
+    for step in range(20):
+        appended(cache, step, lengths)
+        assert cache.k.shape[1] <= kept
+        for document, length in enumerate(lengths):
+            now = length + step
+            wanted = [p for p in range(now + 1) if (mask.chunk and p // 5 == now // 5) or (mask.window and (now - p < 4 or p < mask.anchors))]
+            behind = cache.behind(torch.tensor(lengths) + step)[document]
+            assert sorted(now - d for d in behind.tolist() if d >= 0) == wanted
+            for slot, d in enumerate(behind.tolist()):
+                if 0 <= d <= step:  # a decoded one
+                    assert cache.k[document, slot] == 100 + step - d
 
 
 def test_log_decays_start_as_in_mamba_2() -> None:

@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ltrain.kernels.attention import FULL, PLAIN, Mask, Score
 from ltrain.model.sequence import LocalExchange, Sequence
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.layout import ContextLayout
 
+SHARED = ("weight", "sinks", "bias")  # inputs that are not of tokens
 LAYOUTS = [(size, kind) for size in (2, 3, 4) for kind in ("contiguous", "zigzag")]
 
 
@@ -55,6 +57,9 @@ class Case:
     strength: float = 1e-3  # mean of -log decay
     recompute: bool = False
     changed: int | None = None  # a document whose inputs are drawn anew
+    mask: Mask = FULL
+    scored: bool = False  # attention with a soft cap, slopes, biases by distance, and sinks
+    start: int = 0  # position of the first document's first token: an earlier stream has begun it
 
     @property
     def tokens(self) -> int:
@@ -64,13 +69,19 @@ class Case:
     def cu_seqlens(self) -> Tensor:
         return Sequence.of(list(self.lengths)).cu_seqlens
 
+    @property
+    def positions(self) -> Tensor:
+        positions = Sequence.of(list(self.lengths)).positions
+        positions[: next(filter(None, self.lengths))] += self.start
+        return positions
+
     def inputs(self) -> dict[str, Tensor]:
-        """By name, over the whole stream [T, ...]; `weight` belongs to every token; `dout` is the gradient of the output."""
+        """By name, over the whole stream [T, ...]; those in SHARED belong to every token; `dout` is the gradient of the output."""
         inputs = self._draw(0)
         if self.changed is not None:
             start, stop = self.cu_seqlens[self.changed : self.changed + 2].tolist()
             for name, x in self._draw(1).items():
-                if name not in ("weight", "dout"):
+                if name not in (*SHARED, "dout"):
                     inputs[name][start:stop] = x[start:stop]
         return {name: x.to(self.dtype) for name, x in inputs.items()}
 
@@ -81,7 +92,10 @@ class Case:
             return torch.randn(self.tokens, *shape, generator=generator, dtype=torch.float64)
 
         if self.op == "attention":
-            return {"q": normal(4, 8), "k": normal(2, 8), "v": normal(2, 6), "dout": normal(4, 6)}
+            found = {"q": normal(4, 8), "k": normal(2, 8), "v": normal(2, 6), "dout": normal(4, 6)}
+            if self.scored:
+                found |= {name: torch.randn(*shape, generator=generator, dtype=torch.float64) for name, shape in (("sinks", (4,)), ("bias", (4, 12)))}
+            return found
         if self.op == "short_conv":
             weight = torch.randn(5, 4, generator=generator, dtype=torch.float64)
             return {"x": normal(5), "weight": weight, "dout": normal(5)}
@@ -100,7 +114,10 @@ def compute(case: Case, inputs: dict[str, Tensor], seq: Sequence, between: Calla
 
     def forward() -> Tensor:
         if case.op == "attention":
-            return seq.exchange.attention(leaves["q"], leaves["k"], leaves["v"], seq, scale=0.3)
+            bias, slopes = leaves.get("bias"), torch.arange(1, 5).to(case.dtype) / 40
+            score = Score(3.0, slopes, bias, 40) if case.scored else PLAIN
+            q, k, v = leaves["q"], leaves["k"], leaves["v"]
+            return seq.exchange.attention(q, k, v, seq, scale=0.3, mask=case.mask, score=score, sinks=leaves.get("sinks"))
         if case.op == "short_conv":
             return seq.exchange.short_conv(leaves["x"], leaves["weight"], seq)
         return seq.exchange.linear_recurrence(leaves["q"], leaves["k"], leaves["v"], leaves.get("decay"), leaves.get("beta"), seq, scale=0.3)
@@ -114,8 +131,7 @@ def compute(case: Case, inputs: dict[str, Tensor], seq: Sequence, between: Calla
 @cache
 def whole(case: Case) -> dict[str, Tensor]:
     """On one rank."""
-    seq = Sequence.of(list(case.lengths))
-    return compute(case, case.inputs(), Sequence(seq.cu_seqlens, seq.positions, LocalExchange()))
+    return compute(case, case.inputs(), Sequence(case.cu_seqlens, case.positions, LocalExchange()))
 
 
 def on_rank(kind: str, cases: list[Case]) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
@@ -130,8 +146,8 @@ def on_rank(kind: str, cases: list[Case]) -> list[tuple[dict[str, Tensor], dict[
         exchange = exchanges[case.tokens]
         exchange.bytes.clear()
         take, sent = exchange.layout.take, {}
-        inputs = {name: x if name == "weight" else take(x) for name, x in case.inputs().items()}
-        seq = exchange.sequence(case.cu_seqlens, Sequence.of(list(case.lengths)).positions)
+        inputs = {name: x if name in SHARED else take(x) for name, x in case.inputs().items()}
+        seq = exchange.sequence(case.cu_seqlens, case.positions)
         values = compute(case, inputs, seq, lambda: sent.update({f"{k} forward": n for k, n in exchange.bytes.items()}))  # noqa: B023 - called at once
         results.append((values, {**sent, **exchange.bytes}))
     return results
@@ -146,7 +162,7 @@ def over_ranks(pool: Any, size: int, kind: str, cases: list[Case]) -> list[tuple
         values = {}
         for name in ranks[0][i][0]:
             parts = [rank[i][0][name] for rank in ranks]
-            values[name] = sum(parts) if name == "weight" else torch.cat(parts)[order.argsort()]
+            values[name] = sum(parts) if name in SHARED else torch.cat(parts)[order.argsort()]
         results.append((values, [rank[i][1] for rank in ranks]))
     return results
 

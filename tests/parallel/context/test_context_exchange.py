@@ -5,10 +5,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.context.streams import LAYOUTS, Case, error, over_ranks, streams, whole
+from ltrain.kernels.attention import Mask
+from tests.parallel.context.streams import LAYOUTS, SHARED, Case, error, over_ranks, streams, whole
 
 MIXERS = {
     "attention": {"op": "attention"},
+    "window": {"op": "attention", "mask": Mask(window=5)},
+    "window of one": {"op": "attention", "scored": True, "mask": Mask(window=1)},
+    "window longer than a rank": {"op": "attention", "mask": Mask(window=31)},
+    "window and anchors": {"op": "attention", "mask": Mask(window=4, anchors=3), "start": 1},
+    "many anchors": {"op": "attention", "mask": Mask(window=3, anchors=17)},
+    "chunks": {"op": "attention", "mask": Mask(chunk=8), "start": 5},
+    "scores and sinks": {"op": "attention", "scored": True},
+    "scores and sinks in a window": {"op": "attention", "scored": True, "mask": Mask(window=9, anchors=2)},
     "short convolution": {"op": "short_conv"},
     "delta and decay near 1": {"op": "linear_recurrence"},
     "delta and strong decay": {"op": "linear_recurrence", "strength": 5.0},
@@ -49,7 +58,7 @@ def test_bfloat16_travels_as_it_is(pool: Any, mixer: str) -> None:
     assert error(values, whole(case))[0] < 0.02
 
 
-@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1"])
+@pytest.mark.parametrize("mixer", ["attention", "scores and sinks in a window", "short convolution", "delta and decay near 1"])
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
 def test_a_document_changes_nothing_outside_it(pool: Any, kind: str, mixer: str) -> None:
     lengths = (7, 30, 1, 10)
@@ -59,13 +68,15 @@ def test_a_document_changes_nothing_outside_it(pool: Any, kind: str, mixer: str)
         inside = torch.zeros(48, dtype=torch.bool)
         inside[start : start + length] = True
         for name, x in values.items():
-            if name != "weight":
+            if name not in SHARED:
                 assert torch.equal(x[~inside], before[0][name][~inside]), name
         assert not torch.equal(values["out"][inside], before[0]["out"][inside])
         start += length
 
 
-@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1", "add and decay near 1"])
+@pytest.mark.parametrize(
+    "mixer", ["attention", "scores and sinks in a window", "short convolution", "delta and decay near 1", "add and decay near 1"]
+)
 @pytest.mark.parametrize(("size", "kind"), [(2, "zigzag"), (4, "zigzag"), (3, "contiguous")])
 def test_recomputation_sends_nothing_again(pool: Any, size: int, kind: str, mixer: str) -> None:
     plain = list(_cases(size, mixer).values())
@@ -97,6 +108,26 @@ def test_ring_sends_the_keys_that_causal_masks_see(pool: Any, size: int) -> None
     # Later ranks see the first span only, earlier ones both.
     assert [b.get("ring forward", 0) for b in zigzag] == [((size - 1 - r) * n // 2 + r * n) * row * 2 for r in range(size)]
     assert sum(b["ring forward"] for b in zigzag) <= 0.75 * size * (size - 1) / size * (n * size) * row * 2
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ring_sends_the_keys_that_windows_anchors_and_chunks_leave(pool: Any, size: int) -> None:
+    n, row = 12, 2 * (8 + 6) * 8  # K and V of one token in float64
+
+    def forward(kind: str, mask: Mask) -> list[int]:
+        sent = _bytes(pool, size, kind, op="attention", lengths=(n * size,), mask=mask)
+        assert sum(b.get("ring", 0) for b in sent) == 3 * sum(b.get("ring forward", 0) for b in sent)  # backward: keys again, and their gradients
+        return [b.get("ring forward", 0) // row for b in sent]
+
+    # One row less than the window over each cut; a window longer than a rank's part reaches further ranks.
+    assert forward("contiguous", Mask(window=5)) == [4] * (size - 1) + [0]
+    assert sum(forward("zigzag", Mask(window=5))) == 4 * 2 * (size - 1)
+    assert forward("contiguous", Mask(window=n + 5)) == [n + (4 if r < size - 2 else 0) for r in range(size - 1)] + [0]
+    # The first rank's anchors go to all.
+    assert forward("contiguous", Mask(window=5, anchors=3)) == [(size - 1) * (4 + 3) - (size - 2) * 4] + [4] * (size - 2) + [0]
+    # A chunk that ends at the cuts asks for nothing; of one of 8 tokens the next rank has the rest.
+    assert forward("contiguous", Mask(chunk=6)) == [0] * size
+    assert forward("contiguous", Mask(chunk=8)) == [4 if r < size - 1 and n * (r + 1) % 8 else 0 for r in range(size)]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
