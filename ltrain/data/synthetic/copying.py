@@ -15,12 +15,19 @@ from ltrain.data.synthetic.haystack import Haystack, Ids
 # with these it copied after 15M (runs of random tokens alone, documents of 256).
 SHORTEST, LONGEST = 4, 32  # tokens of a run
 AGAIN = 0.7  # share of the runs that come again, after the first
+FEW = 0.5  # share of the documents whose random tokens are of few kinds: only several tokens together tell where one has been before
+OFTEN = 8  # times that each of the few comes in such a document, at most
 
 
 def document(tokens: int, rng: random.Random, haystack: Haystack) -> Ids:
     """`tokens` - 1 ids, so that there is room for the end-of-document token: runs of log-uniform length, most of them earlier ones again."""
     tokenizer = haystack.tokenizer
     numbers = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
+    kinds = tokenizer.vocab_size - 1  # every id but the end of a document
+    alphabet = np.arange(kinds)
+    if rng.random() < FEW and tokens // OFTEN < kinds:
+        alphabet = numbers.choice(alphabet, round(math.exp(rng.uniform(math.log(max(SHORTEST, tokens // OFTEN)), math.log(kinds)))), replace=False)
+    alphabet = (alphabet + (alphabet >= tokenizer.eos)).astype(np.int32)
     runs: list[Ids] = []
     parts: list[Ids] = []
     left = tokens - 1
@@ -32,8 +39,7 @@ def document(tokens: int, rng: random.Random, haystack: Haystack) -> Ids:
             if rng.random() < 0.5:
                 run = haystack.take(rng, length)
             else:
-                run = numbers.integers(0, tokenizer.vocab_size - 1, length, dtype=np.int32)
-                run += run >= tokenizer.eos  # every id but the end of a document
+                run = numbers.choice(alphabet, length)
             runs.append(run)
         parts.append(run[:left])
         left -= len(run)

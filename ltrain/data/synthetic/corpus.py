@@ -14,7 +14,8 @@ from ltrain.data.synthetic.haystack import Haystack, open_haystack
 from ltrain.data.synthetic.recall import document
 from ltrain.data.tokenizer import Tokenizer
 
-RECIPE = 2  # counted up when other documents come out of the same numbers
+RECIPE = 3  # counted up when other documents come out of the same numbers
+WHOLE = 0.5  # share of the documents of the full length: in shorter ones the longest distances do not occur
 PER_EPOCH = 1 << 20  # documents of a shard, by which an epoch is only counted
 
 
@@ -47,9 +48,9 @@ class SyntheticCorpus:
         haystack = self.haystack
         assert haystack is not None  # the tokenizer was told
         rng = random.Random(digest("synthetic", self.seed, shard, epoch, index))
-        # log-uniform: as many documents in each doubling of the length
+        # of the others as many in each doubling of the length
         least = config.min_length or self.length
-        tokens = self.length if least == self.length else round(math.exp(rng.uniform(math.log(least), math.log(self.length))))
+        tokens = self.length if rng.random() < WHOLE else round(math.exp(rng.uniform(math.log(least), math.log(self.length))))
         task = rng.choice(sorted(config.tasks))
         if task == "copy":
             ids = copying.document(tokens, rng, haystack)

@@ -36,6 +36,23 @@ def _date(rng: random.Random) -> str:
     return f"{rng.randint(1800, 2199)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
 
 
+SEPARATORS = ("", *"_.~+=|#@")  # of assembled codes; those of HELD_OUT_FORMATS are others, or stand between other parts
+PARTS: tuple[Format, ...] = (
+    lambda rng: _text(rng, string.digits, 1, 6),
+    lambda rng: _text(rng, string.ascii_uppercase, 1, 5),
+    lambda rng: _text(rng, string.ascii_lowercase, 2, 5),
+    lambda rng: _hexadecimal(rng, 3, 8),
+    lambda rng: rng.choice(WORDS),
+    lambda rng: rng.choice(WORDS).capitalize(),
+    lambda rng: rng.choice(WORDS).upper(),
+)
+
+
+def _assembled(parts: int) -> Format:
+    """Codes of so many parts of any kind: who has seen many shapes copies those that he has not seen."""
+    return lambda rng: rng.choice(SEPARATORS).join(rng.choice(PARTS)(rng) for _ in range(parts))
+
+
 FORMATS: dict[str, Format] = {
     "digits": lambda rng: _text(rng, string.digits, 4, 8),
     "hexadecimal": _hexadecimal,
@@ -48,6 +65,7 @@ FORMATS: dict[str, Format] = {
     "address": lambda rng: ".".join(str(rng.randint(1, 254)) for _ in range(4)),
     "constant": lambda rng: "_".join(word.upper() for word in rng.sample(WORDS, 2)),
     "lowercase": lambda rng: _text(rng, string.ascii_lowercase, 5, 8),
+    **{f"assembled-{parts}": _assembled(parts) for parts in range(2, 9)},
 }
 HELD_OUT_FORMATS: dict[str, Format] = {
     "plate": lambda rng: f"{_text(rng, string.ascii_uppercase, 3, 3)}-{_text(rng, string.digits, 4, 4)}",

@@ -5,6 +5,8 @@ apostrophe, and what stands on either side of the value is no letter or digit: b
 that the value has the same tokens wherever it stands.
 """
 
+import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -141,6 +143,49 @@ FATAL vault: unlock requires {value}
 """,
 )
 HELD_OUT_LEADS = ("", "Which entry did the text give for {key}?", "From the document above:")
+
+# What lines of `drawn` are made of: around all of it; between words; between the words and the value, and after that.
+AROUND = (
+    *(("", ""), ("", "."), ("# ", ""), ("// ", ""), ("/* ", " */"), ("-- ", ""), ("- ", ""), ("* ", ""), ("> ", ""), ("$ ", "")),
+    *(
+        ("[", "]"),
+        ("<", ">"),
+        ("(", ")"),
+        ("{", "}"),
+        ("let ", ";"),
+        ("return ", ""),
+        ("self.", ""),
+        ("@", ""),
+        ("DEBUG ", ""),
+        ("WARN ", " (see above)"),
+    ),
+)
+JOINTS = (" ", " ", " ", "_", ".", "-", ", ", " and ", " of the ", "::", "][")
+BEFORE = (
+    *((" ", ""), (": ", ""), (" = ", ""), ("=", ""), (":", ","), (" -> ", ""), (" => ", ","), (" is ", ""), (" was ", " then"), (" has ", "")),
+    *(
+        (" gave ", ""),
+        (" equals ", ""),
+        ("(", ")"),
+        ('("', '")'),
+        ('="', '"'),
+        ("[", "]"),
+        (" <", ">"),
+        (" | ", " |"),
+        (" (", ")"),
+        (" must be ", " again"),
+    ),
+)
+
+
+def drawn(rng: random.Random, words: Sequence[str], keyed: bool) -> Template:
+    """A line of 1 to 6 words, the key among them where `keyed`, that stands in no list: what is learned is to find lines, not to know them."""
+    around, before, joint = rng.choice(AROUND), rng.choice(BEFORE), rng.choice(JOINTS)
+    parts = rng.sample(words, rng.randint(1, 6))
+    if keyed:
+        parts.insert(rng.randrange(len(parts) + 1), "{key}")
+    after = f" {' '.join(rng.sample(words, rng.randint(1, 3)))}" if rng.random() < 0.3 else ""
+    return Template.of("drawn", f"{around[0]}{joint.join(parts)}{before[0]}{{value}}{before[1]}{after}{around[1]}")
 
 
 class Chain(NamedTuple):
