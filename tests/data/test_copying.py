@@ -25,7 +25,7 @@ def test_half_of_the_tokens_were_there_before(tmp_path):
     repeated = [d for d in distances if d]
     assert 0.35 < len(repeated) / len(grams) < 0.85  # the text around is a few sentences again and again
     assert max(repeated) > 10_000
-    assert max(Counter(ids.tolist()).values()) < len(ids) / 10  # not a few tokens only
+    assert max(Counter(ids.tolist()).values()) < len(ids) / 8  # not a few tokens only: the commonest is the filler's blank
 
 
 def test_the_same_from_the_same_numbers(tmp_path):

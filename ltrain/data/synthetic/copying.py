@@ -28,6 +28,8 @@ def document(tokens: int, rng: random.Random, haystack: Haystack) -> Ids:
     if rng.random() < FEW and tokens // OFTEN < kinds:
         alphabet = numbers.choice(alphabet, round(math.exp(rng.uniform(math.log(max(SHORTEST, tokens // OFTEN)), math.log(kinds)))), replace=False)
     alphabet = (alphabet + (alphabet >= tokenizer.eos)).astype(np.int32)
+    text = haystack.take(rng, tokens)
+    read = 0
     runs: list[Ids] = []
     parts: list[Ids] = []
     left = tokens - 1
@@ -37,7 +39,7 @@ def document(tokens: int, rng: random.Random, haystack: Haystack) -> Ids:
         else:
             length = round(math.exp(rng.uniform(math.log(SHORTEST), math.log(LONGEST))))
             if rng.random() < 0.5:
-                run = haystack.take(rng, length)
+                run, read = text[read : read + length], read + length
             else:
                 run = numbers.choice(alphabet, length)
             runs.append(run)

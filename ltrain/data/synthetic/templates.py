@@ -160,6 +160,7 @@ AROUND = (
         ("WARN ", " (see above)"),
     ),
 )
+COMMON = "the The a of in to for this that our your my with by on at is was it all one new old first last next no who has when".split()
 JOINTS = (" ", " ", " ", "_", ".", "-", ", ", " and ", " of the ", "::", "][")
 BEFORE = (
     *((" ", ""), (": ", ""), (" = ", ""), ("=", ""), (":", ","), (" -> ", ""), (" => ", ","), (" is ", ""), (" was ", " then"), (" has ", "")),
@@ -179,9 +180,9 @@ BEFORE = (
 
 
 def drawn(rng: random.Random, words: Sequence[str], keyed: bool) -> Template:
-    """A line of 1 to 6 words, the key among them where `keyed`, that stands in no list: what is learned is to find lines, not to know them."""
+    """A line of 2 to 7 words, the key among them where `keyed`, that stands in no list: what is learned is to find lines, not to know them."""
     around, before, joint = rng.choice(AROUND), rng.choice(BEFORE), rng.choice(JOINTS)
-    parts = rng.sample(words, rng.randint(1, 6))
+    parts = [rng.choice(COMMON if rng.random() < 0.4 else words) for _ in range(rng.randint(2, 7))]
     if keyed:
         parts.insert(rng.randrange(len(parts) + 1), "{key}")
     after = f" {' '.join(rng.sample(words, rng.randint(1, 3)))}" if rng.random() < 0.3 else ""
