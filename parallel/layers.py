@@ -23,7 +23,7 @@ from ltrain.config import Config
 from ltrain.model.head import bounded
 from ltrain.model.layers import Experts, LocalLayers, ParamLayout, declare, layout_of, normal, settings
 from ltrain.model.options import MoEOptions
-from ltrain.model.sequence import Sequence, before
+from ltrain.model.sequence import Sequence
 from ltrain.parallel.experts import ExpertParallelExperts
 from ltrain.parallel.mesh import Mesh
 
@@ -217,7 +217,7 @@ class ParallelLayers(LocalLayers):
             return super().shift(x, seq)
         # every rank needs its own tokens of the result alone, so that the gradient of what was gathered is not summed again
         whole = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.mesh.tensor)
-        mine: Tensor = scatter_to_sequence_parallel_region(before(whole, seq), group=self.mesh.tensor)
+        mine: Tensor = scatter_to_sequence_parallel_region(seq.exchange.before(whole, seq), group=self.mesh.tensor)
         return mine
 
     def _full_norm(self, weight: nn.Parameter, eps: float, zero_centred: bool) -> nn.Module:

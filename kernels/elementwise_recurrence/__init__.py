@@ -4,6 +4,7 @@ Backends: `reference` (token by token) and `doubling` (plain torch): after d ste
 segment of T tokens takes log2(T) passes (Hillis & Steele 1986). Products of decays alone are taken, which are at most 1: nothing overflows.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -96,15 +97,17 @@ def scan(a: Tensor, b: Tensor, cu_seqlens: Tensor, *, initial_state: Tensor | No
 
 
 def _selective_chunk(
-    x: Tensor, step: Tensor, rate: Tensor, B: Tensor, C: Tensor, first: Tensor, before: Tensor, ends: Tensor
+    x: Tensor, step: Tensor, rate: Tensor, B: Tensor, C: Tensor, first: Tensor, before: Tensor, begins: Tensor, initial: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens of one chunk: first [L], which of them begin a segment, before [D, S], the state before the chunk -> y [L, D], the state
-    after it, and those after the rows `ends`."""
+    """Tokens of one chunk: first [L], which of them begin a segment, before [D, S], the state before the chunk, initial [n, D, S], those
+    before the rows `begins` -> y [L, D], the state after it, and those after the rows `ends`."""
     wide = accumulator(x.dtype)
     x, step, B, C, rate = (t.to(wide) for t in (x, step, B, C, rate))
     a = torch.exp(-step.unsqueeze(-1) * rate)  # [L, D, S]
     b = (step * x).unsqueeze(-1) * B.unsqueeze(1)
     b = torch.cat((b[:1] + a[:1] * before * ~first[0], b[1:]))
+    if len(begins):
+        b = b.index_add(0, begins, a[begins] * initial)
     h: Tensor = _Scan.apply(a.masked_fill(first[:, None, None], 0.0), b)
     return (h @ C.unsqueeze(-1)).squeeze(-1), h[-1], h[ends]
 
@@ -117,10 +120,11 @@ def selective_scan(
     C: Tensor,
     cu_seqlens: Tensor,
     *,
+    initial_state: Tensor | None = None,
     return_final_state: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Mamba's recurrence (Gu & Dao 2023) from zeros: h_t = exp(-step_t rate) h_{t-1} + step_t x_t B_t^T, y_t = h_t C_t, inside every segment.
+    """Mamba's recurrence (Gu & Dao 2023): h_t = exp(-step_t rate) h_{t-1} + step_t x_t B_t^T, y_t = h_t C_t, inside every segment.
 
     States are made chunk by chunk, and again in the backward: memory for them does not grow with the stream. Differentiable in every tensor.
 
@@ -129,6 +133,7 @@ def selective_scan(
         rate: [D, S], above 0.
         B, C: [T, S].
         cu_seqlens: [N + 1] int32 boundaries, on the CPU.
+        initial_state: [N, D, S], the state before each segment; None: zeros.
         return_final_state: whether to return the state after each segment.
         backend: auto | reference | doubling.
 
@@ -144,23 +149,32 @@ def selective_scan(
         raise ValueError(f"x, step, rate, B and C are [T, D], [T, D], [D, S], [T, S] and [T, S], but have shapes {shapes}")
     bounds = boundaries(cu_seqlens, tokens)
     choose(backend, BACKENDS)
-    zeros = torch.zeros(len(bounds) - 1, channels, states, dtype=accumulator(x.dtype), device=x.device)
+    shape = (len(bounds) - 1, channels, states)
+    if initial_state is not None and initial_state.shape != shape:
+        raise ValueError(f"initial_state must be {list(shape)}, but is {list(initial_state.shape)}")
+    before = x.new_zeros(shape, dtype=accumulator(x.dtype)) if initial_state is None else initial_state.to(accumulator(x.dtype))
     if backend == "reference":
-        y, final = reference.selective_scan(x, step, rate, B, C, bounds, zeros)
+        y, final = reference.selective_scan(x, step, rate, B, C, bounds, before)
         return y, final if return_final_state else None
+    filled = [(begin, end, n) for n, (begin, end) in enumerate(pairwise(bounds)) if end > begin]
     first = torch.zeros(tokens, dtype=torch.bool, device=x.device).index_fill_(0, _firsts(bounds, x.device)[0], True)
-    outputs, state, finals = [], zeros.new_zeros(channels, states), zeros
-    ends = [(end - 1, n) for n, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)) if end > begin]
-    for begin in range(0, tokens, CHUNK):
-        rows = slice(begin, min(begin + CHUNK, tokens))
-        inside = [(row - begin, n) for row, n in ends if rows.start <= row < rows.stop] if return_final_state else []
-        local, numbers = torch.tensor(inside, dtype=torch.int64, device=x.device).view(-1, 2).unbind(1)
-        args = (x[rows], step[rows], rate, B[rows], C[rows], first[rows], state, local)
+    outputs, state, finals = [], before.new_zeros(channels, states), before
+
+    def inside(rows: slice, places: list[tuple[int, int]]) -> Tensor:
+        """Of (row, segment), those of a chunk's rows -> rows of the chunk, and their segments."""
+        found = [(row - rows.start, n) for row, n in places if rows.start <= row < rows.stop]
+        return torch.tensor(found, dtype=torch.int64, device=x.device).view(-1, 2)
+
+    for at in range(0, tokens, CHUNK):
+        rows = slice(at, min(at + CHUNK, tokens))
+        begins, given = inside(rows, [(begin, n) for begin, _, n in filled] if initial_state is not None else []).unbind(1)
+        ends, numbers = inside(rows, [(end - 1, n) for _, end, n in filled] if return_final_state else []).unbind(1)
+        args = (x[rows], step[rows], rate, B[rows], C[rows], first[rows], state, begins, before[given], ends)
         again = torch.is_grad_enabled()
         y, state, after = checkpoint(_selective_chunk, *args, use_reentrant=False, preserve_rng_state=False) if again else _selective_chunk(*args)
-        finals = finals.index_copy(0, numbers, after) if inside else finals
+        finals = finals.index_copy(0, numbers, after) if len(numbers) else finals
         outputs.append(y)
-    y = torch.cat(outputs) if outputs else x.to(zeros.dtype)
+    y = torch.cat(outputs) if outputs else x.to(before.dtype)
     return y.to(x.dtype), finals if return_final_state else None
 
 

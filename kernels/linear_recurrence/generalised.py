@@ -18,13 +18,16 @@ from ltrain.kernels.segments import accumulator, boundaries, gather_rows, scatte
 CHUNK = 16
 
 
-def generalised_delta(r: Tensor, w: Tensor, k: Tensor, v: Tensor, b: Tensor, c: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """y_t = S_t^T r_t from zeros inside every segment. Differentiable in every tensor.
+def generalised_delta(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, b: Tensor, c: Tensor, cu_seqlens: Tensor, *, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """y_t = S_t^T r_t inside every segment. Differentiable in every tensor.
 
     Args:
         r, w, k, b, c: [T, H, K]; w, the log decay, from -0.61 to 0.
         v: [T, H, V].
         cu_seqlens: [N + 1] int32 boundaries, on the CPU.
+        initial_state: [N, H, K, V], the state before each segment; None: zeros.
 
     Returns:
         y [T, H, V] in v's type, and the state after each segment [N, H, K, V] in float32 or wider.
@@ -52,8 +55,8 @@ def generalised_delta(r: Tensor, w: Tensor, k: Tensor, v: Tensor, b: Tensor, c: 
     k_end, b_end = (k_back * end).mT, (b_back * end).mT
     maps = torch.diag_embed(end.squeeze(2)) - b_end @ by_state
     order = torch.tensor(plan.order, device=v.device)
-    zeros = v.new_zeros(len(bounds) - 1, heads, width, v.shape[-1])
-    before, final = _StatePass.apply(maps, k_end @ v - b_end @ u, zeros, plan.active)
+    state = v.new_zeros(len(bounds) - 1, heads, width, v.shape[-1]) if initial_state is None else initial_state.to(wide)[order]
+    before, final = _StatePass.apply(maps, k_end @ v - b_end @ u, state, plan.active)
     u = u + by_state @ before
     y = r_on @ before + (r_on @ k_back.mT).tril() @ v - (r_on @ b_back.mT).tril() @ u
     y = y.transpose(1, 2).flatten(0, 1)

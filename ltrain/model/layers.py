@@ -21,7 +21,7 @@ from ltrain.model.experts import Experts
 from ltrain.model.head import Head
 from ltrain.model.norm import GroupRMSNorm, LayerNorm, RMSNorm, WeightlessNorm
 from ltrain.model.options import ModelConfig, MoEOptions
-from ltrain.model.sequence import Sequence, before
+from ltrain.model.sequence import Sequence
 
 __all__ = [
     "Embedding",
@@ -312,7 +312,7 @@ class LocalLayers:
 
     def shift(self, x: Tensor, seq: Sequence) -> Tensor:
         """x [T / ranks, ...] -> for each of this rank's tokens the one before it in its document, zeros before the first."""
-        return before(x, seq)
+        return seq.exchange.before(x, seq)
 
     def mine(self, x: Tensor) -> Tensor:
         """x [T, ...], which all ranks have and which has no gradient -> [T / ranks, ...], of the tokens between blocks of this rank."""

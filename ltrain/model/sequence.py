@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ltrain.kernels import attention, linear_recurrence, short_conv
+from ltrain.kernels import attention, short_conv
 from ltrain.kernels.attention import FULL, PLAIN, Mask, Score
+from ltrain.kernels.recurrence import Recurrence
 
 
 class Exchange(Protocol):
@@ -30,10 +31,12 @@ class Exchange(Protocol):
         """Causal depthwise convolution inside documents, then SiLU or nothing: x [T, C], weight [C, W] -> [T, C]."""
         ...
 
-    def linear_recurrence(
-        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, seq: "Sequence", *, scale: float
-    ) -> Tensor:
-        """q, k [T, Hk, K], v [T, H, V], decay [T, H] (log) or None, beta [T, H] or None (additive) -> [T, H, V]."""
+    def before(self, x: Tensor, seq: "Sequence") -> Tensor:
+        """x [T, C] -> the row before each in its document, zeros before the first."""
+        ...
+
+    def recurrence(self, inputs: Recurrence, seq: "Sequence") -> Tensor:
+        """The outputs of a recurrence inside documents [T, ...]."""
         ...
 
     def sum(self, x: Tensor) -> Tensor:
@@ -55,10 +58,8 @@ class Exchange(Protocol):
         """What lies between blocks, [T / tensor ranks, hidden] -> its row of each document's last token [N / tensor ranks, hidden]."""
         ...
 
-    def final_recurrence(
-        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, seq: "Sequence", *, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """As `linear_recurrence`, and the state after each document [N, H, K, V] (float32 or wider) on every context rank."""
+    def final_recurrence(self, inputs: Recurrence, seq: "Sequence") -> tuple[Tensor, Tensor]:
+        """As `recurrence`, and the state after each document [N, ...] (float32 or wider) on every context rank."""
         ...
 
     def decode_attention(
@@ -85,10 +86,11 @@ class LocalExchange:
     def short_conv(self, x: Tensor, weight: Tensor, seq: "Sequence", activation: str | None = "silu") -> Tensor:
         return short_conv.short_conv(x, weight, seq.cu_seqlens, return_final_state=False, activation=activation)[0]
 
-    def linear_recurrence(
-        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, seq: "Sequence", *, scale: float
-    ) -> Tensor:
-        return linear_recurrence.linear_recurrence(q, k, v, decay, beta, seq.cu_seqlens, scale=scale).output
+    def before(self, x: Tensor, seq: "Sequence") -> Tensor:
+        return shifted(x, seq.cu_seqlens)
+
+    def recurrence(self, inputs: Recurrence, seq: "Sequence") -> Tensor:
+        return inputs.run(seq.cu_seqlens)[0]
 
     def sum(self, x: Tensor) -> Tensor:
         return x
@@ -104,12 +106,10 @@ class LocalExchange:
     def last_hidden(self, x: Tensor, seq: "Sequence") -> Tensor:
         return x[(seq.cu_seqlens[1:] - 1).to(x.device, torch.int64, non_blocking=True)]
 
-    def final_recurrence(
-        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, seq: "Sequence", *, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        result = linear_recurrence.linear_recurrence(q, k, v, decay, beta, seq.cu_seqlens, scale=scale, return_final_state=True)
-        assert result.final_state is not None
-        return result.output, result.final_state
+    def final_recurrence(self, inputs: Recurrence, seq: "Sequence") -> tuple[Tensor, Tensor]:
+        output, final = inputs.run(seq.cu_seqlens, final=True)
+        assert final is not None
+        return output, final
 
     def decode_attention(
         self, q: Tensor, k: Tensor, v: Tensor, behind: Tensor, *, scale: float, score: Score = PLAIN, sinks: Tensor | None = None
@@ -195,8 +195,10 @@ class Sequence:
         return replace(self, tape=Tape())
 
 
-def before(x: Tensor, seq: Sequence) -> Tensor:
-    """x [T, ...] of a whole stream -> the row before each in its document, zeros before the first."""
-    shifted = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
-    first = seq.cu_seqlens[:-1].long()
-    return shifted.index_fill(0, first[first < len(x)].to(x.device, non_blocking=True), 0.0)
+def shifted(x: Tensor, cu_seqlens: Tensor, before: Tensor | None = None) -> Tensor:
+    """x [T, C] -> the row before each in its segment, those of `before` [N, C] (None: zeros) before the first."""
+    first, end = cu_seqlens[:-1].long(), cu_seqlens[1:]
+    filled = (first < end).nonzero().squeeze(1)
+    rows, filled = first[filled].to(x.device, non_blocking=True), filled.to(x.device, non_blocking=True)
+    moved = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
+    return moved.index_fill(0, rows, 0.0) if before is None else moved.index_copy(0, rows, before[filled])

@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ltrain.kernels import attention, linear_recurrence
+from ltrain.kernels import attention
 from ltrain.kernels.attention import Score
+from ltrain.kernels.recurrence import Recurrence
 from ltrain.model.sequence import Tape
 from ltrain.parallel.context.layout import Plan
 from ltrain.parallel.context.messages import Messages
-from ltrain.parallel.context.scan import Inputs, Scan, incoming_states, scan
+from ltrain.parallel.context.scan import Scan, incoming_states, scan
 
 
 def last_rows(plan: Plan, count: int) -> tuple[Tensor, Tensor]:
@@ -59,17 +60,17 @@ def last_hidden(x: Tensor, plan: Plan, tensor: tuple[int, int], group: dist.Proc
     return out.unflatten(0, (size, -1))[rank]
 
 
-def final_recurrence(inputs: Inputs, plan: Plan, messages: Messages, tape: Tape, *, scale: float) -> tuple[Tensor, Tensor]:
-    """The recurrence over this rank's segments -> [T, H, V], and the state after each document [N, H, K, V]."""
+def final_recurrence(inputs: Recurrence, plan: Plan, messages: Messages, tape: Tape) -> tuple[Tensor, Tensor]:
+    """The recurrence over this rank's segments: its outputs, and the state after each document [N, ...]."""
     maps: Scan = plan.derive("scan", lambda: scan(plan))
     initial = incoming_states(inputs, maps, messages, tape)[0] if maps.needed else None
-    result = linear_recurrence.linear_recurrence(*inputs, plan.cu_seqlens, scale=scale, initial_state=initial, return_final_state=True)
-    assert result.final_state is not None
+    output, after = inputs.run(plan.cu_seqlens, initial, final=True)
+    assert after is not None
     ends = [(number, segment.document) for number, segment in enumerate(plan.segments) if not segment.outgoing]
-    here, documents = torch.tensor(ends, dtype=torch.int64).view(-1, 2).to(inputs.v.device, non_blocking=True).unbind(1)
-    final = result.final_state.new_zeros(len(plan.cuts) - 1, *inputs.state_shape)
-    final.index_copy_(0, documents, result.final_state[here])
-    return result.output, messages.sum("state", final)
+    here, documents = torch.tensor(ends, dtype=torch.int64).view(-1, 2).to(after.device, non_blocking=True).unbind(1)
+    final = after.new_zeros(len(plan.cuts) - 1, *inputs.state_shape)
+    final.index_copy_(0, documents, after[here])
+    return output, messages.sum("state", final)
 
 
 def decode_attention(

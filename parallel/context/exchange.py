@@ -8,15 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ltrain.kernels import attention, linear_recurrence, short_conv
+from ltrain.kernels import attention, short_conv
 from ltrain.kernels.attention import FULL, PLAIN, Mask, Score
-from ltrain.model.sequence import Sequence
+from ltrain.kernels.recurrence import Recurrence
+from ltrain.model.sequence import Sequence, shifted
 from ltrain.parallel.context import decode
 from ltrain.parallel.context.halo import Halo, HaloExchange, halo
 from ltrain.parallel.context.layout import ContextLayout, Plan
 from ltrain.parallel.context.messages import Messages
 from ltrain.parallel.context.ring import Ring, RingAttention, ring
-from ltrain.parallel.context.scan import Inputs, Scan, linear_recurrence_over_ranks, scan
+from ltrain.parallel.context.scan import Scan, recurrence_over_ranks, scan
 
 PLANS_KEPT = 64  # micro-batches: more than any pipeline schedule has under way
 
@@ -115,13 +116,22 @@ class ContextExchange:
             x, state = HaloExchange.apply(x, pieces, self._messages, seq.tape)  # type: ignore[no-untyped-call]
         return short_conv.short_conv(x, weight, plan.cu_seqlens, initial_state=state, return_final_state=False, activation=activation)[0]
 
-    def linear_recurrence(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, seq: Sequence, *, scale: float) -> Tensor:
-        """q, k [T, Hk, K], v [T, H, V], decay [T, H] (log) or None, beta [T, H] or None (additive) -> [T, H, V]."""
-        plan = self._local(q, "q", seq)
+    def before(self, x: Tensor, seq: Sequence) -> Tensor:
+        """x [T, C] -> [T, C]"""
+        plan = self._local(x, "x", seq)
+        pieces: Halo = plan.derive(("halo", 1), lambda: halo(plan, 1))
+        if not pieces.needed:
+            return shifted(x, plan.cu_seqlens)
+        x, state = HaloExchange.apply(x, pieces, self._messages, seq.tape)  # type: ignore[no-untyped-call]
+        return shifted(x, plan.cu_seqlens, state.squeeze(1))
+
+    def recurrence(self, inputs: Recurrence, seq: Sequence) -> Tensor:
+        """Of this rank's T tokens."""
+        plan = self._local(inputs.values, "the recurrence", seq)
         maps: Scan = plan.derive("scan", lambda: scan(plan))
         if not maps.needed:
-            return linear_recurrence.linear_recurrence(q, k, v, decay, beta, plan.cu_seqlens, scale=scale).output
-        return linear_recurrence_over_ranks(Inputs(q, k, v, decay, beta), plan.cu_seqlens, maps, self._messages, seq.tape, scale=scale)
+            return inputs.run(plan.cu_seqlens)[0]
+        return recurrence_over_ranks(inputs, plan.cu_seqlens, maps, self._messages, seq.tape)
 
     def sum(self, x: Tensor) -> Tensor:
         """x summed over the tensor and context ranks of the micro-batch, without gradient."""
@@ -142,11 +152,9 @@ class ContextExchange:
         """x [T / tensor ranks, hidden] -> [N / tensor ranks, hidden]"""
         return decode.last_hidden(x, self.plan(seq.cu_seqlens), self.tensor, self.sum_group)
 
-    def final_recurrence(
-        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, seq: Sequence, *, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """As `linear_recurrence` -> [T, H, V], and the state after each document [N, H, K, V]."""
-        return decode.final_recurrence(Inputs(q, k, v, decay, beta), self._local(q, "q", seq), self._messages, seq.tape, scale=scale)
+    def final_recurrence(self, inputs: Recurrence, seq: Sequence) -> tuple[Tensor, Tensor]:
+        """As `recurrence`, and the state after each document [N, ...]."""
+        return decode.final_recurrence(inputs, self._local(inputs.values, "the recurrence", seq), self._messages, seq.tape)
 
     def decode_attention(
         self, q: Tensor, k: Tensor, v: Tensor, behind: Tensor, *, scale: float, score: Score = PLAIN, sinks: Tensor | None = None

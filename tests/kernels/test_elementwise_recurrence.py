@@ -36,15 +36,20 @@ def test_scan(lengths: list[int], initial: bool) -> None:
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_selective_scan(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("initial", [False, True])
+def test_selective_scan(lengths: list[int], initial: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CHUNK", 16)
     g = torch.Generator().manual_seed(0)
     tokens = sum(lengths)
     x, B, C = (torch.randn(tokens, n, dtype=torch.float64, generator=g).requires_grad_() for n in (4, 3, 3))
     step = torch.rand(tokens, 4, dtype=torch.float64, generator=g).requires_grad_()
     rate = (0.1 + 3 * torch.rand(4, 3, dtype=torch.float64, generator=g)).requires_grad_()
-    leaves = [x, step, rate, B, C]
-    close(*(kernels.selective_scan(*leaves, cu(lengths), return_final_state=True, backend=backend) for backend in ("auto", "reference")), leaves)
+    state = torch.randn(len(lengths), 4, 3, dtype=torch.float64, generator=g).requires_grad_() if initial else None
+
+    def run(backend: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return kernels.selective_scan(x, step, rate, B, C, cu(lengths), initial_state=state, return_final_state=True, backend=backend)
+
+    close(run("auto"), run("reference"), [x, step, rate, B, C, *([state] if state is not None else [])])
 
 
 def test_decays_that_vanish_stay_finite_in_float32() -> None:
@@ -56,6 +61,9 @@ def test_decays_that_vanish_stay_finite_in_float32() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="one shape and type"):
         kernels.scan(torch.zeros(3, 2), torch.zeros(3, 1), cu([3]))
+    with pytest.raises(ValueError, match=r"initial_state must be \[1, 2, 4\]"):
+        x = torch.zeros(3, 2)
+        kernels.selective_scan(x, x, torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(3, 4), cu([3]), initial_state=torch.zeros(1, 2, 3))
     with pytest.raises(ValueError, match=r"initial_state must be \[1, 2\]"):
         kernels.scan(torch.zeros(3, 2), torch.zeros(3, 2), cu([3]), initial_state=torch.zeros(2, 2))
     with pytest.raises(ValueError, match="have shapes"):

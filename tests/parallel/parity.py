@@ -244,13 +244,13 @@ def broken_on_ranks(config: Config, what: str) -> dict[str, Any]:
     """As `on_ranks`, with one exchange replaced by one that forgets what other ranks hold."""
     from unittest.mock import patch
 
-    from ltrain.kernels import linear_recurrence
     from ltrain.model import layers
     from ltrain.parallel.context import exchange, halo, ring
     from ltrain.parallel.engines import megatron
 
-    def alone(inputs: Any, cu_seqlens: Tensor, *_: Any, scale: float) -> Tensor:
-        return linear_recurrence.linear_recurrence(*inputs, cu_seqlens, scale=scale).output
+    def alone(inputs: Any, cu_seqlens: Tensor, *_: Any) -> Tensor:
+        output: Tensor = inputs.run(cu_seqlens)[0]
+        return output
 
     def whole_gradients(param: Any) -> Any:
         return replace(layers.layout_of(param), partial_gradient=False)
@@ -258,7 +258,7 @@ def broken_on_ranks(config: Config, what: str) -> dict[str, Any]:
     patches = {
         "ring": patch.object(ring, "merge", _no_merge),
         "halo": patch.object(halo.HaloExchange, "apply", lambda x, *_: (x, None)),
-        "scan": patch.object(exchange, "linear_recurrence_over_ranks", alone),
+        "scan": patch.object(exchange, "recurrence_over_ranks", alone),
         "tensor": patch.object(megatron, "layout_of", whole_gradients),
     }
     with patches[what]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ltrain.kernels import linear_recurrence as kernels
 from ltrain.kernels import short_conv
+from ltrain.kernels.recurrence import Linear
 from ltrain.model.layers import LocalLayers, constant
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.mixers.decay import constant_rates, inverse_softplus_step, log_decay, log_uniform_decay
@@ -163,13 +164,13 @@ class LinearRecurrence(Mixer):
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         q, k, v, z, rates = self._project(x)
         q, k, v, decay, beta, skip = cheap(self._mix, q, k, v, seq, *rates)
-        return self._output(seq.exchange.linear_recurrence(q, k, v, decay, beta, seq, scale=self.scale), z, skip)
+        return self._output(seq.exchange.recurrence(Linear(q, k, v, decay, beta, self.scale), seq), z, skip)
 
     def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, RecurrentState]:
         q, k, v, z, rates = self._project(x)
         conv = seq.exchange.last(torch.cat((q, k, v), dim=-1), seq, self.options.conv_width - 1) if self.options.conv_width else None
         q, k, v, decay, beta, skip = self._mix(q, k, v, seq, *rates)
-        y, recurrent = seq.exchange.final_recurrence(q, k, v, decay, beta, seq, scale=self.scale)
+        y, recurrent = seq.exchange.final_recurrence(Linear(q, k, v, decay, beta, self.scale), seq)
         return self._output(y, z, skip), RecurrentState(conv, recurrent)
 
     def decode(self, x: Tensor, state: RecurrentState, seq: Sequence) -> tuple[Tensor, RecurrentState]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ltrain.kernels import elementwise_recurrence as kernels
 from ltrain.kernels import short_conv
+from ltrain.kernels.recurrence import Selective
 from ltrain.model.layers import LocalLayers, ParamLayout, constant
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.mixers.decay import inverse_softplus_step
@@ -85,14 +86,13 @@ class Mamba(Mixer):
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         x, z = self.input(x)
         x = cheap(self._conv, x, seq)
-        return self._output(kernels.selective_scan(x, *self._select(x), seq.cu_seqlens)[0], x, z)
+        return self._output(seq.exchange.recurrence(Selective(x, *self._select(x)), seq), x, z)
 
     def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, MambaState]:
         x, z = self.input(x)
         conv = seq.exchange.last(x, seq, self.options.conv_width - 1)
         x = self._conv(x, seq)
-        y, recurrent = kernels.selective_scan(x, *self._select(x), seq.cu_seqlens, return_final_state=True)
-        assert recurrent is not None
+        y, recurrent = seq.exchange.final_recurrence(Selective(x, *self._select(x)), seq)
         return self._output(y, x, z), MambaState(conv, recurrent)
 
     def decode(self, x: Tensor, state: MambaState, seq: Sequence) -> tuple[Tensor, MambaState]:

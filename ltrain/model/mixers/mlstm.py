@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltrain.kernels import linear_recurrence as kernels
+from ltrain.kernels.recurrence import Linear, Recurrence
 from ltrain.model.layers import LocalLayers, constant
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.options import MLSTMOptions
@@ -20,6 +21,41 @@ EPS = 1e-6  # of the quotient, in units of the largest input gate so far
 class MLSTMState:
     recurrent: Tensor  # [N, H, K, V + 1], float32 or wider: the memory and, in the last column, the normaliser
     largest: Tensor  # [N, H], the running maximum m
+
+
+@dataclass(frozen=True)
+class Largest(Recurrence):
+    """m_t = max(m_{t-1} + decay_t, gate_t) from 0, both [T, H], without gradient: a recurrence in which sums are maxima and products are sums."""
+
+    decay: Tensor
+    gate: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        return self.gate
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return tuple(self.gate.shape[1:])
+
+    def run(self, cu_seqlens: Tensor, initial: Tensor | None = None, *, final: bool = False) -> tuple[Tensor, Tensor | None]:
+        start = self.gate.new_zeros(len(cu_seqlens) - 1, *self.state_shape, dtype=self.wide) if initial is None else initial
+        rows, states = [self.gate[:0]], []
+        for state, (a, b) in zip(start, pairwise(cu_seqlens.tolist()), strict=True):
+            if b > a:
+                faded = self.decay[a:b].double().cumsum(0)
+                rows.append((faded + torch.maximum((self.gate[a:b] - faded).cummax(0).values, state)).to(self.gate.dtype))
+            states.append(rows[-1][-1] if b > a else state)
+        return torch.cat(rows), torch.stack(states).to(self.wide) if final else None
+
+    def ends(self, begun: bool) -> tuple[Tensor | None, Tensor]:
+        start = self.gate.new_full((1, *self.state_shape), -torch.inf if begun else 0.0, dtype=self.wide)
+        final = self.run(self.alone, start, final=True)[1]
+        assert final is not None
+        return self.decay.sum(0, dtype=self.wide) if begun else None, final[0]
+
+    def join(self, m: Tensor, state: Tensor, e: Tensor, *, transpose: bool = False) -> Tensor:
+        return torch.maximum(state + m, e)
 
 
 class MLSTM(Mixer):
@@ -53,14 +89,6 @@ class MLSTM(Mixer):
         written = i.exp().unsqueeze(-1) * torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
         return q, k, written, F.logsigmoid(f), i, out
 
-    def _largest(self, decay: Tensor, i: Tensor, seq: Sequence) -> Tensor:
-        """m_t = max(m_{t-1} + ln f_t, i_t) from 0 inside documents, without gradient: [T, H]"""
-        rows = [i[:0].detach()]
-        for a, b in pairwise(seq.cu_seqlens.tolist()):
-            g = decay[a:b].detach().double().cumsum(0)
-            rows.append((g + (i[a:b].detach() - g).cummax(0).values.clamp(min=0) if b > a else g).to(i.dtype))
-        return torch.cat(rows)
-
     def _output(self, y: Tensor, largest: Tensor, out: Tensor) -> Tensor:
         """y [T, H, V + 1], largest [T, H], out [T, H * V] -> [T, hidden]"""
         h = y[..., :-1] / (y[..., -1:].abs().clamp(min=1.0) + EPS * largest.exp().unsqueeze(-1))
@@ -70,14 +98,14 @@ class MLSTM(Mixer):
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         q, k, written, decay, i, out = self._project(x)
-        y = seq.exchange.linear_recurrence(q, k, written, decay, None, seq, scale=self.scale)
-        return self._output(y, self._largest(decay, i, seq), out)
+        y = seq.exchange.recurrence(Linear(q, k, written, decay, None, self.scale), seq)
+        return self._output(y, seq.exchange.recurrence(Largest(decay.detach(), i.detach()), seq), out)
 
     def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, MLSTMState]:
         q, k, written, decay, i, out = self._project(x)
-        y, recurrent = seq.exchange.final_recurrence(q, k, written, decay, None, seq, scale=self.scale)
-        largest = self._largest(decay, i, seq)
-        return self._output(y, largest, out), MLSTMState(recurrent, seq.exchange.last(largest, seq, 1).squeeze(1))
+        y, recurrent = seq.exchange.final_recurrence(Linear(q, k, written, decay, None, self.scale), seq)
+        largest, last = seq.exchange.final_recurrence(Largest(decay.detach(), i.detach()), seq)
+        return self._output(y, largest, out), MLSTMState(recurrent, last)
 
     def decode(self, x: Tensor, state: MLSTMState, seq: Sequence) -> tuple[Tensor, MLSTMState]:
         q, k, written, decay, i, out = self._project(x)
@@ -96,8 +124,8 @@ class MLSTM(Mixer):
         return 4 * o.heads * (o.key_dim * (o.value_dim + 1) + 1)
 
     def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        """The other ranks' segment maps in float32: the state and a decay for each head."""
-        return [ExchangeNeed("scan", (self.state_bytes(tokens) + 4 * self.options.heads) * (ranks - 1))] if ranks > 1 else []
+        """The other ranks' segment maps in float32: the state, the largest gate and what fades either, for each head."""
+        return [ExchangeNeed("scan", (self.state_bytes(tokens) + 8 * self.options.heads) * (ranks - 1))] if ranks > 1 else []
 
 
 MIXER = MLSTM

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltrain.kernels import elementwise_recurrence as kernels
 from ltrain.kernels import short_conv
+from ltrain.kernels.recurrence import Elementwise
 from ltrain.model.layers import LocalLayers, ParamLayout, constant, normal
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.options import RGLRUOptions
@@ -95,18 +95,17 @@ class RGLRU(Mixer):
     def _gated(self, h: Tensor, y: Tensor) -> Tensor:
         return h.to(y.dtype) * F.gelu(y, approximate="tanh")
 
-    def _scan(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
-        a, added = cheap(self._gates, x, seq.positions == 0)
-        return kernels.scan(a, added, seq.cu_seqlens)
+    def _recurrence(self, x: Tensor, seq: Sequence) -> Elementwise:
+        return Elementwise(*cheap(self._gates, x, seq.positions == 0))
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         x, y = self.input(x)
-        return self._output(self._scan(cheap(self._conv, x, seq), seq)[0], y)
+        return self._output(seq.exchange.recurrence(self._recurrence(cheap(self._conv, x, seq), seq), seq), y)
 
     def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, RGLRUState]:
         x, y = self.input(x)
         conv = seq.exchange.last(x, seq, self.options.conv_width - 1)
-        h, recurrent = self._scan(self._conv(x, seq), seq)
+        h, recurrent = seq.exchange.final_recurrence(self._recurrence(self._conv(x, seq), seq), seq)
         return self._output(h, y), RGLRUState(conv, recurrent)
 
     def decode(self, x: Tensor, state: RGLRUState, seq: Sequence) -> tuple[Tensor, RGLRUState]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltrain.kernels.linear_recurrence.generalised import generalised_delta, step
+from ltrain.kernels.linear_recurrence.generalised import step
+from ltrain.kernels.recurrence import GeneralisedDelta
 from ltrain.model.layers import Init, LocalLayers, ParamLayout, constant, uniform
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.options import RWKV7Options
@@ -92,11 +93,11 @@ class RWKV7(Mixer):
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         inputs, gate = self._project(x, self.shift(x, seq), seq)
-        return self._output(generalised_delta(*inputs, seq.cu_seqlens)[0], inputs, gate)
+        return self._output(seq.exchange.recurrence(GeneralisedDelta(*inputs), seq), inputs, gate)
 
     def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, RWKV7State]:
         inputs, gate = self._project(x, self.shift(x, seq), seq)
-        y, recurrent = generalised_delta(*inputs, seq.cu_seqlens)
+        y, recurrent = seq.exchange.final_recurrence(GeneralisedDelta(*inputs), seq)
         return self._output(y, inputs, gate), RWKV7State(seq.exchange.last_hidden(x, seq), recurrent)
 
     def decode(self, x: Tensor, state: RWKV7State, seq: Sequence) -> tuple[Tensor, RWKV7State]:

@@ -31,9 +31,6 @@ class MambaOptions(MixerOptions):
         if self.inner_norm == "none" and self.inner_norm_eps is not None:
             raise ConfigError(f"{key}.inner_norm_eps={self.inner_norm_eps:g} has no effect with inner_norm: none: take it out")
 
-    def refuses(self) -> dict[str, str]:
-        return {"context": "no exchange carries a selective scan over ranks yet"}
-
 
 @dataclass
 class RGLRUOptions(MixerOptions):
@@ -48,6 +45,3 @@ class RGLRUOptions(MixerOptions):
     def check(self, key: str, parallel: "ParallelConfig") -> None:
         check_multiple(f"{key}.inner", self.inner, f"{key}.blocks", self.blocks)
         check_multiple(f"{key}.blocks", self.blocks, "parallel.tensor", parallel.tensor)
-
-    def refuses(self) -> dict[str, str]:
-        return {"context": "no exchange carries an elementwise recurrence over ranks yet"}

@@ -29,6 +29,3 @@ class MLSTMOptions(MixerOptions):
 
     def check(self, key: str, parallel: "ParallelConfig") -> None:
         check_multiple(f"{key}.heads", self.heads, "parallel.tensor", parallel.tensor)
-
-    def refuses(self) -> dict[str, str]:
-        return {"context": "no exchange carries the running maximum of its input gates yet"}

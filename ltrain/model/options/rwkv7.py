@@ -41,5 +41,4 @@ class RWKV7Options(MixerOptions):
         return ("value_mix=mix", "value_mix=source") if self.value_mix == "mix" else ("", "")
 
     def refuses(self) -> dict[str, str]:
-        found = {"context": "no exchange carries its token shift and its state over ranks yet"}
-        return {**found, "pipeline": "values of a source do not cross stages yet"} if self.value_mix == "mix" else found
+        return {"pipeline": "values of a source do not cross stages yet"} if self.value_mix == "mix" else {}

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ltrain.kernels.attention import FULL, PLAIN, Mask, Score
+from ltrain.kernels.recurrence import Elementwise, GeneralisedDelta, Linear, Selective
 from ltrain.model.sequence import LocalExchange, Sequence
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.layout import ContextLayout
 
-SHARED = ("weight", "sinks", "bias")  # inputs that are not of tokens
+SHARED = ("weight", "sinks", "bias", "rate")  # inputs that are not of tokens
 LAYOUTS = [(size, kind) for size in (2, 3, 4) for kind in ("contiguous", "zigzag")]
 
 
@@ -49,7 +50,7 @@ def streams(size: int) -> dict[str, list[int]]:
 class Case:
     """One call of one exchange: its inputs are drawn from the seed, the same everywhere."""
 
-    op: str  # attention | short_conv | linear_recurrence
+    op: str  # attention | short_conv | before | linear_recurrence | generalised | elementwise | selective
     lengths: tuple[int, ...]
     dtype: torch.dtype = torch.float64
     decay: str = "head"  # none | head | channel
@@ -96,6 +97,18 @@ class Case:
             if self.scored:
                 found |= {name: torch.randn(*shape, generator=generator, dtype=torch.float64) for name, shape in (("sinks", (4,)), ("bias", (4, 12)))}
             return found
+        if self.op == "before":
+            return {"x": normal(5), "dout": normal(5)}
+        if self.op == "elementwise":
+            return {"a": (-self.strength * normal(3, 2).exp()).exp(), "b": normal(3, 2), "dout": normal(3, 2)}
+        if self.op == "selective":
+            rate = self.strength * torch.arange(1, 5) + 0.1 * torch.rand(6, 4, generator=generator, dtype=torch.float64)
+            return {"x": normal(6), "step": normal(6).exp() / 4, "rate": rate, "B": normal(4), "C": normal(4), "dout": normal(6)}
+        if self.op == "generalised":
+            c = normal(3, 8)
+            c = c / c.norm(dim=-1, keepdim=True)
+            w = -0.6 * min(self.strength, 1.0) * normal(3, 8).sigmoid()
+            return {"r": normal(3, 8), "w": w, "k": normal(3, 8), "v": normal(3, 6), "b": c * normal(3, 8).sigmoid(), "c": c, "dout": normal(3, 6)}
         if self.op == "short_conv":
             weight = torch.randn(5, 4, generator=generator, dtype=torch.float64)
             return {"x": normal(5), "weight": weight, "dout": normal(5)}
@@ -120,7 +133,12 @@ def compute(case: Case, inputs: dict[str, Tensor], seq: Sequence, between: Calla
             return seq.exchange.attention(q, k, v, seq, scale=0.3, mask=case.mask, score=score, sinks=leaves.get("sinks"))
         if case.op == "short_conv":
             return seq.exchange.short_conv(leaves["x"], leaves["weight"], seq)
-        return seq.exchange.linear_recurrence(leaves["q"], leaves["k"], leaves["v"], leaves.get("decay"), leaves.get("beta"), seq, scale=0.3)
+        if case.op == "before":
+            return seq.exchange.before(leaves["x"], seq)
+        if case.op == "linear_recurrence":
+            return seq.exchange.recurrence(Linear(leaves["q"], leaves["k"], leaves["v"], leaves.get("decay"), leaves.get("beta"), 0.3), seq)
+        kinds = {"elementwise": Elementwise, "selective": Selective, "generalised": GeneralisedDelta}
+        return seq.exchange.recurrence(kinds[case.op](**leaves), seq)
 
     out = checkpoint(forward, use_reentrant=False, preserve_rng_state=False, context_fn=seq.tape.contexts) if case.recompute else forward()
     between()
@@ -137,7 +155,7 @@ def whole(case: Case) -> dict[str, Tensor]:
 def on_rank(kind: str, cases: list[Case]) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
     """On this rank of a pool: for each case its rows of output and gradients, and bytes sent (forward, and in all), by kind."""
     results = []
-    group = dist.new_group(list(range(dist.get_world_size())))  # it ends with this call
+    group = dist.group.WORLD  # nothing else speaks over it, and a pool that failed is replaced
     exchanges: dict[int, ContextExchange] = {}
     for case in cases:
         layout = ContextLayout(case.tokens, dist.get_rank(), dist.get_world_size(), kind)

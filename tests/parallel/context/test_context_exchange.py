@@ -26,7 +26,13 @@ MIXERS = {
     "add": {"op": "linear_recurrence", "update": "add", "decay": "none"},
     "delta and decay by channel": {"op": "linear_recurrence", "decay": "channel"},
     "add and decay by channel": {"op": "linear_recurrence", "update": "add", "decay": "channel"},
+    "token shift": {"op": "before"},
+    "elementwise": {"op": "elementwise"},
+    "selective": {"op": "selective"},
+    "selective and strong decay": {"op": "selective", "strength": 3.0},
+    "generalised delta": {"op": "generalised", "strength": 1.0},
 }
+OTHER_RECURRENCES = ("token shift", "elementwise", "selective", "generalised delta")
 
 
 def _cases(size: int, mixer: str, **options: Any) -> dict[str, Case]:
@@ -42,7 +48,7 @@ def test_any_layout_gives_the_output_and_gradients_of_one_rank(pool: Any, size: 
     assert {name: e for name, e in errors.items() if e[0] > 1e-10} == {}
 
 
-@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1", "add and decay near 1"])
+@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1", "add and decay near 1", *OTHER_RECURRENCES])
 @pytest.mark.parametrize(("size", "kind"), [(3, "zigzag"), (4, "contiguous")])
 def test_float32(pool: Any, size: int, kind: str, mixer: str) -> None:
     cases = _cases(size, mixer, dtype=torch.float32)
@@ -58,7 +64,9 @@ def test_bfloat16_travels_as_it_is(pool: Any, mixer: str) -> None:
     assert error(values, whole(case))[0] < 0.02
 
 
-@pytest.mark.parametrize("mixer", ["attention", "scores and sinks in a window", "short convolution", "delta and decay near 1"])
+@pytest.mark.parametrize(
+    "mixer", ["attention", "scores and sinks in a window", "short convolution", "delta and decay near 1", *OTHER_RECURRENCES[1:]]
+)
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
 def test_a_document_changes_nothing_outside_it(pool: Any, kind: str, mixer: str) -> None:
     lengths = (7, 30, 1, 10)
@@ -75,7 +83,7 @@ def test_a_document_changes_nothing_outside_it(pool: Any, kind: str, mixer: str)
 
 
 @pytest.mark.parametrize(
-    "mixer", ["attention", "scores and sinks in a window", "short convolution", "delta and decay near 1", "add and decay near 1"]
+    "mixer", ["attention", "scores and sinks in a window", "short convolution", "delta and decay near 1", "add and decay near 1", *OTHER_RECURRENCES]
 )
 @pytest.mark.parametrize(("size", "kind"), [(2, "zigzag"), (4, "zigzag"), (3, "contiguous")])
 def test_recomputation_sends_nothing_again(pool: Any, size: int, kind: str, mixer: str) -> None:
@@ -142,11 +150,19 @@ def test_halo_sends_one_row_less_than_the_width_for_each_cut(pool: Any, size: in
 
 
 @pytest.mark.parametrize(
-    ("mixer", "matrix"), [("delta and decay near 1", 4 * 8 * 8), ("add and decay near 1", 4), ("add", 0), ("add and decay by channel", 4 * 8)]
+    ("mixer", "state", "matrix"),
+    [
+        ("delta and decay near 1", 4 * 8 * 6, 4 * 8 * 8),
+        ("add and decay near 1", 4 * 8 * 6, 4),
+        ("add", 4 * 8 * 6, 0),
+        ("add and decay by channel", 4 * 8 * 6, 4 * 8),
+        ("elementwise", 3 * 2, 3 * 2),
+        ("selective", 6 * 4, 6 * 4),
+        ("generalised delta", 3 * 8 * 6, 3 * 8 * 8),
+    ],
 )
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_scan_sends_a_state_and_the_smallest_map(pool: Any, size: int, mixer: str, matrix: int) -> None:
-    state = 4 * 8 * 6
+def test_scan_sends_a_state_and_the_smallest_map(pool: Any, size: int, mixer: str, state: int, matrix: int) -> None:
     sent = _bytes(pool, size, "contiguous", lengths=(12 * size,), dtype=torch.float32, **MIXERS[mixer])
     # Rank r's map goes to each later rank; the first has no M, as its document starts there.
     forward = [(size - 1 - r) * 4 * (state + (matrix if r else 0)) for r in range(size)]
@@ -154,7 +170,7 @@ def test_scan_sends_a_state_and_the_smallest_map(pool: Any, size: int, mixer: st
     assert [b["scan"] - b.get("scan forward", 0) for b in sent] == forward[::-1]  # the same towards the earlier ones
 
 
-@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1"])
+@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1", *OTHER_RECURRENCES])
 @pytest.mark.parametrize(("kind", "lengths"), [("contiguous", (12,) * 4), ("zigzag", (6,) * 8), ("contiguous", (3, 9) * 4)])
 def test_documents_that_end_at_the_cuts_send_nothing(pool: Any, kind: str, lengths: tuple[int, ...], mixer: str) -> None:
     assert [sum(b.values()) for b in _bytes(pool, 4, kind, lengths=lengths, **MIXERS[mixer])] == [0] * 4
