@@ -22,6 +22,7 @@ SPLITS = ("train", "held_out")
 NEEDLES = {"passkey": 1, "kv": 4, "multi_query": 16, "variables": 2}  # of a sample, unless told otherwise or too short for them
 HOPS = 4  # names of a chain of variables at most
 SHORTEST = 64  # tokens
+TRIES = 64
 DRAWN = 0.5  # share of training's lines that come from no list of templates
 
 
@@ -221,14 +222,18 @@ def document(task: str, tokens: int, rng: random.Random, tokenizer: Tokenizer, h
     """
     count = max(1, min(most, round(tokens * per_1k / 1000)))
     count = {"kv": rng.randint(1, min(8, count)), "variables": max(1, count // HOPS)}.get(task, count)
-    facts = _Facts(rng, tokenizer, "train").draw(task, count)
+    facts: list[Fact] = []
 
     def room() -> int:
         return tokens - 1 - len(haystack.newline) - sum(f.size + f.asked_size + len(haystack.newline) * (len(f.lines) + 1) for f in facts)
 
-    while len(facts) > 1 and room() < tokens // 2:
-        facts.pop()
-    if room() < SHORTEST // 2:
+    for _ in range(TRIES):  # in a short document there may be no place for a long line
+        facts = _Facts(rng, tokenizer, "train").draw(task, count)
+        while len(facts) > 1 and room() < tokens // 2:
+            facts.pop()
+        if room() >= SHORTEST // 2:
+            break
+    else:
         raise ValueError(f"a synthetic document of {tokens} tokens has no place for a needle: write at least 256 as its length")
     # A question in the middle takes a newline more than one at the end: what is spared goes to the haystack.
     middle = facts[: len(facts) // 2] if task == "multi_query" else []
