@@ -5,10 +5,10 @@ one rank, and ring attention, halos and state scans under context parallelism (`
 is the same code on one rank and on a thousand.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +18,30 @@ from ltrain.kernels.attention import FULL, PLAIN, Mask, Score
 from ltrain.kernels.recurrence import Recurrence
 
 
+class Latent(NamedTuple):
+    """What keys and values are made of, where that is smaller and may travel in their place."""
+
+    width: int  # C
+    rows: Callable[[], Tensor]  # -> [T, C]
+    weight: Tensor
+    expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # rows [n, C] and the weight -> k [n, Hk, D] and v [n, Hk, Dv]
+
+
 class Exchange(Protocol):
     """The access patterns of the mixers along the stream. T is the number of this rank's tokens."""
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, seq: "Sequence", *, scale: float, mask: Mask = FULL, score: Score = PLAIN, sinks: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seq: "Sequence",
+        *,
+        scale: float,
+        mask: Mask = FULL,
+        score: Score = PLAIN,
+        sinks: Tensor | None = None,
+        latent: Latent | None = None,
     ) -> Tensor:
         """Softmax attention inside documents under a mask: q [T, H, D], k [T, Hk, D], v [T, Hk, Dv], sinks [H] -> [T, H, Dv]."""
         ...
@@ -78,7 +97,17 @@ class LocalExchange:
     """One rank holds the whole stream: nothing is exchanged."""
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, seq: "Sequence", *, scale: float, mask: Mask = FULL, score: Score = PLAIN, sinks: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seq: "Sequence",
+        *,
+        scale: float,
+        mask: Mask = FULL,
+        score: Score = PLAIN,
+        sinks: Tensor | None = None,
+        latent: Latent | None = None,
     ) -> Tensor:
         starts = seq.starts() if mask.placed else None
         return attention.attention(q, k, v, seq.cu_seqlens, scale=scale, mask=mask, starts=starts, score=score, sinks=sinks)

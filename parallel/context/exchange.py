@@ -11,7 +11,7 @@ from torch import Tensor
 from ltrain.kernels import attention, short_conv
 from ltrain.kernels.attention import FULL, PLAIN, Mask, Score
 from ltrain.kernels.recurrence import Recurrence
-from ltrain.model.sequence import Sequence, shifted
+from ltrain.model.sequence import Latent, Sequence, shifted
 from ltrain.parallel.context import decode
 from ltrain.parallel.context.halo import Halo, HaloExchange, halo
 from ltrain.parallel.context.layout import ContextLayout, Plan
@@ -78,7 +78,17 @@ class ContextExchange:
         return self.plan(seq.cu_seqlens)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, *, scale: float, mask: Mask = FULL, score: Score = PLAIN, sinks: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seq: Sequence,
+        *,
+        scale: float,
+        mask: Mask = FULL,
+        score: Score = PLAIN,
+        sinks: Tensor | None = None,
+        latent: Latent | None = None,
     ) -> Tensor:
         """q [T, H, D], k [T, Hk, D], v [T, Hk, Dv] of this rank's T tokens, sinks [H] -> [T, H, Dv]."""
         if self.layout.size == 1:
@@ -93,7 +103,10 @@ class ContextExchange:
             first = [s.start - s.begin + before.get(s.document, 0) for s in plan.segments]
             return attention.attention(q, k, v, plan.cu_seqlens, scale=scale, mask=mask, starts=first, score=score, sinks=sinks)
         plain = score._replace(bias=None)
-        out: Tensor = RingAttention.apply(q, k, v, sinks, score.bias, found, self._messages, seq.tape, scale, plain)  # type: ignore[no-untyped-call]
+        # what is smaller travels: with many heads the latents, with few of them on this rank the keys and values
+        made = latent if latent is not None and latent.width < k.shape[1:].numel() + v.shape[1:].numel() else None
+        carried = (None, None, None) if made is None else (made.rows(), made.weight, made.expand)
+        out: Tensor = RingAttention.apply(q, k, v, sinks, score.bias, *carried, found, self._messages, seq.tape, scale, plain)  # type: ignore[no-untyped-call]
         return out
 
     @staticmethod

@@ -6,7 +6,8 @@ rows that its receiver's masks can see: (P-1)/P of K and V is the most that arri
 is at most 3/4 of that, for a window the rows that it reaches over a cut and the anchors once, for chunks those of a chunk
 that is cut, and nothing travels between ranks that share no document. Step s + 1 is under way while step s
 is computed. The outputs of the steps merge by log-sum-exp. The backward is a second ring; a step's key and value
-gradients go straight back to their owner, in float32 or wider.
+gradients go straight back to their owner, in float32 or wider. Keys and values that are made of something smaller
+(the latents of multi-head latent attention) may be made on arrival: then that travels, and its gradient.
 """
 
 from bisect import bisect_right
@@ -117,32 +118,70 @@ def ring(plan: Plan, mask: Mask, starts: Starts) -> Ring:
     return Ring(own + across, steps if shared else [], not shared and not across)
 
 
-def _send_keys(step: Step, k: Tensor, v: Tensor, messages: Messages) -> Transit:
-    """K and V rows of this step, K before V in one flat message."""
-    width = k[:0].flatten(1).shape[1] + v[:0].flatten(1).shape[1]
-    sends = {step.destination: torch.cat([take(k, step.sent).flatten(), take(v, step.sent).flatten()])} if step.sent else {}
-    receives = {step.source: count(step.reads.keys) * width} if step.reads.keys else {}
-    return messages.post("ring", sends, receives, dtype=k.dtype, device=k.device)
+Carried = tuple[Tensor, ...]  # what travels, [T, ...] each: K and V, or what they are made of on arrival
 
 
-def _split(flat: Tensor, rows: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """A flat message of `rows` rows -> [rows, Hk, D] and [rows, Hk, Dv]."""
-    cut = rows * k.shape[1] * k.shape[2]
-    return flat[:cut].view(rows, *k.shape[1:]), flat[cut:].view(rows, *v.shape[1:])
+def _send(step: Step, carried: Carried, messages: Messages) -> Transit:
+    """The rows of this step in one flat message, one tensor after another."""
+    sends = {step.destination: torch.cat([take(x, step.sent).flatten() for x in carried])} if step.sent else {}
+    receives = {step.source: count(step.reads.keys) * _width(carried)} if step.reads.keys else {}
+    return messages.post("ring", sends, receives, dtype=carried[0].dtype, device=carried[0].device)
+
+
+def _width(carried: Carried) -> int:
+    return sum(x.shape[1:].numel() for x in carried)
+
+
+def _split(flat: Tensor, rows: int, carried: Carried) -> list[Tensor]:
+    """A flat message of `rows` rows -> [rows, ...] of each tensor."""
+    parts = flat.split([rows * x.shape[1:].numel() for x in carried])
+    return [part.view(rows, *x.shape[1:]) for part, x in zip(parts, carried, strict=True)]
+
+
+class Expansion(NamedTuple):
+    """K and V of what travels. weight: None where these travel themselves."""
+
+    weight: Tensor | None
+    expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+
+    def __call__(self, arrived: list[Tensor]) -> tuple[Tensor, Tensor]:
+        if self.expand is None or self.weight is None:
+            return arrived[0], arrived[1]
+        return self.expand(arrived[0], self.weight)
+
+    def backward(self, arrived: list[Tensor], gradients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor | None]:
+        """What `gradients` gives for K and V, as gradients of what has arrived and of the weight."""
+        if self.expand is None or self.weight is None:
+            return list(gradients(arrived[0], arrived[1])), None
+        leaves = arrived[0].detach().requires_grad_(), self.weight.detach().requires_grad_()
+        with torch.enable_grad():
+            k, v = self.expand(*leaves)
+        dk, dv = gradients(k.detach(), v.detach())
+        drows, dweight = torch.autograd.grad((k, v), leaves, (dk.to(k.dtype), dv.to(v.dtype)))
+        return [drows], dweight
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Ring, messages: Messages, scale: float, score: Score
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    carried: Carried,
+    expansion: Expansion,
+    plan: Ring,
+    messages: Messages,
+    scale: float,
+    score: Score,
 ) -> tuple[Tensor, Tensor]:
-    transit = _send_keys(plan.steps[0], k, v, messages) if plan.steps else NONE
+    transit = _send(plan.steps[0], carried, messages) if plan.steps else NONE
     out, lse = forward_pairs(q, k, v, plan.local, scale=scale, score=score)  # [T, H, Dv], [T, H]
     for i, step in enumerate(plan.steps):
         arrived = transit.wait()
         if i + 1 < len(plan.steps):
-            transit = _send_keys(plan.steps[i + 1], k, v, messages)
+            transit = _send(plan.steps[i + 1], carried, messages)
         if not step.reads.pairs:
             continue
-        k_step, v_step = _split(arrived[step.source], count(step.reads.keys), k, v)
+        k_step, v_step = expansion(_split(arrived[step.source], count(step.reads.keys), carried))
         out_step, lse_step = forward_pairs(take(q, step.reads.queries), k_step, v_step, step.reads.pairs, scale=scale, score=score)
         done = 0
         for a, b in step.reads.queries:
@@ -155,52 +194,80 @@ def _forward(
 
 
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Ring, messages: Messages, scale: float, score: Score
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    transit = _send_keys(plan.steps[0], k, v, messages) if plan.steps else NONE
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    carried: Carried,
+    expansion: Expansion,
+    plan: Ring,
+    messages: Messages,
+    scale: float,
+    score: Score,
+) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """Gradients of q, k and v; of what was carried (k and v themselves: among the first), of the weight and of the bias."""
+    transit = _send(plan.steps[0], carried, messages) if plan.steps else NONE
     dq, dk, dv, dbias = backward_pairs(dout, q, k, v, out, lse, plan.local, scale=scale, score=score)
+    expanded = expansion.weight is not None
+    home = [x.new_zeros(x.shape, dtype=dk.dtype) for x in carried] if expanded else [dk, dv]
+    dweight = None
     homing: list[tuple[Step, Transit]] = []
     for i, step in enumerate(plan.steps):
         arrived = transit.wait()
         if i + 1 < len(plan.steps):
-            transit = _send_keys(plan.steps[i + 1], k, v, messages)
+            transit = _send(plan.steps[i + 1], carried, messages)
         sends: dict[int, Tensor] = {}
         if step.reads.pairs:
-            k_step, v_step = _split(arrived[step.source], count(step.reads.keys), k, v)
-            q_step, dout_step, out_step, lse_step = (take(x, step.reads.queries) for x in (q, dout, out, lse))
-            dq_step, dk_step, dv_step, dbias_step = backward_pairs(
-                dout_step, q_step, k_step, v_step, out_step, lse_step, step.reads.pairs, scale=scale, score=score
-            )
-            dbias = dbias if dbias_step is None else dbias_step if dbias is None else dbias + dbias_step
-            done = 0
-            for a, b in step.reads.queries:
-                dq[a:b] += dq_step[done : done + b - a]
-                done += b - a
-            sends = {step.source: torch.cat([dk_step.flatten(), dv_step.flatten()])}
-        receives = {step.destination: count(step.sent) * (dk[:0].flatten(1).shape[1] + dv[:0].flatten(1).shape[1])} if step.sent else {}
-        homing.append((step, messages.post("ring", sends, receives, dtype=dk.dtype, device=dk.device)))
+
+            def gradients(k_step: Tensor, v_step: Tensor, step: Step = step) -> tuple[Tensor, Tensor]:
+                nonlocal dbias
+                q_step, dout_step, out_step, lse_step = (take(x, step.reads.queries) for x in (q, dout, out, lse))
+                dq_step, dk_step, dv_step, dbias_step = backward_pairs(
+                    dout_step, q_step, k_step, v_step, out_step, lse_step, step.reads.pairs, scale=scale, score=score
+                )
+                dbias = dbias if dbias_step is None else dbias_step if dbias is None else dbias + dbias_step
+                _add([dq], [dq_step], step.reads.queries)
+                return dk_step, dv_step
+
+            found, dweight_step = expansion.backward(_split(arrived[step.source], count(step.reads.keys), carried), gradients)
+            sends = {step.source: torch.cat([x.flatten() for x in found])}
+            if dweight_step is not None:
+                dweight = dweight_step if dweight is None else dweight + dweight_step
+        receives = {step.destination: count(step.sent) * _width(carried)} if step.sent else {}
+        # K and V come home in float32 or wider; what they were made of, as its own products gave it
+        travelling = carried[0].dtype if expanded else dk.dtype
+        homing.append((step, messages.post("ring", sends, receives, dtype=travelling, device=dk.device)))
         if i:  # the gradients of the step before travelled while this one was computed
-            _add(dk, dv, *homing[i - 1])
+            _come_home(home, *homing[i - 1])
     if homing:
-        _add(dk, dv, *homing[-1])
-    return dq, dk, dv, dbias
+        _come_home(home, *homing[-1])
+    return [dq, dk, dv], home if expanded else [], dweight, dbias
 
 
-def _add(dk: Tensor, dv: Tensor, step: Step, transit: Transit) -> None:
-    """Gradients that came home from one step, added in the order of the steps."""
+def _come_home(home: list[Tensor], step: Step, transit: Transit) -> None:
+    """The gradients of one step, added in the order of the steps."""
     arrived = transit.wait()
-    if not step.sent:
-        return
-    dk_step, dv_step = _split(arrived[step.destination], count(step.sent), dk, dv)
-    done = 0
-    for a, b in step.sent:
-        dk[a:b] += dk_step[done : done + b - a]
-        dv[a:b] += dv_step[done : done + b - a]
-        done += b - a
+    if step.sent:
+        _add(home, _split(arrived[step.destination], count(step.sent), tuple(home)), step.sent)
+
+
+def _add(into: list[Tensor], parts: list[Tensor], rows: Rows) -> None:
+    """To these rows of each tensor, one after another, what lies end to end in its part."""
+    for x, part in zip(into, parts, strict=True):
+        done = 0
+        for a, b in rows:
+            x[a:b] += part[done : done + b - a]
+            done += b - a
 
 
 class RingAttention(torch.autograd.Function):
-    """q [T, H, D], k [T, Hk, D], v [T, Hk, Dv], sinks [H], bias [H, buckets] -> [T, H, Dv]: causal in documents that may cross the ranks."""
+    """q [T, H, D], k [T, Hk, D], v [T, Hk, Dv], sinks [H], bias [H, buckets] -> [T, H, Dv]: causal in documents that may cross the ranks.
+
+    latent [T, C] and weight: what travels instead of k and v, and what `expand` makes these of on arrival; None: they travel themselves. Gradients of
+    what other ranks made of it come to latent, those of what this rank made of theirs to weight; k and v get those of this rank's own pairs.
+    """
 
     @staticmethod
     def forward(
@@ -210,22 +277,29 @@ class RingAttention(torch.autograd.Function):
         v: Tensor,
         sinks: Tensor | None,
         bias: Tensor | None,
+        latent: Tensor | None,
+        weight: Tensor | None,
+        expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
         plan: Ring,
         messages: Messages,
         tape: Tape,
         scale: float,
         score: Score,
     ) -> Tensor:
-        out, lse = tape.keep(lambda: _forward(q, k, v, sinks, plan, messages, scale, score._replace(bias=bias)))
-        ctx.save_for_backward(q, k, v, sinks, bias, out, lse)
-        ctx.ring = plan, messages, scale, score._replace(bias=None)
+        carried = (k, v) if latent is None else (latent,)
+        expansion = Expansion(weight, expand)
+        out, lse = tape.keep(lambda: _forward(q, k, v, sinks, carried, expansion, plan, messages, scale, score._replace(bias=bias)))
+        ctx.save_for_backward(q, k, v, sinks, bias, latent, weight, out, lse)
+        ctx.ring = expand, plan, messages, scale, score._replace(bias=None)
         return out.detach()  # an own handle: autograd would tie the kept one to this graph
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, sinks, bias, out, lse = ctx.saved_tensors
-        plan, messages, scale, score = ctx.ring
-        dq, dk, dv, dbias = _backward(dout, q, k, v, out, lse, plan, messages, scale, score._replace(bias=bias))
+        q, k, v, sinks, bias, latent, weight, out, lse = ctx.saved_tensors
+        expand, plan, messages, scale, score = ctx.ring
+        carried, expansion = (k, v) if latent is None else (latent,), Expansion(weight, expand)
+        own, home, dweight, dbias = _backward(dout, q, k, v, out, lse, carried, expansion, plan, messages, scale, score._replace(bias=bias))
         dsinks = None if sinks is None else sinks_gradient(dout, out, lse, sinks)
         dbias = None if bias is None or dbias is None else dbias.to(bias.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, dbias, None, None, None, None, None
+        dlatent = home[0].to(latent.dtype) if latent is not None else None
+        return *(x.to(of.dtype) for x, of in zip(own, (q, k, v), strict=True)), dsinks, dbias, dlatent, dweight, *[None] * 6

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ltrain.model.layers import LocalLayers
@@ -13,7 +14,7 @@ from ltrain.model.mixers.kv_cache import KVCache
 from ltrain.model.options import MLAOptions
 from ltrain.model.position import query_temperature, rotate, shared_rotary_tables
 from ltrain.model.recompute import cheap
-from ltrain.model.sequence import Sequence
+from ltrain.model.sequence import Latent, Sequence
 
 
 class MLA(Mixer):
@@ -78,17 +79,31 @@ class MLA(Mixer):
     def _attend(self, x: Tensor, latent: Tensor, key: Tensor, seq: Sequence) -> tuple[Tensor, Tensor | None]:
         """[T, hidden], and the indexer's keys [T, Di] where there is one."""
         query = self._query_latent(x)
-        plain, turning = self._queries(query, seq)
+        q = torch.cat(self._queries(query, seq), dim=-1)
         k, v = self.kv(latent)
-        k = torch.cat((k.unflatten(-1, (self.heads, -1)), key.expand(-1, self.heads, -1)), dim=-1)
-        q, v = torch.cat((plain, turning), dim=-1), v.unflatten(-1, (self.heads, -1))
+        k, v = self._keys_values(k, v, key.squeeze(1))
         if self.indexer is not None:
             index = self.indexer(x, query, seq)
             return self._output(self.indexer.attend(q, k, v, index, seq, self.scale), x), index[1]
         if self.options.select == "shared":
             indices = seq.tape.keep(lambda: seq.shared[SELECTION])  # a later layer's will stand there when this one is made again
             return self._output(attend(q, k, v, indices, seq, self.scale), x), None
-        return self._output(seq.exchange.attention(q, k, v, seq, scale=self.scale), x), None
+        width, weight = self.options.kv_rank + self.options.rope_dim, self.kv.weight
+        assert isinstance(weight, Tensor)
+        carried = Latent(width, lambda: torch.cat((self.gather(latent), key.squeeze(1)), dim=-1), weight, self._expand)
+        return self._output(seq.exchange.attention(q, k, v, seq, scale=self.scale, latent=carried), x), None
+
+    def _keys_values(self, k: Tensor, v: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """k [n, H * nope_dim], v [n, H * value_dim] and the key with position [n, rope_dim] -> [n, H, nope_dim + rope_dim], [n, H, value_dim]"""
+        shared = key.unsqueeze(1).expand(-1, self.heads, -1)
+        return torch.cat((k.unflatten(-1, (self.heads, -1)), shared), dim=-1), v.unflatten(-1, (self.heads, -1))
+
+    def _expand(self, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents with keys [n, kv_rank + rope_dim], and the weight that makes keys and values of them."""
+        latent, key = rows.split((self.options.kv_rank, self.options.rope_dim), dim=-1)
+        widths = self.heads * self.options.nope_dim, self.heads * self.options.value_dim
+        k, v = F.linear(latent, weight.to(latent.dtype)).split(widths, dim=-1)
+        return self._keys_values(k, v, key)
 
     def _output(self, y: Tensor, x: Tensor) -> Tensor:
         """y [T, H, value_dim] -> [T, hidden]"""
@@ -155,11 +170,12 @@ class MLA(Mixer):
         return (o.kv_rank + o.rope_dim + (o.index_dim if o.select == "index" else 0)) * context * bytes_per_value
 
     def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        """The ring carries the expanded keys and values of all heads."""
+        """The ring carries latents, or where these are larger the keys and values."""
         if ranks == 1:
             return []
         o = self.options
-        return [ExchangeNeed("ring", o.heads * (o.nope_dim + o.rope_dim + o.value_dim) * tokens * bytes_per_value * (ranks - 1) // ranks)]
+        width = min(o.kv_rank + o.rope_dim, o.heads * (o.nope_dim + o.rope_dim + o.value_dim))
+        return [ExchangeNeed("ring", width * tokens * bytes_per_value * (ranks - 1) // ranks)]
 
 
 MIXER = MLA

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ltrain.kernels.attention import FULL, PLAIN, Mask, Score
 from ltrain.kernels.recurrence import Elementwise, GeneralisedDelta, Linear, Selective
-from ltrain.model.sequence import LocalExchange, Sequence
+from ltrain.model.sequence import Latent, LocalExchange, Sequence
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.layout import ContextLayout
 
@@ -50,7 +50,7 @@ def streams(size: int) -> dict[str, list[int]]:
 class Case:
     """One call of one exchange: its inputs are drawn from the seed, the same everywhere."""
 
-    op: str  # attention | short_conv | before | linear_recurrence | generalised | elementwise | selective
+    op: str  # attention | latent | short_conv | before | linear_recurrence | generalised | elementwise | selective
     lengths: tuple[int, ...]
     dtype: torch.dtype = torch.float64
     decay: str = "head"  # none | head | channel
@@ -97,6 +97,9 @@ class Case:
             if self.scored:
                 found |= {name: torch.randn(*shape, generator=generator, dtype=torch.float64) for name, shape in (("sinks", (4,)), ("bias", (4, 12)))}
             return found
+        if self.op == "latent":
+            weight = torch.randn(48, 5, generator=generator, dtype=torch.float64)
+            return {"q": normal(4, 8), "rows": normal(7), "weight": weight, "dout": normal(4, 6)}
         if self.op == "before":
             return {"x": normal(5), "dout": normal(5)}
         if self.op == "elementwise":
@@ -121,6 +124,12 @@ class Case:
         return inputs
 
 
+def expand(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents of 5 numbers and keys of 2 that all heads share -> k [n, 4, 8] and v [n, 4, 6]"""
+    k, v = (rows[:, :5] @ weight.T).split(24, dim=-1)
+    return torch.cat((k.unflatten(-1, (4, 6)), rows[:, None, 5:].expand(-1, 4, -1)), dim=-1), v.unflatten(-1, (4, 6))
+
+
 def compute(case: Case, inputs: dict[str, Tensor], seq: Sequence, between: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
     """Output and the gradient of every input. `between` is called after the forward."""
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items() if name != "dout"}
@@ -133,6 +142,10 @@ def compute(case: Case, inputs: dict[str, Tensor], seq: Sequence, between: Calla
             return seq.exchange.attention(q, k, v, seq, scale=0.3, mask=case.mask, score=score, sinks=leaves.get("sinks"))
         if case.op == "short_conv":
             return seq.exchange.short_conv(leaves["x"], leaves["weight"], seq)
+        if case.op == "latent":
+            rows, weight = leaves["rows"], leaves["weight"]
+            carried = Latent(7, lambda: rows, weight, expand)
+            return seq.exchange.attention(leaves["q"], *expand(rows, weight), seq, scale=0.3, mask=case.mask, latent=carried)
         if case.op == "before":
             return seq.exchange.before(leaves["x"], seq)
         if case.op == "linear_recurrence":

@@ -18,6 +18,8 @@ MIXERS = {
     "chunks": {"op": "attention", "mask": Mask(chunk=8), "start": 5},
     "scores and sinks": {"op": "attention", "scored": True},
     "scores and sinks in a window": {"op": "attention", "scored": True, "mask": Mask(window=9, anchors=2)},
+    "latent": {"op": "latent"},
+    "latent in a window": {"op": "latent", "mask": Mask(window=9, anchors=2)},
     "short convolution": {"op": "short_conv"},
     "delta and decay near 1": {"op": "linear_recurrence"},
     "delta and strong decay": {"op": "linear_recurrence", "strength": 5.0},
@@ -32,7 +34,7 @@ MIXERS = {
     "selective and strong decay": {"op": "selective", "strength": 3.0},
     "generalised delta": {"op": "generalised", "strength": 1.0},
 }
-OTHER_RECURRENCES = ("token shift", "elementwise", "selective", "generalised delta")
+OTHERS = ("token shift", "latent", "elementwise", "selective", "generalised delta")
 
 
 def _cases(size: int, mixer: str, **options: Any) -> dict[str, Case]:
@@ -48,7 +50,7 @@ def test_any_layout_gives_the_output_and_gradients_of_one_rank(pool: Any, size: 
     assert {name: e for name, e in errors.items() if e[0] > 1e-10} == {}
 
 
-@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1", "add and decay near 1", *OTHER_RECURRENCES])
+@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1", "add and decay near 1", *OTHERS])
 @pytest.mark.parametrize(("size", "kind"), [(3, "zigzag"), (4, "contiguous")])
 def test_float32(pool: Any, size: int, kind: str, mixer: str) -> None:
     cases = _cases(size, mixer, dtype=torch.float32)
@@ -64,9 +66,7 @@ def test_bfloat16_travels_as_it_is(pool: Any, mixer: str) -> None:
     assert error(values, whole(case))[0] < 0.02
 
 
-@pytest.mark.parametrize(
-    "mixer", ["attention", "scores and sinks in a window", "short convolution", "delta and decay near 1", *OTHER_RECURRENCES[1:]]
-)
+@pytest.mark.parametrize("mixer", ["attention", "scores and sinks in a window", "short convolution", "delta and decay near 1", *OTHERS[1:]])
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
 def test_a_document_changes_nothing_outside_it(pool: Any, kind: str, mixer: str) -> None:
     lengths = (7, 30, 1, 10)
@@ -83,7 +83,7 @@ def test_a_document_changes_nothing_outside_it(pool: Any, kind: str, mixer: str)
 
 
 @pytest.mark.parametrize(
-    "mixer", ["attention", "scores and sinks in a window", "short convolution", "delta and decay near 1", "add and decay near 1", *OTHER_RECURRENCES]
+    "mixer", ["attention", "scores and sinks in a window", "short convolution", "delta and decay near 1", "add and decay near 1", *OTHERS]
 )
 @pytest.mark.parametrize(("size", "kind"), [(2, "zigzag"), (4, "zigzag"), (3, "contiguous")])
 def test_recomputation_sends_nothing_again(pool: Any, size: int, kind: str, mixer: str) -> None:
@@ -116,6 +116,15 @@ def test_ring_sends_the_keys_that_causal_masks_see(pool: Any, size: int) -> None
     # Later ranks see the first span only, earlier ones both.
     assert [b.get("ring forward", 0) for b in zigzag] == [((size - 1 - r) * n // 2 + r * n) * row * 2 for r in range(size)]
     assert sum(b["ring forward"] for b in zigzag) <= 0.75 * size * (size - 1) / size * (n * size) * row * 2
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ring_sends_latents_instead_of_the_keys_and_values_of_all_heads(pool: Any, size: int) -> None:
+    n, row = 12, 5 + 2  # of K and V it would be 4 x (8 + 6)
+    sent = _bytes(pool, size, "contiguous", op="latent", lengths=(n * size,), dtype=torch.bfloat16)
+    assert [b.get("ring forward", 0) for b in sent] == [(size - 1 - r) * n * row * 2 for r in range(size)]
+    # Backward: latents again, and for what was read their gradients.
+    assert [b["ring"] for b in sent] == [(size - 1 - r) * n * row * 2 * 2 + r * n * row * 2 for r in range(size)]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -170,7 +179,7 @@ def test_scan_sends_a_state_and_the_smallest_map(pool: Any, size: int, mixer: st
     assert [b["scan"] - b.get("scan forward", 0) for b in sent] == forward[::-1]  # the same towards the earlier ones
 
 
-@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1", *OTHER_RECURRENCES])
+@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1", *OTHERS])
 @pytest.mark.parametrize(("kind", "lengths"), [("contiguous", (12,) * 4), ("zigzag", (6,) * 8), ("contiguous", (3, 9) * 4)])
 def test_documents_that_end_at_the_cuts_send_nothing(pool: Any, kind: str, lengths: tuple[int, ...], mixer: str) -> None:
     assert [sum(b.values()) for b in _bytes(pool, 4, kind, lengths=lengths, **MIXERS[mixer])] == [0] * 4
