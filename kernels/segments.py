@@ -1,9 +1,10 @@
 """Segments of a packed stream: reading their boundaries, and moving rows between the stream and a padded buffer."""
 
+from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,26 @@ def boundaries(cu_seqlens: Tensor, tokens: int) -> list[int]:
     if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to the stream's {tokens} tokens without falling, but is {summary(bounds)}")
     return bounds
+
+
+class Part(NamedTuple):
+    """Queries of one document, and the keys that it has up to the last of them, which may be more: queries [start, stop) belong to the keys from
+    `first` on, of a document whose keys begin at `begin`."""
+
+    start: int
+    stop: int
+    begin: int
+    first: int
+
+
+def parts(cu_seqlens: Tensor, tokens: int) -> list[Part]:
+    """Of a stream whose queries and keys are all here."""
+    return [Part(a, b, a, a) for a, b in pairwise(boundaries(cu_seqlens, tokens))]
+
+
+def documents(parts: Iterable[Part]) -> dict[int, int]:
+    """Where each document's keys begin -> where those of its last queries end."""
+    return {part.begin: part.first + part.stop - part.start for part in parts}
 
 
 def summary(numbers: list[int]) -> str:

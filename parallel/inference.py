@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ltrain.model import sequence as model
 from ltrain.model.head import WHOLE_LOGITS
+from ltrain.model.mixers.base import Mixer
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.pipeline import Stage
 
@@ -74,8 +75,12 @@ class Inference:
 
     @property
     def decodes(self) -> bool:
-        """Whether every rank has all layers. Without, what a greedy decoding would say has to be read from `score`."""
-        return self.mesh.pipeline.size() == 1
+        """Whether every rank has all layers, and these decode over the context ranks there are. Without, what a greedy decoding would say has to
+        be read from `score`."""
+        if self.mesh.pipeline.size() > 1:
+            return False
+        mixers = [m for m in self.stack.modules() if isinstance(m, Mixer)]
+        return self.mesh.context.size() == 1 or not any("context decode" in mixer.options.refuses() for mixer in mixers)
 
     def exchange(self, tokens: int) -> ContextExchange:
         """For streams of so many tokens."""

@@ -1,39 +1,51 @@
-"""Softmax attention over the keys that a lightning indexer selects for each query, inside the segments of a packed stream.
+"""Softmax attention over the keys that a lightning indexer selects for each query, inside the documents of a packed stream.
 
 Plain torch, by blocks of queries: memory is linear in the stream, and every score of a block is made before most are dropped. Source:
 DeepSeek Sparse Attention (DeepSeek-AI 2025, DeepSeek-V3.2 report, section 2).
 """
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ltrain.kernels.segments import accumulator, boundaries
+from ltrain.kernels.segments import Part, accumulator
 
 __all__ = ["index_loss", "index_scores", "select", "selected_attention"]
 
 SCORES = 1 << 24  # scores held at a time
 
 
-def _blocks(bounds: list[int], heads: int) -> Iterator[tuple[slice, slice]]:
-    """Query rows and the key rows that the last of them may see."""
-    for a, b in pairwise(bounds):
-        rows = max(SCORES // (heads * max(b - a, 1)), 16)
-        for first in range(a, b, rows):
-            last = min(first + rows, b)
-            yield slice(first, last), slice(a, last)
+class Block(NamedTuple):
+    """Some queries of a document, and the keys that the last of them may see."""
+
+    rows: slice
+    keys: slice
+    first: int  # the first query's place in its document
+
+    def places(self, device: torch.device) -> Tensor:
+        """[rows]: of the queries in their document."""
+        return torch.arange(self.first, self.first + self.rows.stop - self.rows.start, device=device)
+
+    def later(self, device: torch.device) -> Tensor:
+        """[rows, keys]: the keys behind each query."""
+        return torch.arange(self.keys.stop - self.keys.start, device=device) > self.places(device).unsqueeze(1)
 
 
-def _later(rows: slice, keys: slice, device: torch.device) -> Tensor:
-    """[rows, keys]: the keys behind each query."""
-    return torch.arange(keys.start, keys.stop, device=device) > torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
+def blocks(parts: Iterable[Part], heads: int) -> Iterator[Block]:
+    """All queries in their order, so many at a time that their scores stay below SCORES."""
+    for part in parts:
+        before = part.first - part.begin
+        step = max(SCORES // (heads * max(before + part.stop - part.start, 1)), 16)
+        for at in range(part.start, part.stop, step):
+            stop = min(at + step, part.stop)
+            yield Block(slice(at, stop), slice(part.begin, part.first + stop - part.start), before + at - part.start)
 
 
 def _chosen(indices: Tensor, keys: slice) -> Tensor:
-    """indices [R, K] (stream rows, -1: none) -> [R, keys], whether a key is among them."""
+    """indices [R, K] (-1: none) -> [R, keys], whether a key is among them."""
     there = (indices >= 0).to(torch.int32)
     counts = torch.zeros(len(indices), keys.stop - keys.start, dtype=torch.int32, device=indices.device)
     return counts.scatter_add_(1, (indices - keys.start).clamp(min=0), there) > 0
@@ -46,19 +58,20 @@ def index_scores(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def select(q: Tensor, k: Tensor, weights: Tensor, cu_seqlens: Tensor, top_k: int) -> Tensor:
-    """The top_k keys of highest index score for each query, among those of its segment up to itself.
+def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int) -> Tensor:
+    """The top_k keys of highest index score for each query, among those of its document up to itself.
 
     Args:
-        q: [T, H, D]; k: [T, D]; weights: [T, H], of the indexer.
-        cu_seqlens: [segments + 1] int32 boundaries, on the CPU.
+        q: [T, H, D]; k: [n, D]; weights: [T, H], of the indexer.
+        parts: which queries belong to which keys.
 
     Returns:
-        [T, top_k] int64 rows of the stream, -1 where there are fewer.
+        [T, top_k] int64 numbers of keys, -1 where there are fewer.
     """
     found = torch.full((len(q), top_k), -1, dtype=torch.int64, device=q.device)
-    for rows, keys in _blocks(boundaries(cu_seqlens, len(q)), q.shape[1]):
-        scores = index_scores(q[rows], k[keys], weights[rows]).masked_fill_(_later(rows, keys, q.device), -torch.inf)
+    for block in blocks(parts, q.shape[1]):
+        rows, keys, _ = block
+        scores = index_scores(q[rows], k[keys], weights[rows]).masked_fill_(block.later(q.device), -torch.inf)
         best = scores.topk(min(top_k, scores.shape[1]), dim=-1)
         found[rows, : best.indices.shape[1]] = (best.indices + keys.start).masked_fill(best.values == -torch.inf, -1)
     return found
@@ -76,21 +89,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tens
     return torch.einsum("hqk,khd->qhd", _probabilities(q, k, seen, scale).to(v.dtype), v)
 
 
-def selected_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cu_seqlens: Tensor, *, scale: float) -> Tensor:
+def selected_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, parts: list[Part], *, scale: float) -> Tensor:
     """softmax(scale q k^T) v over each query's selected keys alone. Differentiable in q, k and v.
 
     Args:
         q: [T, H, D].
-        k, v: [T, Hk, D], [T, Hk, Dv].
-        indices: [T, K], of `select`: each query's own segment, none later than it, at least one.
-        cu_seqlens: [segments + 1] int32 boundaries, on the CPU.
+        k, v: [n, Hk, D], [n, Hk, Dv].
+        indices: [T, K], of `select`: keys of each query's own document, none later than it, at least one.
+        parts: which queries belong to which keys.
         scale: what scores are multiplied with.
 
     Returns:
         [T, H, Dv] in v's type.
     """
     outputs = [v.new_zeros(0, q.shape[1], v.shape[2])]
-    for rows, keys in _blocks(boundaries(cu_seqlens, len(q)), q.shape[1]):
+    for rows, keys, _ in blocks(parts, q.shape[1]):
         args = (q[rows], k[keys], v[keys], _chosen(indices[rows], keys), scale)
         outputs.append(checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else _attend(*args))
     return torch.cat(outputs)
@@ -103,22 +116,23 @@ def _cross_entropy(target: Tensor, q: Tensor, k: Tensor, weights: Tensor, seen: 
 
 
 def index_loss(
-    q: Tensor, k: Tensor, index: tuple[Tensor, Tensor, Tensor], indices: Tensor | None, cu_seqlens: Tensor, *, scale: float, heads: int
+    q: Tensor, k: Tensor, index: tuple[Tensor, Tensor, Tensor], indices: Tensor | None, parts: list[Part], *, scale: float, heads: int
 ) -> Tensor:
     """What trains the indexer: the cross entropy of its softmax with the attention that it serves, summed over queries (equations 3 and 4 of
     the report, but for the entropy of the target, which has no gradient). Differentiable in the indexer's tensors alone.
 
     Args:
-        q, k: [T, H, D], [T, Hk, D] of the attention.
-        index: q [T, Hi, Di], k [T, Di] and weights [T, Hi] of the indexer.
+        q, k: [T, H, D], [n, Hk, D] of the attention.
+        index: q [T, Hi, Di], k [n, Di] and weights [T, Hi] of the indexer.
         indices: [T, K], of `select`, over which both are normalised (sparse stage); None: over all keys so far (dense warm-up).
-        cu_seqlens: [segments + 1] int32 boundaries, on the CPU.
+        parts: which queries belong to which keys.
         scale: of the attention's scores.
         heads: query heads of the whole attention, of which q may hold a part: the losses of the parts add up to the whole's.
     """
     total = torch.zeros((), dtype=accumulator(q.dtype), device=q.device)
-    for rows, keys in _blocks(boundaries(cu_seqlens, len(q)), q.shape[1]):
-        seen = ~_later(rows, keys, q.device) if indices is None else _chosen(indices[rows], keys)
+    for block in blocks(parts, q.shape[1]):
+        rows, keys, _ = block
+        seen = ~block.later(q.device) if indices is None else _chosen(indices[rows], keys)
         with torch.no_grad():
             target = _probabilities(q[rows], k[keys], seen, scale).sum(0) / heads
         total = total + checkpoint(

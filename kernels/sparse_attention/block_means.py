@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ltrain.kernels.segments import accumulator, boundaries
-from ltrain.kernels.sparse_attention import _blocks, _later
+from ltrain.kernels.segments import Part, accumulator
+from ltrain.kernels.sparse_attention import blocks
 
 
 def _chosen(q: Tensor, means: Tensor, own: Tensor, top: int) -> Tensor:
@@ -37,29 +37,27 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, later: Tensor, scale:
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype), v.repeat_interleave(group, 1))
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float, block: int, top: int) -> Tensor:
-    """Causal attention of each query over its own block and the top - 1 best of those before it, head by head, inside segments.
+def block_attention(q: Tensor, k: Tensor, v: Tensor, parts: list[Part], *, scale: float, block: int, top: int) -> Tensor:
+    """Causal attention of each query over its own block and the top - 1 best of those before it, head by head, inside documents.
 
-    Blocks are counted from a segment's first token. The choice has no gradient; differentiable in q, k and v.
+    Blocks are counted from a document's first token. The choice has no gradient; differentiable in q, k and v.
 
     Args:
-        q: [T, H, D]; k, v: [T, Hk, D], [T, Hk, Dv].
-        cu_seqlens: [segments + 1] int32 boundaries, on the CPU.
+        q: [T, H, D]; k, v: [n, Hk, D], [n, Hk, Dv].
+        parts: which queries belong to which keys.
         block: tokens of a block. top: blocks that a query sees, its own among them.
 
     Returns:
         [T, H, Dv] in v's type.
     """
-    outputs, start, means = [v.new_zeros(0, q.shape[1], v.shape[2])], -1, k[:0]
-    bounds = boundaries(cu_seqlens, len(q))
-    ends = dict(zip(bounds, bounds[1:], strict=False))
-    for rows, keys in _blocks(bounds, q.shape[1]):
-        if keys.start != start:
-            start, means = keys.start, _means(k[keys.start : ends[keys.start]].detach(), block)
-        own = (torch.arange(rows.start, rows.stop, device=q.device) - start) // block
-        seen = _chosen(q[rows].detach(), means[: -(-(rows.stop - start) // block)], own, top)
-        args = (q[rows], k[keys], v[keys], seen, _later(rows, keys, q.device), scale, block)
-        outputs.append(checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else _attend(*args))
+    outputs = [v.new_zeros(0, q.shape[1], v.shape[2])]
+    for part in parts:
+        means = _means(k[part.begin : part.first + part.stop - part.start].detach(), block)
+        for some in blocks([part], q.shape[1]):
+            rows, keys, _ = some
+            seen = _chosen(q[rows].detach(), means[: -(-(keys.stop - keys.start) // block)], some.places(q.device) // block, top)
+            args = (q[rows], k[keys], v[keys], seen, some.later(q.device), scale, block)
+            outputs.append(checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else _attend(*args))
     return torch.cat(outputs)
 
 

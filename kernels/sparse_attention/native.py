@@ -3,15 +3,14 @@
 Source: NSA (Yuan et al. 2025, arXiv 2502.11089), sections 3.3.1 and 3.3.2. Plain torch, by blocks of queries.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ltrain.kernels.segments import accumulator, boundaries
-from ltrain.kernels.sparse_attention import _blocks
+from ltrain.kernels.segments import Part, accumulator, documents
+from ltrain.kernels.sparse_attention import blocks
 
 
 class Shape(NamedTuple):
@@ -61,31 +60,31 @@ def _attend(
 
 
 def native_attention(
-    q: Tensor, turned: Tensor, kc: Tensor, vc: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float, shape: Shape
+    q: Tensor, turned: Tensor, kc: Tensor, vc: Tensor, k: Tensor, v: Tensor, parts: list[Part], *, scale: float, shape: Shape
 ) -> tuple[Tensor, Tensor]:
     """Every query over the compressed blocks that end before it, and over the tokens of the blocks that these make important.
 
     Args:
         q, turned: [T, H, D], queries for compressed and for single keys (which may be rotated).
-        kc, vc: [n, Hk, D], [n, Hk, Dv], the compressed blocks of all segments, one after another, `shape.compressed` of each.
-        k, v: [T, Hk, D], [T, Hk, Dv].
-        cu_seqlens: [segments + 1] int32 boundaries, on the CPU.
+        kc, vc: [blocks, Hk, D], [blocks, Hk, Dv], the compressed blocks of all documents, one after another, `shape.compressed` of each.
+        k, v: [n, Hk, D], [n, Hk, Dv].
+        parts: which queries belong to which keys, of which each document's end with its last query.
 
     Returns:
         The compressed and the selected branch, [T, H, Dv] in v's type. The choice has no gradient; all else is differentiable.
     """
-    bounds = boundaries(cu_seqlens, len(q))
-    counts = [shape.compressed(b - a) for a, b in pairwise(bounds)]
-    first = {a: sum(counts[:n]) for n, a in reversed(list(enumerate(bounds[:-1])))}  # an empty segment begins where the next one does
+    first, blocks_before = {}, 0
+    for begin, end in documents(parts).items():
+        first[begin], blocks_before = blocks_before, blocks_before + shape.compressed(end - begin)
     outputs: list[tuple[Tensor, Tensor]] = []
-    for rows, keys in _blocks(bounds, q.shape[1]):
-        n = first[keys.start]
+    for some in blocks(parts, q.shape[1]):
+        rows, keys, _ = some
+        n, position = first[keys.start], some.places(q.device)
         mine = slice(n, n + shape.compressed(keys.stop - keys.start))
-        position = torch.arange(rows.start - keys.start, rows.stop - keys.start, device=q.device)
         args = (q[rows], turned[rows], kc[mine], vc[mine], k[keys], v[keys], position, scale, shape)
         outputs.append(checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else _attend(*args))
     nothing = v.new_zeros(0, q.shape[1], v.shape[2])
-    compressed, selected = (torch.cat([nothing, *parts]) for parts in (zip(*outputs, strict=True) if outputs else ((), ())))
+    compressed, selected = (torch.cat([nothing, *branch]) for branch in (zip(*outputs, strict=True) if outputs else ((), ())))
     return compressed, selected
 
 

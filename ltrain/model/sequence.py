@@ -16,6 +16,7 @@ from torch import Tensor
 from ltrain.kernels import attention, short_conv
 from ltrain.kernels.attention import FULL, PLAIN, Mask, Score
 from ltrain.kernels.recurrence import Recurrence
+from ltrain.kernels.segments import Part, parts
 
 
 class Latent(NamedTuple):
@@ -52,6 +53,24 @@ class Exchange(Protocol):
 
     def before(self, x: Tensor, seq: "Sequence") -> Tensor:
         """x [T, C] -> the row before each in its document, zeros before the first."""
+        ...
+
+    def halo(self, x: Tensor, seq: "Sequence", reach: int) -> tuple[Tensor, Tensor | None]:
+        """x [T, C] -> x, and the `reach` rows before each of `parts` [N, reach, C], zeros before a document; None: all documents begin here."""
+        ...
+
+    @property
+    def whole(self) -> bool:
+        """Whether this context rank holds the whole stream."""
+        ...
+
+    def parts(self, seq: "Sequence") -> list[Part]:
+        """Each run of one document among this rank's tokens, and where its keys are in what `gather` gives."""
+        ...
+
+    def gather(self, x: Tensor, seq: "Sequence", units: Callable[[int], int] = ...) -> Tensor:
+        """For what chooses among all earlier keys: x [T, C] -> of each document here its rows up to this rank's last part of it, one document after
+        another. units: where a row is not a token, the rows that the first so many tokens of a document have; they are with the last token's."""
         ...
 
     def recurrence(self, inputs: Recurrence, seq: "Sequence") -> Tensor:
@@ -117,6 +136,19 @@ class LocalExchange:
 
     def before(self, x: Tensor, seq: "Sequence") -> Tensor:
         return shifted(x, seq.cu_seqlens)
+
+    def halo(self, x: Tensor, seq: "Sequence", reach: int) -> tuple[Tensor, Tensor | None]:
+        return x, None
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    def parts(self, seq: "Sequence") -> list[Part]:
+        return parts(seq.cu_seqlens, len(seq.positions))
+
+    def gather(self, x: Tensor, seq: "Sequence", units: Callable[[int], int] = int) -> Tensor:
+        return x
 
     def recurrence(self, inputs: Recurrence, seq: "Sequence") -> Tensor:
         return inputs.run(seq.cu_seqlens)[0]

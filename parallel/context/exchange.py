@@ -11,12 +11,15 @@ from torch import Tensor
 from ltrain.kernels import attention, short_conv
 from ltrain.kernels.attention import FULL, PLAIN, Mask, Score
 from ltrain.kernels.recurrence import Recurrence
+from ltrain.kernels.segments import Part
 from ltrain.model.sequence import Latent, Sequence, shifted
 from ltrain.parallel.context import decode
-from ltrain.parallel.context.halo import Halo, HaloExchange, halo
+from ltrain.parallel.context.gather import Gather, Units, gather
+from ltrain.parallel.context.halo import halo
 from ltrain.parallel.context.layout import ContextLayout, Plan
 from ltrain.parallel.context.messages import Messages
 from ltrain.parallel.context.ring import Ring, RingAttention, ring
+from ltrain.parallel.context.rows import RowExchange, Rows
 from ltrain.parallel.context.scan import Scan, recurrence_over_ranks, scan
 
 PLANS_KEPT = 64  # micro-batches: more than any pipeline schedule has under way
@@ -120,23 +123,49 @@ class ContextExchange:
         found: tuple[tuple[int, int], ...] = seq.shared["document starts"]
         return found
 
+    def _with_halo(self, x: Tensor, plan: Plan, seq: Sequence, reach: int) -> tuple[Tensor, Tensor | None]:
+        """x [T, C], and the `reach` rows before each segment [segments, reach, C]; None: there are none."""
+        rows: Rows = plan.derive(("halo", reach), lambda: halo(plan, reach))
+        if not rows.needed:
+            return x, None
+        x, before = RowExchange.apply(x, rows, self._messages, seq.tape)  # type: ignore[no-untyped-call]
+        return x, before.unflatten(0, (-1, reach))
+
     def short_conv(self, x: Tensor, weight: Tensor, seq: Sequence, activation: str | None = "silu") -> Tensor:
         """x [T, C], weight [C, W] -> [T, C]."""
-        plan, reach = self._local(x, "x", seq), weight.shape[1] - 1
-        pieces: Halo = plan.derive(("halo", reach), lambda: halo(plan, reach))
-        state: Tensor | None = None
-        if pieces.needed:
-            x, state = HaloExchange.apply(x, pieces, self._messages, seq.tape)  # type: ignore[no-untyped-call]
+        plan = self._local(x, "x", seq)
+        x, state = self._with_halo(x, plan, seq, weight.shape[1] - 1)
         return short_conv.short_conv(x, weight, plan.cu_seqlens, initial_state=state, return_final_state=False, activation=activation)[0]
 
     def before(self, x: Tensor, seq: Sequence) -> Tensor:
         """x [T, C] -> [T, C]"""
         plan = self._local(x, "x", seq)
-        pieces: Halo = plan.derive(("halo", 1), lambda: halo(plan, 1))
-        if not pieces.needed:
-            return shifted(x, plan.cu_seqlens)
-        x, state = HaloExchange.apply(x, pieces, self._messages, seq.tape)  # type: ignore[no-untyped-call]
-        return shifted(x, plan.cu_seqlens, state.squeeze(1))
+        x, last = self._with_halo(x, plan, seq, 1)
+        return shifted(x, plan.cu_seqlens, None if last is None else last.squeeze(1))
+
+    def halo(self, x: Tensor, seq: Sequence, reach: int) -> tuple[Tensor, Tensor | None]:
+        """x [T, C] -> x, and the rows before each run [runs, reach, C]"""
+        return self._with_halo(x, self._local(x, "x", seq), seq, reach)
+
+    @property
+    def whole(self) -> bool:
+        return self.layout.size == 1
+
+    def parts(self, seq: Sequence) -> list[Part]:
+        """Of this rank's queries among what `gather` gives."""
+        return self._gather(seq, int).parts
+
+    def _gather(self, seq: Sequence, units: Units) -> Gather:
+        plan = self.plan(seq.cu_seqlens)
+        found: Gather = plan.derive(("gather", units), lambda: gather(plan, units))
+        return found
+
+    def gather(self, x: Tensor, seq: Sequence, units: Units = int) -> Tensor:
+        """x [rows, C] of this rank's documents -> those that these have up to its last part of each"""
+        rows = self._gather(seq, units).rows
+        if rows.total == len(x) and not rows.read and not rows.sent:
+            return x
+        return RowExchange.apply(x, rows, self._messages, seq.tape)[1]  # type: ignore[no-any-return, no-untyped-call]
 
     def recurrence(self, inputs: Recurrence, seq: Sequence) -> Tensor:
         """Of this rank's T tokens."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ltrain.kernels import sparse_attention as kernels
+from ltrain.kernels.segments import Part, parts
 from ltrain.kernels.sparse_attention.block_means import block_attention
 from ltrain.kernels.sparse_attention.native import Shape, native_attention
 
@@ -11,8 +12,8 @@ LENGTHS = [1, 40, 2, 57]
 TOP, SCALE = 7, 0.3
 
 
-def cu() -> torch.Tensor:
-    return torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+def whole() -> list[Part]:
+    return parts(torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32), sum(LENGTHS))
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -50,20 +51,20 @@ def test_selection_attention_and_loss(stage: str, block: int, monkeypatch: pytes
     target = (p.sum(0) / 4).detach()
     loss = (target * (target.clamp(min=1e-300).log() - index.masked_fill(~seen, -torch.inf).log_softmax(-1).masked_fill(~seen, 0.0))).sum()
 
-    indices = kernels.select(iq.detach(), ik.detach(), iw.detach(), cu(), TOP) if stage == "sparse" else None
+    indices = kernels.select(iq.detach(), ik.detach(), iw.detach(), whole(), TOP) if stage == "sparse" else None
     if indices is not None:
         assert [set(row.tolist()) - {-1} for row in indices] == [set(row.nonzero().flatten().tolist()) for row in seen]
-        y = kernels.selected_attention(q, k, v, indices, cu(), scale=SCALE)
+        y = kernels.selected_attention(q, k, v, indices, whole(), scale=SCALE)
         torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
         weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
         grads = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (y, expected)]
         torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
-    mine = kernels.index_loss(q.detach(), k.detach(), (iq, ik, iw), indices, cu(), scale=SCALE, heads=4)
+    mine = kernels.index_loss(q.detach(), k.detach(), (iq, ik, iw), indices, whole(), scale=SCALE, heads=4)
     entropy = -(target * target.clamp(min=1e-300).log()).sum()
     torch.testing.assert_close(mine - entropy, loss, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(torch.autograd.grad(mine, (iq, ik, iw)), torch.autograd.grad(loss, (iq, ik, iw)), rtol=1e-8, atol=1e-10)
     # the halves of the heads add up to the whole
-    parts = [kernels.index_loss(q[:, h : h + 2], k[:, h // 2 : h // 2 + 1], (iq, ik, iw), indices, cu(), scale=SCALE, heads=4) for h in (0, 2)]
+    parts = [kernels.index_loss(q[:, h : h + 2], k[:, h // 2 : h // 2 + 1], (iq, ik, iw), indices, whole(), scale=SCALE, heads=4) for h in (0, 2)]
     torch.testing.assert_close(parts[0] + parts[1], mine, rtol=1e-10, atol=1e-10)
 
 
@@ -85,7 +86,7 @@ def test_moba_query_by_query(block: int, top: int, scores: int, monkeypatch: pyt
                 rows.append((keys[seen] @ q[start + t, h] * SCALE).softmax(0) @ values[seen])
         start += length
     expected = torch.stack(rows).unflatten(0, (-1, 4))
-    y = block_attention(q, k, v, cu(), scale=SCALE, block=block, top=top)
+    y = block_attention(q, k, v, whole(), scale=SCALE, block=block, top=top)
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
     weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (y, expected)), rtol=1e-9, atol=1e-11)
@@ -121,7 +122,7 @@ def test_nsa_query_by_query(shape: Shape, scores: int, monkeypatch: pytest.Monke
                 selected.append((k[rows, h // 2] @ turned[start + t, h] * SCALE).softmax(0) @ v[rows, h // 2])
         start, first = start + length, first + count
     expected = tuple(torch.stack(rows).unflatten(0, (-1, 4)) for rows in (compressed, selected))
-    got = native_attention(q, turned, kc, vc, k, v, cu(), scale=SCALE, shape=shape)
+    got = native_attention(q, turned, kc, vc, k, v, whole(), scale=SCALE, shape=shape)
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
     leaves = (q, turned, kc, vc, k, v)
     weight = torch.randn(tokens, 4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

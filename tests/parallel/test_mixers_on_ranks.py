@@ -166,8 +166,9 @@ def test_on_ranks_as_on_one(pool: Any, expected: dict[str, dict[str, Tensor]], w
 @pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
 def test_decoding_over_context_ranks_as_on_one(pool: Any, kind: str) -> None:
     parallel = ParallelConfig(context=4, context_layout=kind)
-    names = [name for name in CASES if supported(name, parallel) and decodes(name)]
-    assert len(names) > 20
+    scored = {name for name in CASES for spec in specs_of(name) if "context decode" in spec.options.refuses()}
+    names = [name for name in CASES if supported(name, parallel) and decodes(name) and name not in scored]
+    assert len(names) > 20 and len(scored) < 10
     results = pool(4).run(decoded_on_ranks, names, parallel, timeout=240)
     wrong = []
     for name in names:

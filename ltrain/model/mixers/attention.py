@@ -127,7 +127,11 @@ class Attention(Mixer):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
         if self.options.block_size:
-            return block_attention(q, k, v, seq.cu_seqlens, scale=self.scale, block=self.options.block_size, top=self.options.top_blocks)
+            if not seq.exchange.whole:
+                widths, rows = (k.shape[-1], v.shape[-1]), torch.cat((k, v), dim=-1)
+                k, v = seq.exchange.gather(rows.flatten(1), seq).unflatten(-1, rows.shape[1:]).split(widths, -1)
+            parts = seq.exchange.parts(seq)
+            return block_attention(q, k, v, parts, scale=self.scale, block=self.options.block_size, top=self.options.top_blocks)
         return seq.exchange.attention(q, k, v, seq, scale=self.scale, mask=self.mask, score=self.score, sinks=self.sinks)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
@@ -201,7 +205,8 @@ class Attention(Mixer):
         rows, most = tokens * (ranks - 1) // ranks, limit(self.mask)
         if most:
             rows = min(rows, 2 * most)  # in zigzag a rank has two spans, each with a cut before it
-        return [ExchangeNeed("ring", self.options.kv_heads * (self.options.head_dim + self.value_dim) * rows * bytes_per_value)]
+        kind = "gather" if self.options.block_size else "ring"
+        return [ExchangeNeed(kind, self.options.kv_heads * (self.options.head_dim + self.value_dim) * rows * bytes_per_value)]
 
 
 def MIXER(hidden: int, options: AttentionOptions, layers: LocalLayers) -> Attention:

@@ -10,7 +10,7 @@ from ltrain.model.layers import LocalLayers
 from ltrain.model.options import MLAOptions
 from ltrain.model.position import rotate, shared_rotary_tables
 from ltrain.model.router import attach_loss
-from ltrain.model.sequence import Sequence
+from ltrain.model.sequence import Latent, Sequence
 
 Index = tuple[Tensor, Tensor, Tensor]  # queries [T, Hi, Di], keys [T, Di] and weights [T, Hi]
 SELECTION = "selection"  # in Sequence.shared: what later layers see too
@@ -45,16 +45,19 @@ class Indexer(nn.Module):
             q, k = rotate(q, cos, sin, self.options.index_pairs), rotate(k, cos, sin, self.options.index_pairs)
         return q, k.squeeze(1), self.gather(self.weights(x)) * self.scale
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, index: Index, seq: Sequence, scale: float) -> Tensor:
-        """q, k [T, H, D], v [T, H, Dv] -> [T, H, Dv], which carries the indexer's loss."""
-        o = self.options
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: Latent, index: Index, seq: Sequence, scale: float) -> Tensor:
+        """q, k [T, H, D], v [T, H, Dv] -> [T, H, Dv], which carries the indexer's loss. latent: what k and v are made of."""
+        o, parts = self.options, seq.exchange.parts(seq)
+        index = index[0], seq.exchange.gather(index[1], seq), index[2]
         dense = o.index_loss == "dense"
-        indices = None if dense else seq.tape.keep(lambda: kernels.select(index[0], index[1], index[2], seq.cu_seqlens, o.top_k))
+        indices = None if dense else seq.tape.keep(lambda: kernels.select(*index, parts, o.top_k))
         seq.shared[SELECTION] = indices
-        y = attend(q, k, v, indices, seq, scale)
+        y = attend(q, k, v, latent, indices, seq, scale)
         if o.index_loss == "none" or not torch.is_grad_enabled():
             return y
-        loss = kernels.index_loss(q.detach(), k.detach(), index, indices, seq.cu_seqlens, scale=scale, heads=o.heads)
+        with torch.no_grad():
+            k, _ = _so_far(k, v, latent, seq)
+        loss = kernels.index_loss(q.detach(), k, index, indices, parts, scale=scale, heads=o.heads)
         return attach_loss(y, loss * (o.index_loss_weight * seq.aux_weight / max(int(seq.cu_seqlens[-1]), 1)))
 
     def choose(self, index: Index, keys: Tensor, lengths: Tensor, seq: Sequence) -> Tensor:
@@ -66,8 +69,15 @@ class Indexer(nn.Module):
         return chosen
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor | None, seq: Sequence, scale: float) -> Tensor:
+def _so_far(k: Tensor, v: Tensor, latent: Latent, seq: Sequence) -> tuple[Tensor, Tensor]:
+    """Keys and values of all tokens that this rank's may see: latents travel, and become keys and values here."""
+    if seq.exchange.whole:
+        return k, v
+    return latent.expand(seq.exchange.gather(latent.rows(), seq), latent.weight)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, latent: Latent, indices: Tensor | None, seq: Sequence, scale: float) -> Tensor:
     """Attention over the selected keys; None: over all."""
     if indices is None or seq.cu_seqlens.diff().max() <= indices.shape[1]:  # then every key is selected
-        return seq.exchange.attention(q, k, v, seq, scale=scale)
-    return kernels.selected_attention(q, k, v, indices, seq.cu_seqlens, scale=scale)
+        return seq.exchange.attention(q, k, v, seq, scale=scale, latent=latent)
+    return kernels.selected_attention(q, *_so_far(k, v, latent, seq), indices, seq.exchange.parts(seq), scale=scale)

@@ -82,15 +82,15 @@ class MLA(Mixer):
         q = torch.cat(self._queries(query, seq), dim=-1)
         k, v = self.kv(latent)
         k, v = self._keys_values(k, v, key.squeeze(1))
-        if self.indexer is not None:
-            index = self.indexer(x, query, seq)
-            return self._output(self.indexer.attend(q, k, v, index, seq, self.scale), x), index[1]
-        if self.options.select == "shared":
-            indices = seq.tape.keep(lambda: seq.shared[SELECTION])  # a later layer's will stand there when this one is made again
-            return self._output(attend(q, k, v, indices, seq, self.scale), x), None
         width, weight = self.options.kv_rank + self.options.rope_dim, self.kv.weight
         assert isinstance(weight, Tensor)
         carried = Latent(width, lambda: torch.cat((self.gather(latent), key.squeeze(1)), dim=-1), weight, self._expand)
+        if self.indexer is not None:
+            index = self.indexer(x, query, seq)
+            return self._output(self.indexer.attend(q, k, v, carried, index, seq, self.scale), x), index[1]
+        if self.options.select == "shared":
+            indices = seq.tape.keep(lambda: seq.shared[SELECTION])  # a later layer's will stand there when this one is made again
+            return self._output(attend(q, k, v, carried, indices, seq, self.scale), x), None
         return self._output(seq.exchange.attention(q, k, v, seq, scale=self.scale, latent=carried), x), None
 
     def _keys_values(self, k: Tensor, v: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,12 +170,15 @@ class MLA(Mixer):
         return (o.kv_rank + o.rope_dim + (o.index_dim if o.select == "index" else 0)) * context * bytes_per_value
 
     def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        """The ring carries latents, or where these are larger the keys and values."""
+        """The ring carries latents, or where these are larger the keys and values; what is selected from is gathered, with the indexer's keys."""
         if ranks == 1:
             return []
         o = self.options
         width = min(o.kv_rank + o.rope_dim, o.heads * (o.nope_dim + o.rope_dim + o.value_dim))
-        return [ExchangeNeed("ring", width * tokens * bytes_per_value * (ranks - 1) // ranks)]
+        rows = tokens * bytes_per_value * (ranks - 1) // ranks
+        if o.select == "none":
+            return [ExchangeNeed("ring", width * rows)]
+        return [ExchangeNeed("gather", (o.kv_rank + o.rope_dim + (o.index_dim if o.select == "index" else 0)) * rows)]
 
 
 MIXER = MLA

@@ -1,8 +1,8 @@
 """Native sparse attention."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -90,11 +90,33 @@ class NSA(Mixer):
     def _output(self, branches: tuple[Tensor, Tensor, Tensor], gates: list[Tensor]) -> Tensor:
         return self.out(sum(y * gate.sigmoid().unsqueeze(-1) for y, gate in zip(branches, gates, strict=True)).flatten(1))  # type: ignore[union-attr]
 
+    def _compressed(self, k: Tensor, v: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
+        """The compressed blocks that end among these tokens, [n, Hk, D] each."""
+        reach, together = self.shape.length - 1, torch.cat((k, v), 1)
+        rows, before = seq.exchange.halo(together.flatten(1), seq, reach)
+        together, kc, vc = rows.view_as(together), [k[:0]], [v[:0]]
+        for n, part in enumerate(seq.exchange.parts(seq)):
+            x, place = together[part.start : part.stop], part.first - part.begin
+            if place and before is not None:
+                x, place = torch.cat((before[n].unflatten(-1, x.shape[1:]), x)), place - reach
+            first = self.shape.compressed(part.first - part.begin) * self.shape.stride - place
+            mine = x[first:].chunk(2, dim=1)
+            if self.shape.compressed(len(mine[0])):
+                kc.append(self.compress_k(mine[0]))
+                vc.append(self.compress_v(mine[1]))
+        return torch.cat(kc), torch.cat(vc)
+
     def _mix(self, q: Tensor, kv: list[Tensor], gates: list[Tensor], seq: Sequence) -> Tensor:
-        bounds, turned = seq.cu_seqlens.tolist(), self._turn(q, seq)
-        kc = torch.cat([self.compress_k(kv[0][a:b]) for a, b in pairwise(bounds)] or [kv[0][:0]])
-        vc = torch.cat([self.compress_v(kv[1][a:b]) for a, b in pairwise(bounds)] or [kv[1][:0]])
-        compressed, selected = native_attention(q, turned, kc, vc, kv[2], kv[3], seq.cu_seqlens, scale=self.scale, shape=self.shape)
+        turned, parts = self._turn(q, seq), seq.exchange.parts(seq)
+
+        def gathered(k: Tensor, v: Tensor, units: Callable[[int], int]) -> tuple[Tensor, ...]:
+            if seq.exchange.whole:
+                return k, v
+            return seq.exchange.gather(torch.cat((k, v), 1).flatten(1), seq, units).unflatten(-1, (2 * self.kv_heads, -1)).chunk(2, dim=1)
+
+        kc, vc = gathered(*self._compressed(kv[0], kv[1], seq), self.shape.compressed)
+        ks, vs = gathered(kv[2], kv[3], int)
+        compressed, selected = native_attention(q, turned, kc, vc, ks, vs, parts, scale=self.scale, shape=self.shape)
         window = seq.exchange.attention(turned, kv[4], kv[5], seq, scale=self.scale, mask=self.mask)
         return self._output((compressed, selected, window), gates)
 

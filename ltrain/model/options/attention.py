@@ -131,7 +131,7 @@ class AttentionOptions(MixerOptions):
         return ("kv=shared", self._source()) if self.kv == "shared" else ("", "")
 
     def refuses(self) -> dict[str, str]:
-        found = {"context": "the ring carries attention without block_size"} if self.block_size else {}
+        found = {"context decode": "the blocks of a decoded token are chosen by means of all keys"} if self.block_size else {}
         if not self.causal:
             found = {
                 "context": "the ring carries causal attention alone",

@@ -41,4 +41,4 @@ class NSAOptions(MixerOptions):
             self.rope.check(f"{key}.rope", self.head_dim)
 
     def refuses(self) -> dict[str, str]:
-        return {"context": "no exchange gathers compressed blocks yet"}
+        return {"context decode": "compressed blocks are made again from all keys"}

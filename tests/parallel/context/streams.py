@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ltrain.kernels.attention import FULL, PLAIN, Mask, Score
 from ltrain.kernels.recurrence import Elementwise, GeneralisedDelta, Linear, Selective
+from ltrain.kernels.segments import documents
 from ltrain.model.sequence import Latent, LocalExchange, Sequence
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.layout import ContextLayout
@@ -50,7 +51,7 @@ def streams(size: int) -> dict[str, list[int]]:
 class Case:
     """One call of one exchange: its inputs are drawn from the seed, the same everywhere."""
 
-    op: str  # attention | latent | short_conv | before | linear_recurrence | generalised | elementwise | selective
+    op: str  # attention | latent | gather | gather thirds | short_conv | before | linear_recurrence | generalised | elementwise | selective
     lengths: tuple[int, ...]
     dtype: torch.dtype = torch.float64
     decay: str = "head"  # none | head | channel
@@ -100,6 +101,8 @@ class Case:
         if self.op == "latent":
             weight = torch.randn(48, 5, generator=generator, dtype=torch.float64)
             return {"q": normal(4, 8), "rows": normal(7), "weight": weight, "dout": normal(4, 6)}
+        if self.op in ("gather", "gather thirds"):
+            return {"x": normal(5), "dout": normal(5)}
         if self.op == "before":
             return {"x": normal(5), "dout": normal(5)}
         if self.op == "elementwise":
@@ -124,6 +127,22 @@ class Case:
         return inputs
 
 
+def thirds(count: int) -> int:
+    return count // 3
+
+
+def so_far(seq: Sequence, rows: Tensor, units: Callable[[int], int]) -> Tensor:
+    """For each of this rank's tokens the sum of its document's gathered rows up to it, [T, C]."""
+    found, begins, at = [], {}, 0
+    parts = seq.exchange.parts(seq)
+    for begin, end in documents(parts).items():
+        begins[begin], at = at, at + units(end - begin)
+    for part in parts:
+        sums = torch.cat((rows.new_zeros(1, rows.shape[1]), rows[begins[part.begin] :].cumsum(0)))
+        found += [sums[units(part.first - part.begin + n + 1)] for n in range(part.stop - part.start)]
+    return torch.stack(found)
+
+
 def expand(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Latents of 5 numbers and keys of 2 that all heads share -> k [n, 4, 8] and v [n, 4, 6]"""
     k, v = (rows[:, :5] @ weight.T).split(24, dim=-1)
@@ -146,6 +165,11 @@ def compute(case: Case, inputs: dict[str, Tensor], seq: Sequence, between: Calla
             rows, weight = leaves["rows"], leaves["weight"]
             carried = Latent(7, lambda: rows, weight, expand)
             return seq.exchange.attention(leaves["q"], *expand(rows, weight), seq, scale=0.3, mask=case.mask, latent=carried)
+        if case.op == "gather":
+            return so_far(seq, seq.exchange.gather(leaves["x"], seq), int)
+        if case.op == "gather thirds":
+            ends = torch.cat([torch.arange(p.first - p.begin, p.first - p.begin + p.stop - p.start) % 3 == 2 for p in seq.exchange.parts(seq)])
+            return so_far(seq, seq.exchange.gather(leaves["x"][ends], seq, thirds), thirds)
         if case.op == "before":
             return seq.exchange.before(leaves["x"], seq)
         if case.op == "linear_recurrence":

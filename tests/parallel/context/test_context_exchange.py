@@ -20,6 +20,8 @@ MIXERS = {
     "scores and sinks in a window": {"op": "attention", "scored": True, "mask": Mask(window=9, anchors=2)},
     "latent": {"op": "latent"},
     "latent in a window": {"op": "latent", "mask": Mask(window=9, anchors=2)},
+    "gather": {"op": "gather"},
+    "gather a row for three": {"op": "gather thirds"},
     "short convolution": {"op": "short_conv"},
     "delta and decay near 1": {"op": "linear_recurrence"},
     "delta and strong decay": {"op": "linear_recurrence", "strength": 5.0},
@@ -34,7 +36,7 @@ MIXERS = {
     "selective and strong decay": {"op": "selective", "strength": 3.0},
     "generalised delta": {"op": "generalised", "strength": 1.0},
 }
-OTHERS = ("token shift", "latent", "elementwise", "selective", "generalised delta")
+OTHERS = ("token shift", "gather", "latent", "elementwise", "selective", "generalised delta")
 
 
 def _cases(size: int, mixer: str, **options: Any) -> dict[str, Case]:
@@ -145,6 +147,20 @@ def test_ring_sends_the_keys_that_windows_anchors_and_chunks_leave(pool: Any, si
     # A chunk that ends at the cuts asks for nothing; of one of 8 tokens the next rank has the rest.
     assert forward("contiguous", Mask(chunk=6)) == [0] * size
     assert forward("contiguous", Mask(chunk=8)) == [4 if r < size - 1 and n * (r + 1) % 8 else 0 for r in range(size)]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_gather_sends_what_later_ranks_may_choose(pool: Any, size: int) -> None:
+    n, row = 12, 5 * 8
+    for op, rows in (("gather", n), ("gather thirds", n // 3)):
+        sent = _bytes(pool, size, "contiguous", op=op, lengths=(n * size,))
+        assert [b.get("gather forward", 0) for b in sent] == [(size - 1 - r) * rows * row for r in range(size)]
+        assert [b["gather"] - b.get("gather forward", 0) for b in sent] == [r * rows * row for r in range(size)]  # gradients go back
+    # In zigzag a rank's earlier span has what comes before it, and its later span the rest: from each other rank one span, or both.
+    sent = _bytes(pool, size, "zigzag", op="gather", lengths=(n * size,))
+    assert [b.get("gather forward", 0) for b in sent] == [((size - 1 - r) * n // 2 + r * n) * row for r in range(size)]
+    # Of two documents that meet at a cut, neither comes to the other's rank.
+    assert [sum(b.values()) for b in _bytes(pool, size, "contiguous", op="gather", lengths=(n,) * size)] == [0] * size
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
