@@ -35,7 +35,8 @@ def main(words: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug or not _for_people(error):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # what concerns all ranks is raised on all: the first of this machine says it
+        # what concerns all ranks is raised on all: the first of this machine says it
+        if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "of_this_rank", False):
             print(f"ltrain: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
 

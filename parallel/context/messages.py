@@ -8,16 +8,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Transit:
-    """Messages under way. `wait` gives what arrived, by sender."""
+class ExchangeError(RuntimeError):
+    """Another context rank did not do its part: which one, and in which exchange."""
 
-    def __init__(self, works: list[dist.Work], sent: list[Tensor], arriving: dict[int, Tensor]):
+    of_this_rank = True  # others may see another one
+
+
+class Transit:
+    """Messages under way, each with whom it goes to or comes from. `wait` gives what arrived, by sender."""
+
+    def __init__(self, works: list[tuple[str, dist.Work]], sent: list[Tensor], arriving: dict[int, Tensor]):
         self._works, self._sent, self._arriving = works, sent, arriving
 
     def wait(self) -> dict[int, Tensor]:
-        """Blocks the host (gloo) or this device stream (NCCL) until all is sent and received."""
-        for work in self._works:
-            work.wait()
+        """Blocks the host (gloo) or this device stream (NCCL) until all is sent and received.
+
+        Raises ExchangeError where another rank is gone, or silent for longer than its group's time-out.
+        """
+        for what, work in self._works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise ExchangeError(f"{what}: {str(error).splitlines()[0]}") from error
         self._sent.clear()  # only now may the buffers be reused
         return self._arriving
 
@@ -43,7 +55,18 @@ class Messages:
         operations = [dist.P2POp(dist.isend, x, group=self.group, group_peer=peer) for peer, x in sent.items()]
         operations += [dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer) for peer, x in arriving.items()]
         self.bytes[kind] += sum(x.numel() * x.element_size() for x in sent.values())
-        return Transit(dist.batch_isend_irecv(operations) if operations else [], list(sent.values()), arriving)
+        if not operations:
+            return Transit([], [], arriving)
+        works = dist.batch_isend_irecv(operations)
+        names = [f"sending to {self._name(peer)}" for peer in sent] + [f"receiving from {self._name(peer)}" for peer in arriving]
+        if len(works) < len(names):  # NCCL makes one of them all
+            names = [" and ".join(names)] * len(works)
+        named = [(f"{kind} exchange, {name}", work) for name, work in zip(names, works, strict=True)]
+        return Transit(named, list(sent.values()), arriving)
+
+    def _name(self, peer: int) -> str:
+        assert self.group is not None  # one rank has no peer
+        return f"rank {dist.get_global_rank(self.group, peer)} (context rank {peer})"
 
     def sum(self, kind: str, x: Tensor) -> Tensor:
         """In place: x summed over the ranks. Each counts x as sent once."""

@@ -52,12 +52,18 @@ class Indexer(nn.Module):
         dense = o.index_loss == "dense"
         indices = None if dense else seq.tape.keep(lambda: kernels.select(*index, parts, o.top_k))
         seq.shared[SELECTION] = indices
-        y = attend(q, k, v, latent, indices, seq, scale)
+        everything = _everything(indices, seq)
+        if everything:
+            y = seq.exchange.attention(q, k, v, seq, scale=scale, latent=latent)
+        else:
+            k, v = _so_far(k, v, latent, seq)
+            y = kernels.selected_attention(q, k, v, indices, parts, scale=scale)  # type: ignore[arg-type]
         if o.index_loss == "none" or not torch.is_grad_enabled():
             return y
-        with torch.no_grad():
-            k, _ = _so_far(k, v, latent, seq)
-        loss = kernels.index_loss(q.detach(), k, index, indices, parts, scale=scale, heads=o.heads)
+        if everything:
+            with torch.no_grad():
+                k, _ = _so_far(k, v, latent, seq)
+        loss = kernels.index_loss(q.detach(), k.detach(), index, indices, parts, scale=scale, heads=o.heads)
         return attach_loss(y, loss * (o.index_loss_weight * seq.aux_weight / max(int(seq.cu_seqlens[-1]), 1)))
 
     def choose(self, index: Index, keys: Tensor, lengths: Tensor, seq: Sequence) -> Tensor:
@@ -69,6 +75,11 @@ class Indexer(nn.Module):
         return chosen
 
 
+def _everything(indices: Tensor | None, seq: Sequence) -> bool:
+    """Whether every key is selected; None: over all."""
+    return indices is None or int(seq.cu_seqlens.diff().max()) <= indices.shape[1]
+
+
 def _so_far(k: Tensor, v: Tensor, latent: Latent, seq: Sequence) -> tuple[Tensor, Tensor]:
     """Keys and values of all tokens that this rank's may see: latents travel, and become keys and values here."""
     if seq.exchange.whole:
@@ -78,6 +89,6 @@ def _so_far(k: Tensor, v: Tensor, latent: Latent, seq: Sequence) -> tuple[Tensor
 
 def attend(q: Tensor, k: Tensor, v: Tensor, latent: Latent, indices: Tensor | None, seq: Sequence, scale: float) -> Tensor:
     """Attention over the selected keys; None: over all."""
-    if indices is None or seq.cu_seqlens.diff().max() <= indices.shape[1]:  # then every key is selected
+    if indices is None or _everything(indices, seq):
         return seq.exchange.attention(q, k, v, seq, scale=scale, latent=latent)
     return kernels.selected_attention(q, *_so_far(k, v, latent, seq), indices, seq.exchange.parts(seq), scale=scale)

@@ -1,5 +1,6 @@
 """Ring, halo and scan over real ranks against one rank."""
 
+import random
 from typing import Any
 
 import pytest
@@ -50,6 +51,29 @@ def test_any_layout_gives_the_output_and_gradients_of_one_rank(pool: Any, size: 
     results = over_ranks(pool, size, kind, list(cases.values()))
     errors = {name: error(values, whole(case)) for (name, case), (values, _) in zip(cases.items(), results, strict=True)}
     assert {name: e for name, e in errors.items() if e[0] > 1e-10} == {}
+
+
+def _drawn(seed: int, size: int) -> Case:
+    """Any mixer on any documents: many tiny ones, few long ones, empty ones."""
+    rng = random.Random(f"{seed} {size}")
+    options = dict(MIXERS[rng.choice(list(MIXERS))])
+    if options["op"] in ("attention", "latent") and rng.random() < 0.5:
+        options["mask"] = rng.choice([Mask(window=rng.randint(1, 40), anchors=rng.choice((0, rng.randint(1, 9)))), Mask(chunk=rng.randint(1, 30))])
+        options["start"] = rng.choice((0, rng.randint(1, 20)))
+    left = 2 * size * rng.randint(1, 20)
+    lengths: list[int] = []
+    while left:
+        lengths.append(min(left, rng.choice((0, 1, rng.randint(1, 5), rng.randint(1, 200)))))
+        left -= lengths[-1]
+    return Case(lengths=tuple(lengths), recompute=rng.random() < 0.3, **options)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(("size", "draws"), [(2, 24), (3, 24), (4, 24), (8, 16)])
+def test_random_combinations(pool: Any, size: int, kind: str, draws: int) -> None:
+    cases = [_drawn(seed, size) for seed in range(draws)]
+    errors = [(*error(values, whole(case)), case) for case, (values, _) in zip(cases, over_ranks(pool, size, kind, cases), strict=True)]
+    assert [e for e in errors if e[0] > 1e-10] == []
 
 
 @pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1", "add and decay near 1", *OTHERS])

@@ -1,0 +1,50 @@
+"""A context rank that stalls or dies in the middle of an exchange: the others say which one and where, and do not hang."""
+
+import datetime
+import os
+import time
+
+import pytest
+import torch
+
+from ltrain.model.sequence import Sequence
+from tests.parallel.pool import Pool, RankError
+
+TIMEOUT = 2.0  # seconds
+SILENT = 1  # the rank
+
+
+def attend(how: str) -> None:
+    """On a rank of a pool: two rounds of a ring, and in the second one is missing."""
+    import torch.distributed as dist
+
+    from ltrain.parallel.context.exchange import ContextExchange
+    from ltrain.parallel.context.layout import ContextLayout
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = dist.new_group(timeout=datetime.timedelta(seconds=TIMEOUT))
+    exchange = ContextExchange(ContextLayout(8 * size, rank, size, "contiguous"), group, group)
+    whole = Sequence.of([8 * size])
+    q, k, v = (torch.ones(8, 2, 4) for _ in range(3))
+    for round_ in range(2):
+        if round_ and rank == SILENT:
+            if how == "dies":
+                os._exit(1)
+            time.sleep(3 * TIMEOUT)
+            return
+        exchange.attention(q, k, v, exchange.sequence(whole.cu_seqlens, whole.positions), scale=1.0)
+
+
+@pytest.mark.parametrize("how", ["stalls", "dies"])
+def test_the_others_name_the_rank_and_the_exchange(how: str) -> None:
+    pool = Pool(3)  # its groups are of no use afterwards
+    try:
+        started = time.monotonic()
+        with pytest.raises(RankError) as error:
+            pool.run(attend, how, timeout=60.0)
+        # rank 2 reads keys of rank 1
+        expected = f"ExchangeError: ring exchange, receiving from rank {SILENT} (context rank {SILENT}): "
+        assert any(expected in line for line in str(error.value).splitlines()), str(error.value)
+        assert time.monotonic() - started < 40
+    finally:
+        pool.close()
