@@ -147,6 +147,20 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--recipes", default="none,delayed,current,blockwise", help="with commas; none is bf16 (default %(default)s)")
     _add_config(sub)
     sub.set_defaults(verb=bench_fp8)
+    sub = bench.add_parser("context-parallel", help="each kind of mixing over the ranks that torchrun started, beside one rank: time and bytes")
+    every = "attention,window,mla,linear_attention,mamba2,gla,delta_net,gated_delta_net,kda,rwkv7,mamba,rg_lru,short_conv"
+    sub.add_argument("--operators", type=_names, default=every.split(","), help=f"with commas (default {every})")
+    sub.add_argument("--tokens", type=_lengths, default=[32768], help="of the streams, with commas (default 32768)")
+    sub.add_argument("--documents", type=_names, default=["one"], help="of a stream: one, long (ten), short (of 256 to 8192 tokens) (default one)")
+    sub.add_argument("--layout", choices=("zigzag", "contiguous"), default="zigzag")
+    sub.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    sub.add_argument("--heads", type=_count, default=16)
+    sub.add_argument("--kv-heads", type=_count, default=4)
+    sub.add_argument("--head-dim", type=_count, default=128)
+    sub.add_argument("--window", type=_count, default=4096)
+    sub.add_argument("--steps", type=_count, default=5, help="runs of each that are timed (default 5)")
+    sub.add_argument("--out", default="runs/bench-context-parallel", help="folder for the results (default %(default)s)")
+    sub.set_defaults(verb=bench_context_parallel)
 
     start = verbs.add_parser("launch", help="train on many ranks").add_subparsers(metavar="WHERE", required=True)
     sub = start.add_parser("local", help="on this machine")
@@ -346,6 +360,23 @@ def bench_fp8(args: argparse.Namespace) -> None:
     from ltrain.plan.fp8 import compare
 
     compare(config, args.recipes.split(","), args.steps)
+
+
+def bench_context_parallel(args: argparse.Namespace) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from ltrain.parallel import mesh
+    from ltrain.plan.context_parallel import Sizes, bench, write
+
+    device, dtype = mesh.start(), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    try:
+        sizes = Sizes(args.heads, args.kv_heads, args.head_dim, args.window)
+        results = bench(args.operators, args.documents, args.tokens, args.layout, dtype, args.steps, sizes, device)
+        if dist.get_rank() == 0:
+            write(results, sizes, dtype, device, Path(args.out))
+    finally:
+        mesh.stop()
 
 
 def launch_local(args: argparse.Namespace) -> None:

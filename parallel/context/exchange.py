@@ -17,7 +17,7 @@ from ltrain.parallel.context import decode
 from ltrain.parallel.context.gather import Gather, Units, gather
 from ltrain.parallel.context.halo import halo
 from ltrain.parallel.context.layout import ContextLayout, Plan
-from ltrain.parallel.context.messages import Messages
+from ltrain.parallel.context.messages import Messages, Silence
 from ltrain.parallel.context.ring import Ring, RingAttention, ring
 from ltrain.parallel.context.rows import RowExchange, Rows
 from ltrain.parallel.context.scan import Scan, recurrence_over_ranks, scan
@@ -57,6 +57,12 @@ class ContextExchange:
         """The same ranks, and the same count of bytes, for streams of another length."""
         other = copy.copy(self)
         other.layout, other._plans = replace(self.layout, tokens=tokens), OrderedDict()
+        return other
+
+    def silent(self) -> "ContextExchange":
+        """The same without messages, to measure what these cost: zeros arrive. Of no use for training."""
+        other = copy.copy(self)
+        other._messages = Silence()
         return other
 
     @property

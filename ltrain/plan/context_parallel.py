@@ -1,0 +1,334 @@
+"""`ltrain bench context-parallel`: what it costs to cut documents over ranks, for each kind of mixing along the stream.
+
+Every operator runs forward and backward on one rank and on all of them, on the same stream; then again with messages that arrive at
+once and say nothing, which leaves the time of computing. The bytes that were sent are counted, and beside them stands what the documents
+and the operator's reach say must travel.
+"""
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltrain.kernels.attention import FULL, Mask
+from ltrain.kernels.recurrence import Elementwise, GeneralisedDelta, Linear, Selective
+from ltrain.model.sequence import Latent, LocalExchange, Sequence
+from ltrain.parallel.context.exchange import ContextExchange
+from ltrain.parallel.context.layout import ContextLayout
+from ltrain.plan.hardware import device_name, synchronise
+from ltrain.schema import ConfigError
+
+Inputs = dict[str, Tensor]
+DOCUMENTS = ("one", "long", "short")
+WARM_UP = 2  # runs that are not timed
+
+
+class Sizes(NamedTuple):
+    heads: int = 16
+    kv_heads: int = 4
+    head_dim: int = 128
+    window: int = 4096
+    latent: int = 512
+    rope: int = 64
+    states: int = 16
+
+
+class Traffic(NamedTuple):
+    """What one rank must have of another, in numbers: rows of tokens, or states."""
+
+    width: int  # of a row; of a state
+    reach: int | None = None  # rows so far back, the token's own included; None: all
+    map: int | None = None  # numbers of M beside a state; None: rows travel
+    wide: bool = False  # float32 whatever the inputs are
+
+
+@dataclass(frozen=True)
+class Operator:
+    """shapes: of the inputs of each token; whole: of those that all tokens have in common. Both are drawn from a normal distribution."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    run: Callable[[Inputs, Sequence], Tensor]
+    traffic: Traffic
+    whole: Mapping[str, tuple[int, ...]]
+
+
+def operators(s: Sizes) -> dict[str, Operator]:
+    """By name, in the sizes asked for."""
+    qkv = {"q": (s.heads, s.head_dim), "k": (s.kv_heads, s.head_dim), "v": (s.kv_heads, s.head_dim)}
+    grouped = 2 * s.kv_heads * s.head_dim
+
+    def attention(mask: Mask) -> Operator:
+        def run(x: Inputs, seq: Sequence) -> Tensor:
+            return seq.exchange.attention(x["q"], x["k"], x["v"], seq, scale=s.head_dim**-0.5, mask=mask)
+
+        return Operator(qkv, run, Traffic(grouped, mask.window or None), {})
+
+    def expand(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        latent, key = rows.split((s.latent, s.rope), dim=-1)
+        k, v = (latent @ weight.T).unflatten(-1, (s.heads, -1)).chunk(2, dim=-1)
+        return torch.cat((k, key.unsqueeze(1).expand(-1, s.heads, -1)), dim=-1), v
+
+    def mla(x: Inputs, seq: Sequence) -> Tensor:
+        k, v = expand(x["rows"], x["weight"])
+        latent = Latent(s.latent + s.rope, lambda: x["rows"], x["weight"], expand)
+        return seq.exchange.attention(x["q"], k, v, seq, scale=(s.head_dim + s.rope) ** -0.5, latent=latent)
+
+    def linear(decay: str, delta: bool) -> Operator:
+        decays = {"none": (), "head": (s.heads,), "channel": (s.heads, s.head_dim)}[decay]
+        shapes = (
+            dict.fromkeys(("q", "k", "v"), (s.heads, s.head_dim)) | ({"decay": decays} if decays else {}) | ({"beta": (s.heads,)} if delta else {})
+        )
+        state = s.heads * s.head_dim**2
+        size = state if delta else int(np.prod(decays)) if decays else 0
+
+        def run(x: Inputs, seq: Sequence) -> Tensor:
+            log_decay = F.logsigmoid(x["decay"].float()) / 16 if decays else None
+            k = F.normalize(x["k"], dim=-1)
+            beta = x["beta"].float().sigmoid() if delta else None
+            return seq.exchange.recurrence(Linear(x["q"], k, x["v"], log_decay, beta, s.head_dim**-0.5), seq)
+
+        return Operator(shapes, run, Traffic(state, map=size, wide=True), {})
+
+    def generalised(x: Inputs, seq: Sequence) -> Tensor:
+        c = F.normalize(x["c"].float(), dim=-1)
+        return seq.exchange.recurrence(
+            GeneralisedDelta(x["r"], -0.6 * x["w"].float().sigmoid(), x["k"], x["v"], c * x["b"].float().sigmoid(), c), seq
+        )
+
+    channels = s.heads * s.head_dim
+
+    def selective(x: Inputs, seq: Sequence) -> Tensor:
+        return seq.exchange.recurrence(Selective(x["x"], F.softplus(x["step"].float()), x["rate"].float().exp(), x["B"], x["C"]), seq)
+
+    def elementwise(x: Inputs, seq: Sequence) -> Tensor:
+        return seq.exchange.recurrence(Elementwise(x["a"].float().sigmoid(), x["b"].float()), seq)
+
+    return {
+        "attention": attention(FULL),
+        "window": attention(Mask(window=s.window)),
+        "mla": Operator(
+            {"q": (s.heads, s.head_dim + s.rope), "rows": (s.latent + s.rope,)},
+            mla,
+            Traffic(min(s.latent + s.rope, s.heads * (2 * s.head_dim + s.rope))),
+            {"weight": (2 * channels, s.latent)},
+        ),
+        "linear_attention": linear("none", False),
+        "mamba2": linear("head", False),
+        "gla": linear("channel", False),
+        "delta_net": linear("none", True),
+        "gated_delta_net": linear("head", True),
+        "kda": linear("channel", True),
+        "rwkv7": Operator(
+            dict.fromkeys(("r", "w", "k", "v", "b", "c"), (s.heads, s.head_dim)),
+            generalised,
+            Traffic(s.heads * s.head_dim**2, map=s.heads * s.head_dim**2, wide=True),
+            {},
+        ),
+        "mamba": Operator(
+            {"x": (channels,), "step": (channels,), "B": (s.states,), "C": (s.states,)},
+            selective,
+            Traffic(channels * s.states, map=channels * s.states, wide=True),
+            {"rate": (channels, s.states)},
+        ),
+        "rg_lru": Operator({"a": (channels,), "b": (channels,)}, elementwise, Traffic(channels, map=channels, wide=True), {}),
+        "short_conv": Operator(
+            {"x": (channels,)}, lambda x, seq: seq.exchange.short_conv(x["x"], x["weight"], seq), Traffic(channels, 4), {"weight": (channels, 4)}
+        ),
+    }
+
+
+def lengths(documents: str, tokens: int) -> list[int]:
+    """One document; ten, the longest of at most 0.46 of the tokens; or many of 256 to 8192 tokens. The same for everybody."""
+    if documents == "one":
+        return [tokens]
+    rng = random.Random(0)
+    found: list[int] = []
+    if documents == "long":
+        cuts = sorted(rng.sample(range(1, tokens), 9))
+        while max(b - a for a, b in zip([0, *cuts], [*cuts, tokens], strict=True)) > 0.46 * tokens:
+            cuts = sorted(rng.sample(range(1, tokens), 9))
+        return [b - a for a, b in zip([0, *cuts], [*cuts, tokens], strict=True)]
+    while sum(found) < tokens:
+        found.append(min(tokens - sum(found), round(256 * 32 ** rng.random())))
+    return found
+
+
+def expected_bytes(traffic: Traffic, layout: ContextLayout, documents: list[int], itemsize: int) -> int:
+    """What all ranks together must send in a forward: each row, or map of a span, once to each rank that needs it."""
+    cuts = np.cumsum([0, *documents])
+    spans = sorted((start, stop, rank) for rank in range(layout.size) for start, stop in layout.spans(rank))
+    begins = [int(cuts[np.searchsorted(cuts, start, side="right") - 1]) for start, _, _ in spans]  # of the document at each span's first token
+    numbers = 0
+    for rank in range(layout.size):
+        own = [(start, stop, begin) for (start, stop, owner), begin in zip(spans, begins, strict=True) if owner == rank]
+        if traffic.map is None:
+            wanted = np.zeros(layout.tokens, dtype=bool)
+            for start, _, begin in own:
+                wanted[max(begin, 0 if traffic.reach is None else start - traffic.reach + 1) : start] = True
+            for start, stop, _ in own:
+                wanted[start:stop] = False
+            numbers += traffic.width * int(wanted.sum())
+            continue
+        needed = {n for start, _, begin in own for n, (a, b, owner) in enumerate(spans) if owner != rank and a < start and b > begin}
+        numbers += sum(
+            traffic.width + traffic.map * (begins[n] < spans[n][0] and not np.any((cuts > spans[n][0]) & (cuts < spans[n][1]))) for n in needed
+        )
+    return numbers * (max(itemsize, 4) if traffic.wide else itemsize)
+
+
+def inputs(operator: Operator, tokens: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Of the whole stream, the same on every rank."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = {name: (tokens, *shape) for name, shape in operator.shapes.items()} | dict(operator.whole)
+    return {name: torch.randn(shape, generator=generator, dtype=dtype, device=device) / 8 for name, shape in shapes.items()}
+
+
+def timed(operator: Operator, x: Inputs, sequence: Callable[[], Sequence], steps: int, device: torch.device) -> float:
+    """Seconds of a forward and a backward, of the slowest rank; the median of `steps`."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in x.items()}
+    times = []
+    for n in range(WARM_UP + steps):
+        synchronise(device)
+        if dist.get_world_size() > 1:
+            dist.barrier()
+        began = time.perf_counter()
+        out = operator.run(leaves, sequence())
+        torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+        synchronise(device)
+        taken = torch.tensor(time.perf_counter() - began, device=device)
+        dist.all_reduce(taken, dist.ReduceOp.MAX)
+        if n >= WARM_UP:
+            times.append(float(taken))
+    return statistics.median(times)
+
+
+def measure(
+    name: str, operator: Operator, exchange: ContextExchange, documents: list[int], dtype: torch.dtype, steps: int, device: torch.device
+) -> dict[str, Any]:
+    """One operator on one stream; every rank calls, and all have the same result."""
+    layout = exchange.layout
+    whole = Sequence.of(documents, device)
+    x = inputs(operator, layout.tokens, dtype, device)
+    alone = timed(operator, x, lambda: Sequence(whole.cu_seqlens, whole.positions, LocalExchange()), steps, device)
+    mine = {key: layout.take(tensor) if key in operator.shapes else tensor for key, tensor in x.items()}
+    del x
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    together = timed(operator, mine, lambda: exchange.sequence(whole.cu_seqlens, whole.positions), steps, device)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    quiet = exchange.silent()
+    computing = timed(operator, mine, lambda: quiet.sequence(whole.cu_seqlens, whole.positions), steps, device)
+    exchange.bytes.clear()
+    leaves = {key: tensor.detach().requires_grad_() for key, tensor in mine.items()}
+    out = operator.run(leaves, exchange.sequence(whole.cu_seqlens, whole.positions))
+    forward = sum(exchange.bytes.values())
+    torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+    counted = torch.tensor([forward, sum(exchange.bytes.values()) - forward, peak], dtype=torch.float64, device=device)
+    most = counted.clone()
+    dist.all_reduce(counted)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    traffic, itemsize = operator.traffic, dtype.itemsize
+    ring = layout.tokens * (layout.size - 1) * traffic.width * itemsize if traffic.map is None and traffic.reach is None else None
+    return {
+        "operator": name,
+        "tokens": layout.tokens,
+        "documents": len(documents),
+        "ranks": layout.size,
+        "layout": layout.kind,
+        "seconds_on_one_rank": alone,
+        "seconds": together,
+        "seconds_of_computing": computing,
+        "seconds_exposed": max(together - computing, 0.0),
+        "efficiency": alone / together / layout.size,
+        "forward_bytes": int(counted[0]),
+        "forward_bytes_expected": expected_bytes(traffic, layout, documents, itemsize),
+        "forward_bytes_of_a_full_ring": ring,  # every row to every rank, whatever the documents are
+        "backward_bytes": int(counted[1]),
+        "peak_bytes_of_a_rank": int(most[2]) or None,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    head = f"{'operator':17} {'tokens':>8} {'docs':>5} {'1 rank ms':>10} {'ms':>9} {'efficiency':>10} {'computing':>10} {'exposed':>8}"
+    lines = [f"{head} {'sent MB':>9} {'expected':>9} {'full ring':>9}"]
+    for r in results:
+        ms = [r[key] * 1e3 for key in ("seconds_on_one_rank", "seconds", "seconds_of_computing", "seconds_exposed")]
+        sent, expected, ring = (
+            None if r[k] is None else r[k] / 1e6 for k in ("forward_bytes", "forward_bytes_expected", "forward_bytes_of_a_full_ring")
+        )
+        line = f"{r['operator']:17} {r['tokens']:8} {r['documents']:5} {ms[0]:10.2f} {ms[1]:9.2f} {r['efficiency']:10.1%} {ms[2]:10.2f} {ms[3]:8.2f}"
+        lines.append(f"{line} {sent:9.3f} {expected:9.3f} {'' if ring is None else f'{ring:9.3f}'}")
+    return "\n".join(lines)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Efficiency over the tokens of a stream, a line for each operator and kind of stream."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, documents in dict.fromkeys((r["operator"], r["stream"]) for r in results):
+        points = sorted((r["tokens"], r["efficiency"]) for r in results if (r["operator"], r["stream"]) == (name, documents))
+        axes.plot(
+            *zip(*points, strict=True),
+            marker="o",
+            linewidth=1.2,
+            linestyle={"one": "-", "long": "--"}.get(documents, ":"),
+            label=f"{name}, {documents}",
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens of the stream")
+    axes.set_ylabel(f"time on one rank / {results[0]['ranks']} / time on {results[0]['ranks']}")
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def bench(
+    names: list[str], streams: list[str], tokens: list[int], kind: str, dtype: torch.dtype, steps: int, sizes: Sizes, device: torch.device
+) -> list[dict[str, Any]]:
+    """Every operator on every stream over all ranks that there are.
+
+    Raises ConfigError for an operator, stream or length that does not fit.
+    """
+    known = operators(sizes)
+    for given, among, what in ((names, known, "--operators"), (streams, DOCUMENTS, "--documents")):
+        if wrong := [name for name in given if name not in among]:
+            raise ConfigError(f"{what} {wrong[0]} is not known: write some of {','.join(among)}")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    try:
+        layouts = {n: ContextLayout(n, rank, size, kind) for n in tokens}
+    except ValueError as error:
+        raise ConfigError(f"--tokens {','.join(map(str, tokens))}: {error}") from error
+    group = dist.group.WORLD if size > 1 else None
+    exchange = ContextExchange(layouts[tokens[0]], group, group)
+    results = []
+    for n in tokens:
+        for stream in streams:
+            for name in names:
+                found = measure(name, known[name], exchange.resized(n), lengths(stream, n), dtype, steps, device)
+                results.append({"stream": stream, **found})
+                if rank == 0:
+                    print(table(results[-1:]).splitlines()[-1] if len(results) > 1 else table(results), flush=True)
+    return results
+
+
+def write(results: list[dict[str, Any]], sizes: Sizes, dtype: torch.dtype, device: torch.device, out: Path) -> None:
+    """bench-context-parallel.json and .png in the folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    about = {"device": device_name(device), "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch."), "sizes": sizes._asdict()}
+    (out / "bench-context-parallel.json").write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+    draw(results, out / "bench-context-parallel.png")
+    print(f"written to {out / 'bench-context-parallel.json'} and .png")

@@ -1,0 +1,66 @@
+"""`ltrain bench context-parallel`: what it says must travel is what travels."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ltrain.parallel.context.layout import ContextLayout
+from ltrain.plan.context_parallel import Traffic, expected_bytes, lengths
+
+TOKENS = 96
+
+
+def on_rank(size: int, kind: str, folder: str) -> list[dict[str, Any]]:
+    import torch
+    import torch.distributed as dist
+
+    from ltrain.plan.context_parallel import DOCUMENTS, Sizes, bench, operators, write
+
+    sizes, device = Sizes(heads=4, kv_heads=2, head_dim=8, window=20, latent=12, rope=4, states=4), torch.device("cpu")
+    results = bench(list(operators(sizes)), list(DOCUMENTS), [TOKENS], kind, torch.float32, 1, sizes, device)
+    if dist.get_rank() == 0:
+        write(results, sizes, torch.float32, device, Path(folder))
+    return results
+
+
+@pytest.mark.parametrize(("size", "kind"), [(2, "zigzag"), (3, "contiguous"), (4, "zigzag")])
+def test_every_operator_sends_what_its_reach_asks_for(pool: Any, tmp_path: Path, size: int, kind: str) -> None:
+    results = pool(size).run(on_rank, size, kind, str(tmp_path), timeout=120)
+    assert results[0] == results[-1]  # all ranks tell the same
+    for r in results[0]:
+        assert r["forward_bytes"] == r["forward_bytes_expected"], r
+        assert r["stream"] != "one" or r["forward_bytes"] > 0, r
+        assert r["seconds"] > 0 and r["efficiency"] > 0
+    full = {r["operator"]: r["forward_bytes_of_a_full_ring"] for r in results[0] if r["stream"] == "one"}
+    assert full["attention"] == TOKENS * (size - 1) * 2 * 2 * 8 * 4 and full["kda"] is None
+    written = json.loads((tmp_path / "bench-context-parallel.json").read_text())
+    assert written["results"] == results[0] and written["sizes"]["heads"] == 4
+    assert (tmp_path / "bench-context-parallel.png").stat().st_size > 1000
+
+
+def test_the_formula_knows_where_documents_end() -> None:
+    def rows(documents: list[int], reach: int | None = None) -> int:
+        return expected_bytes(Traffic(1, reach), ContextLayout(40, 0, 2, "contiguous"), documents, 1)
+
+    assert rows([40]) == 20 and rows([20, 20]) == 0 and rows([15, 25]) == 5 and rows([40], reach=4) == 3 and rows([19, 21], reach=4) == 1
+    states = [expected_bytes(Traffic(7, map=5), ContextLayout(40, 0, 4, "contiguous"), documents, 4) for documents in ([40], [10] * 4, [15, 25])]
+    # To each later rank what an earlier one ends with, and where the document came in there, how that is passed on.
+    assert states == [4 * (3 * 7 + 2 * 12 + 12), 0, 4 * (7 + 2 * 7 + 12)]
+
+
+def test_streams_have_the_documents_that_their_names_promise() -> None:
+    assert lengths("one", 131072) == [131072]
+    long, short = lengths("long", 131072), lengths("short", 131072)
+    assert len(long) == 10 and sum(long) == sum(short) == 131072 and max(long) <= 0.46 * 131072
+    assert 40 < len(short) < 70 and max(short) <= 8192 and min(short[:-1]) >= 256
+
+
+def test_what_does_not_exist_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "ltrain", "bench", "context-parallel", "--out", str(tmp_path), "--operators", "attention,lstm"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("ltrain: --operators lstm is not known: write some of attention,window,mla,")
