@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ltrain.kernels.attention import FULL, PLAIN, Mask, Score
 from ltrain.kernels.recurrence import Elementwise, GeneralisedDelta, Linear, Selective
-from ltrain.kernels.segments import documents
+from ltrain.kernels.segments import accumulator, documents
 from ltrain.model.sequence import Latent, LocalExchange, Sequence
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.layout import ContextLayout
@@ -155,7 +155,7 @@ def compute(case: Case, inputs: dict[str, Tensor], seq: Sequence, between: Calla
 
     def forward() -> Tensor:
         if case.op == "attention":
-            bias, slopes = leaves.get("bias"), torch.arange(1, 5).to(case.dtype) / 40
+            bias, slopes = leaves.get("bias"), torch.arange(1, 5).to(leaves["q"]) / 40
             score = Score(3.0, slopes, bias, 40) if case.scored else PLAIN
             q, k, v = leaves["q"], leaves["k"], leaves["v"]
             return seq.exchange.attention(q, k, v, seq, scale=0.3, mask=case.mask, score=score, sinks=leaves.get("sinks"))
@@ -184,15 +184,17 @@ def compute(case: Case, inputs: dict[str, Tensor], seq: Sequence, between: Calla
 
 
 @cache
-def whole(case: Case) -> dict[str, Tensor]:
-    """On one rank."""
-    return compute(case, case.inputs(), Sequence(case.cu_seqlens, case.positions, LocalExchange()))
+def whole(case: Case, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """On one rank, in the case's type or another one from the same inputs."""
+    inputs = {name: x.to(dtype or case.dtype) for name, x in case.inputs().items()}
+    return compute(case, inputs, Sequence(case.cu_seqlens, case.positions, LocalExchange()))
 
 
 def on_rank(kind: str, cases: list[Case]) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
     """On this rank of a pool: for each case its rows of output and gradients, and bytes sent (forward, and in all), by kind."""
     results = []
     group = dist.group.WORLD  # nothing else speaks over it, and a pool that failed is replaced
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     exchanges: dict[int, ContextExchange] = {}
     for case in cases:
         layout = ContextLayout(case.tokens, dist.get_rank(), dist.get_world_size(), kind)
@@ -201,10 +203,10 @@ def on_rank(kind: str, cases: list[Case]) -> list[tuple[dict[str, Tensor], dict[
         exchange = exchanges[case.tokens]
         exchange.bytes.clear()
         take, sent = exchange.layout.take, {}
-        inputs = {name: x if name in SHARED else take(x) for name, x in case.inputs().items()}
-        seq = exchange.sequence(case.cu_seqlens, case.positions)
+        inputs = {name: (x if name in SHARED else take(x)).to(device) for name, x in case.inputs().items()}
+        seq = exchange.sequence(case.cu_seqlens, case.positions.to(device))
         values = compute(case, inputs, seq, lambda: sent.update({f"{k} forward": n for k, n in exchange.bytes.items()}))  # noqa: B023 - called at once
-        results.append((values, {**sent, **exchange.bytes}))
+        results.append(({name: x.cpu() for name, x in values.items()}, {**sent, **exchange.bytes}))
     return results
 
 
@@ -217,7 +219,8 @@ def over_ranks(pool: Any, size: int, kind: str, cases: list[Case]) -> list[tuple
         values = {}
         for name in ranks[0][i][0]:
             parts = [rank[i][0][name] for rank in ranks]
-            values[name] = sum(parts) if name in SHARED else torch.cat(parts)[order.argsort()]
+            # the engine adds up gradients of parameters in float32
+            values[name] = sum(p.to(accumulator(p.dtype)) for p in parts).to(parts[0].dtype) if name in SHARED else torch.cat(parts)[order.argsort()]
         results.append((values, [rank[i][1] for rank in ranks]))
     return results
 

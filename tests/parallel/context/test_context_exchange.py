@@ -85,11 +85,19 @@ def test_float32(pool: Any, size: int, kind: str, mixer: str) -> None:
     assert {name: e for name, e in errors.items() if e[0] > 1e-5} == {}
 
 
-@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1"])
-def test_bfloat16_travels_as_it_is(pool: Any, mixer: str) -> None:
-    case = Case(lengths=(5, 39, 4), dtype=torch.bfloat16, **MIXERS[mixer])
-    ((values, _),) = over_ranks(pool, 4, "zigzag", [case])
-    assert error(values, whole(case))[0] < 0.02
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+def test_bfloat16_is_at_most_twice_as_far_from_float64_as_on_one_rank(pool: Any, kind: str) -> None:
+    names = [name for name in MIXERS if name != "elementwise"]  # which takes float32 or wider
+    cases = [Case(lengths=(5, 85, 6), dtype=torch.bfloat16, **MIXERS[name]) for name in names]
+    wrong = []
+    for name, case, (values, _) in zip(names, cases, over_ranks(pool, 4, kind, cases), strict=True):
+        exact, one = whole(case, torch.float64), whole(case)
+        for key, x in exact.items():
+            errors = [float((found[key].double() - x).square().mean().sqrt() / x.square().mean().sqrt()) for found in (values, one)]
+            # of a parameter's gradient every rank rounds its part
+            if not errors[0] <= 2 * errors[1] + (2**-7 if key in SHARED else 1e-6):
+                wrong.append((name, key, errors))
+    assert wrong == []
 
 
 @pytest.mark.parametrize("mixer", ["attention", "scores and sinks in a window", "short convolution", "delta and decay near 1", *OTHERS[1:]])

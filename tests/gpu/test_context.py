@@ -1,0 +1,31 @@
+"""Every exchange over two GPUs and NCCL against one rank on the CPU, in float64 and in bf16."""
+
+import pytest
+import torch
+
+from tests.parallel.context.streams import SHARED, Case, error, over_ranks, whole
+from tests.parallel.context.test_context_exchange import MIXERS
+from tests.parallel.pool import Pools
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+LENGTHS = [(96,), (7, 80, 1, 8), (40, 0, 56)]
+
+
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+def test_two_gpus_give_what_one_rank_does(gpus: Pools, kind: str) -> None:
+    cases = [Case(lengths=lengths, recompute=lengths == LENGTHS[0], **options) for options in MIXERS.values() for lengths in LENGTHS]
+    errors = [(*error(values, whole(case)), case) for case, (values, _) in zip(cases, over_ranks(gpus, 2, kind, cases), strict=True)]
+    assert [e for e in errors if e[0] > 1e-9] == []
+
+
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+def test_two_gpus_are_as_near_to_float64_in_bf16_as_bf16_is(gpus: Pools, kind: str) -> None:
+    names = [name for name in MIXERS if name != "elementwise"]  # which takes float32 or wider
+    cases = [Case(lengths=(7, 900, 1, 116), dtype=torch.bfloat16, **MIXERS[name]) for name in names]
+    wrong = []
+    for name, case, (values, _) in zip(names, cases, over_ranks(gpus, 2, kind, cases), strict=True):
+        for key, x in whole(case, torch.float64).items():
+            off = float((values[key].double() - x).square().mean().sqrt() / x.square().mean().sqrt())
+            if not off < (0.04 if key in SHARED else 0.02):
+                wrong.append((name, key, off))
+    assert wrong == []
