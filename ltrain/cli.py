@@ -152,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--operators", type=_names, default=every.split(","), help=f"with commas (default {every})")
     sub.add_argument("--tokens", type=_lengths, default=[32768], help="of the streams, with commas (default 32768)")
     sub.add_argument("--documents", type=_names, default=["one"], help="of a stream: one, long (ten), short (of 256 to 8192 tokens) (default one)")
-    sub.add_argument("--layout", choices=("zigzag", "contiguous"), default="zigzag")
+    sub.add_argument("--layout", choices=("zigzag", "contiguous", "balanced"), default="zigzag")
     sub.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     sub.add_argument("--heads", type=_count, default=16)
     sub.add_argument("--kv-heads", type=_count, default=4)

@@ -112,7 +112,7 @@ class ParallelConfig:
     context: int = 1
     expert: int = 1  # folds over the non-pipeline ranks
     pipeline: int = 1
-    context_layout: str = "zigzag"  # zigzag | contiguous
+    context_layout: str = "zigzag"  # zigzag | contiguous | balanced (follows the documents of each stream)
     timeout: int = 600  # seconds after which a stalled exchange is an error
 
 

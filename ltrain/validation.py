@@ -35,7 +35,7 @@ CHOICES: Choices = {
     "RunConfig.init_optimizer": ("reset", "keep"),
     "Stage.optimizer": ("keep", "reset"),
     "Stage.batch": ("tokens", "sequences"),
-    "ParallelConfig.context_layout": ("zigzag", "contiguous"),
+    "ParallelConfig.context_layout": ("zigzag", "contiguous", "balanced"),
 }
 
 NEEDLE_TASKS = ("passkey", "single_key", "multi_key", "variables")

@@ -90,7 +90,9 @@ class Inference:
 
     def _sequence(self, stream: Stream, room: int = 0) -> model.Sequence:
         exchange = self.exchange(len(stream.tokens))
-        return model.Sequence(stream.cu_seqlens, exchange.layout.take(stream.positions).to(self.device), exchange=exchange, room=room)
+        return model.Sequence(
+            stream.cu_seqlens, exchange.layout.of(stream.cu_seqlens).take(stream.positions).to(self.device), exchange=exchange, room=room
+        )
 
     # Every token of whole documents
 
@@ -104,7 +106,7 @@ class Inference:
             first = start if last is None else max(stop - 1 - last[i], start)
             labels[first : stop - 1] = stream.tokens[first + 1 : stop]
         seq = self._sequence(stream)
-        layout = self.exchange(len(stream.tokens)).layout
+        layout = self.exchange(len(stream.tokens)).layout.of(stream.cu_seqlens)
         mine: list[Tensor] = []  # of the last stage: loss and right [2, T / context]
 
         def forward(feed: Iterator[Any], stage: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -165,7 +167,7 @@ class Inference:
     def prefill(self, documents: Documents, room: int) -> tuple[Tensor, "Decoding"]:
         """Logits after each document [N, vocab] (float32 or wider), and what goes on from there for up to about `room` tokens."""
         stream = pack(documents, self._unit, self.mesh.tensor.size())
-        layout = self.exchange(len(stream.tokens)).layout
+        layout = self.exchange(len(stream.tokens)).layout.of(stream.cu_seqlens)
         logits, state = self.stack.prefill(layout.take(stream.tokens).to(self.device), self._sequence(stream, room))
         decoding = Decoding(self, len(documents), stream.lengths.to(self.device), state, self.exchange(len(stream.tokens)))
         return decoding.of_documents(logits), decoding

@@ -50,7 +50,7 @@ class Stage(nn.Module):
         self._input = tensors[0] if tensors else None
 
     def sequence(self, batch: MicroBatch, aux_weight: float) -> Sequence:
-        positions = self.layout.take(batch.positions).to(self.mesh.device)
+        positions = self.layout.of(batch.cu_seqlens).take(batch.positions).to(self.mesh.device)
         return Sequence(batch.cu_seqlens, positions, exchange=self.exchange, aux_weight=aux_weight)
 
     def forward(self, batch: MicroBatch, labels: int, micro_batches: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -61,7 +61,7 @@ class Stage(nn.Module):
         """
         seq = self.sequence(batch, aux_weight=1.0 / micro_batches)
         if self.mesh.first_stage:
-            x = self.layout.take(batch.tokens).to(self.mesh.device)
+            x = self.layout.of(batch.cu_seqlens).take(batch.tokens).to(self.mesh.device)
         else:
             assert self._input is not None
             x = self._input.squeeze(1)
@@ -71,7 +71,7 @@ class Stage(nn.Module):
         sums = {"aux_loss": seq.metrics.get("aux_loss", torch.zeros((), device=self.mesh.device)) / micro_batches}
         if not self.mesh.last_stage:
             return hidden.unsqueeze(1), sums
-        targets = self.layout.take(batch.labels).to(self.mesh.device)
+        targets = self.layout.of(batch.cu_seqlens).take(batch.labels).to(self.mesh.device)
         ce, z, count = self.stack.loss(hidden, targets, seq)
         # every tensor rank computes the same loss: one of them counts
         mine = float(self.mesh.tensor.rank() == 0)
@@ -90,7 +90,7 @@ class Stage(nn.Module):
             return None
 
         def mine(x: Tensor) -> Tensor:
-            return self.layout.take(x).to(self.mesh.device)
+            return self.layout.of(batch.cu_seqlens).take(x).to(self.mesh.device)
 
         further = [Ahead(mine(a.tokens), mine(a.labels)) for a in ahead(batch.tokens, batch.labels, batch.cu_seqlens, depth)]
         return self.stack.further_loss(hidden, further, seq)

@@ -216,8 +216,8 @@ def measure(
     name: str, operator: Operator, exchange: ContextExchange, documents: list[int], dtype: torch.dtype, steps: int, device: torch.device
 ) -> dict[str, Any]:
     """One operator on one stream; every rank calls, and all have the same result."""
-    layout = exchange.layout
     whole = Sequence.of(documents, device)
+    layout = exchange.layout.of(whole.cu_seqlens)
     x = inputs(operator, layout.tokens, dtype, device)
     alone = timed(operator, x, lambda: Sequence(whole.cu_seqlens, whole.positions, LocalExchange()), steps, device)
     mine = {key: layout.take(tensor) if key in operator.shapes else tensor for key, tensor in x.items()}
@@ -245,6 +245,7 @@ def measure(
         "documents": len(documents),
         "ranks": layout.size,
         "layout": layout.kind,
+        "expected_imbalance": layout.imbalance(whole.cu_seqlens),  # of attention to all earlier tokens
         "seconds_on_one_rank": alone,
         "seconds": together,
         "seconds_of_computing": computing,

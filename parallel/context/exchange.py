@@ -216,4 +216,4 @@ class ContextExchange:
 
     def sequence(self, cu_seqlens: Tensor, positions: Tensor) -> Sequence:
         """This rank's `Sequence` of a micro-batch: cu_seqlens [documents + 1] and positions [tokens] of the whole stream."""
-        return Sequence(cu_seqlens, self.layout.take(positions), exchange=self)
+        return Sequence(cu_seqlens, self.layout.of(cu_seqlens).take(positions), exchange=self)

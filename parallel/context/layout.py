@@ -8,13 +8,16 @@ of a span can have a neighbour elsewhere: its *head*, which continues a document
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-KINDS = ("zigzag", "contiguous")
+from ltrain.parallel.context.balance import CAUSAL, Balance, Cost, Spans, balance
+
+KINDS = ("zigzag", "contiguous", "balanced")
 
 
 class Segment(NamedTuple):
@@ -61,7 +64,8 @@ class ContextLayout:
 
     contiguous: rank r holds the r-th of `size` equal spans. zigzag: it holds spans r and 2 size - 1 - r of 2 size equal
     ones, which gives every rank the same causal attention work on one long document (Brandon et al. 2023, Zhu 2024);
-    the last rank's two spans touch and are one.
+    the last rank's two spans touch and are one. balanced: the spans follow the documents of each stream, for equal work by
+    `cost` (see `ltrain.parallel.context.balance`); `of` gives the layout of one stream.
 
     Raises ValueError where the stream does not divide into equal spans or the kind is unknown.
     """
@@ -70,10 +74,12 @@ class ContextLayout:
     rank: int = 0
     size: int = 1
     kind: str = "zigzag"
+    cost: Cost = CAUSAL
+    chosen: tuple[Spans, ...] | None = None  # of each rank, where they follow the documents
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"parallel.context_layout={self.kind!r} is not a layout: write {' or '.join(KINDS)}")
+            raise ValueError(f"parallel.context_layout={self.kind!r} is not a layout: write {', '.join(KINDS[:-1])} or {KINDS[-1]}")
         if not 0 <= self.rank < self.size:
             raise ValueError(f"context rank {self.rank} is outside parallel.context={self.size}: give a rank from 0 to {self.size - 1}")
         if self.tokens % self.parts:
@@ -94,6 +100,9 @@ class ContextLayout:
     def spans(self, rank: int | None = None) -> list[tuple[int, int]]:
         """[start, stop) of each run of the stream that `rank` (default: this one) holds, in order."""
         rank = self.rank if rank is None else rank
+        if self.chosen is not None:
+            return list(self.chosen[rank])
+        assert self.kind != "balanced" or self.size == 1, "ask `of` for the layout of one stream"
         n = self.tokens // self.parts
         if self.parts == self.size:
             return [(rank * n, rank * n + n)]
@@ -109,6 +118,30 @@ class ContextLayout:
         parts = [x[start:stop] for start, stop in self.spans()]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def of(self, cu_seqlens: Tensor) -> "ContextLayout":
+        """The layout of one stream, cu_seqlens [documents + 1] int32 on the host: this one, where it does not follow the documents."""
+        if self.kind != "balanced" or self.size == 1 or self.chosen is not None:
+            return self
+        return replace(self, chosen=self._balance(cu_seqlens).spans)
+
+    def _balance(self, cu_seqlens: Tensor) -> Balance:
+        return balance(tuple(cast(list[int], cu_seqlens.tolist())), self.size, self.cost)
+
+    def imbalance(self, cu_seqlens: Tensor) -> float:
+        """The expected work of the busiest rank over the mean, less one."""
+        if self.size == 1:
+            return 0.0
+        if self.kind == "balanced":
+            return self._balance(cu_seqlens).imbalance
+        plan = self.plan(cu_seqlens)
+        spans = [(span.rank, span.start, span.stop) for span in plan.spans]
+        work = [0.0] * self.size
+        for begin, end in pairwise(plan.cuts):
+            for rank, start, stop in spans:
+                if max(start, begin) < min(stop, end):
+                    work[rank] += self.cost.between(max(start, begin) - begin, min(stop, end) - begin)
+        return max(work) / (sum(work) / self.size) - 1 if sum(work) else 0.0
+
     def plan(self, cu_seqlens: Tensor) -> "Plan":
         """How the documents of one micro-batch lie over the ranks. cu_seqlens [documents + 1] int32, on the host."""
         if cu_seqlens.device.type != "cpu":
@@ -116,7 +149,7 @@ class ContextLayout:
         cuts = cast(list[int], cu_seqlens.tolist())
         if len(cuts) < 1 or cuts[0] != 0 or cuts[-1] != self.tokens or any(a > b for a, b in zip(cuts, cuts[1:], strict=False)):
             raise ValueError(f"cu_seqlens must rise from 0 to {self.tokens}, the tokens of the stream: give the boundaries of the whole micro-batch")
-        return Plan(self, cuts)
+        return Plan(self.of(cu_seqlens), cuts)
 
     def local_segments(self, cu_seqlens: Tensor) -> tuple[Tensor, list[Segment]]:
         """This rank's tokens cut at documents and spans: boundaries [segments + 1] int32 on the host, and the segments."""

@@ -15,8 +15,9 @@ from ltrain.checkpoint import Checkpoint, Entry
 from ltrain.checkpoint.parameters import entries, fill
 from ltrain.config import Config
 from ltrain.data.packing import MicroBatch
-from ltrain.model.layers import layout_of, seed_parameters
+from ltrain.model.layers import LocalLayers, layout_of, seed_parameters
 from ltrain.model.stack import Stack
+from ltrain.parallel.context.balance import CAUSAL, Cost
 from ltrain.parallel.context.layout import ContextLayout
 from ltrain.parallel.layers import build_layers
 from ltrain.parallel.mesh import Mesh
@@ -34,8 +35,16 @@ def build_stage(config: Config, vocab: int, mesh: Mesh) -> Stage:
     layers = build_layers(config, mesh, dtype)
     start, stop = cut(model.depth, mesh.pipeline.size())[mesh.pipeline.rank()]
     stack = Stack(model, vocab, layers, start=start, stop=stop, recompute=config.train.recompute)
-    layout = ContextLayout(config.data.tokens, mesh.context.rank(), mesh.context.size(), config.parallel.context_layout)
+    kind, size = config.parallel.context_layout, mesh.context.size()
+    cost = document_cost(config, vocab) if kind == "balanced" and size > 1 else CAUSAL
+    layout = ContextLayout(config.data.tokens, mesh.context.rank(), size, kind, cost)
     return Stage(stack, layout, mesh, stage_config(model.hidden * model.streams.count, model.depth, mesh, dtype), layers.autocast)
+
+
+def document_cost(config: Config, vocab: int) -> Cost:
+    """What documents cost in the whole model, whichever of its layers this rank has: all ranks must find the same layout."""
+    whole = Stack(config.model, vocab, LocalLayers.of(config.model, "meta"))
+    return Cost.of(lambda tokens: sum(whole.flops(tokens, tokens).values()), config.data.tokens)
 
 
 class Engine(ABC):

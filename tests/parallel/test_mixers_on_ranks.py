@@ -114,6 +114,7 @@ def decoded_on_ranks(names: list[str], parallel: ParallelConfig) -> dict[str, Te
             layout = ContextLayout(sum(LENGTHS), mesh.context.rank(), mesh.context.size(), parallel.context_layout)
             exchange = ContextExchange(layout, mesh.exchange, mesh.tensor_context, mesh.tensor)
             plain, x = Sequence.of(LENGTHS), inputs(sum(LENGTHS) + MORE * len(LENGTHS))
+            layout = layout.of(plain.cu_seqlens)
             prompts, further = zip(*(document.split([n, MORE]) for document, n in zip(x.split(LONGER), LENGTHS, strict=True)), strict=True)
             with torch.no_grad():
                 _, state = module.prefill(
@@ -163,7 +164,7 @@ def test_on_ranks_as_on_one(pool: Any, expected: dict[str, dict[str, Tensor]], w
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous", "balanced"])
 def test_decoding_over_context_ranks_as_on_one(pool: Any, kind: str) -> None:
     parallel = ParallelConfig(context=4, context_layout=kind)
     scored = {name for name in CASES for spec in specs_of(name) if "context decode" in spec.options.refuses()}

@@ -18,7 +18,7 @@ from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.layout import ContextLayout
 
 SHARED = ("weight", "sinks", "bias", "rate")  # inputs that are not of tokens
-LAYOUTS = [(size, kind) for size in (2, 3, 4) for kind in ("contiguous", "zigzag")]
+LAYOUTS = [(size, kind) for size in (2, 3, 4) for kind in ("contiguous", "zigzag", "balanced")]
 
 
 def streams(size: int) -> dict[str, list[int]]:
@@ -202,7 +202,7 @@ def on_rank(kind: str, cases: list[Case]) -> list[tuple[dict[str, Tensor], dict[
             exchanges[case.tokens] = ContextExchange(layout, group, group)
         exchange = exchanges[case.tokens]
         exchange.bytes.clear()
-        take, sent = exchange.layout.take, {}
+        take, sent = exchange.layout.of(case.cu_seqlens).take, {}
         inputs = {name: (x if name in SHARED else take(x)).to(device) for name, x in case.inputs().items()}
         seq = exchange.sequence(case.cu_seqlens, case.positions.to(device))
         values = compute(case, inputs, seq, lambda: sent.update({f"{k} forward": n for k, n in exchange.bytes.items()}))  # noqa: B023 - called at once
@@ -215,7 +215,8 @@ def over_ranks(pool: Any, size: int, kind: str, cases: list[Case]) -> list[tuple
     ranks = pool(size).run(on_rank, kind, cases)
     results = []
     for i, case in enumerate(cases):
-        order = torch.cat([torch.arange(a, b) for rank in range(size) for a, b in ContextLayout(case.tokens, rank, size, kind).spans(rank)])
+        layout = ContextLayout(case.tokens, 0, size, kind).of(case.cu_seqlens)
+        order = torch.cat([torch.arange(a, b) for rank in range(size) for a, b in layout.spans(rank)])
         values = {}
         for name in ranks[0][i][0]:
             parts = [rank[i][0][name] for rank in ranks]

@@ -68,7 +68,7 @@ def _drawn(seed: int, size: int) -> Case:
     return Case(lengths=tuple(lengths), recompute=rng.random() < 0.3, **options)
 
 
-@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "balanced"])
 @pytest.mark.parametrize(("size", "draws"), [(2, 24), (3, 24), (4, 24), (8, 16)])
 def test_random_combinations(pool: Any, size: int, kind: str, draws: int) -> None:
     cases = [_drawn(seed, size) for seed in range(draws)]

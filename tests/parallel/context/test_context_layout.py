@@ -4,17 +4,20 @@ import pytest
 import torch
 
 from ltrain.model.sequence import Sequence
+from ltrain.parallel.context.balance import CAUSAL, Cost, balance
 from ltrain.parallel.context.exchange import ContextExchange
-from ltrain.parallel.context.layout import ContextLayout
+from ltrain.parallel.context.layout import KINDS, ContextLayout
+from ltrain.plan.context_parallel import lengths as documents_of
 from tests.parallel.context.streams import LAYOUTS, streams
 
 
 @pytest.mark.parametrize(("size", "kind"), LAYOUTS)
 def test_spans_cover_the_stream_once_and_equally(size: int, kind: str) -> None:
-    layouts = [ContextLayout(24 * size, rank, size, kind) for rank in range(size)]
-    x = torch.arange(24 * size)
-    assert torch.equal(torch.cat([layout.take(x) for layout in layouts]).sort().values, x)
-    assert {len(layout.take(x)) for layout in layouts} == {24}
+    for lengths in streams(size).values():
+        x, cu = torch.arange(sum(lengths)), Sequence.of(lengths).cu_seqlens
+        layouts = [ContextLayout(len(x), rank, size, kind).of(cu) for rank in range(size)]
+        assert torch.equal(torch.cat([layout.take(x) for layout in layouts]).sort().values, x)
+        assert {len(layout.take(x)) for layout in layouts} == {len(x) // size}
 
 
 def test_zigzag_pairs_an_early_with_a_late_part() -> None:
@@ -29,7 +32,7 @@ def test_segments_are_documents_cut_at_spans(size: int, kind: str) -> None:
         seq = Sequence.of(lengths)
         document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         for rank in range(size):
-            layout = ContextLayout(sum(lengths), rank, size, kind)
+            layout = ContextLayout(sum(lengths), rank, size, kind).of(seq.cu_seqlens)
             cu, segments = layout.local_segments(seq.cu_seqlens)
             assert cu.dtype == torch.int32 and cu.tolist() == [0, *(s.rows[1] for s in segments)], name
             held = torch.arange(layout.tokens)
@@ -41,7 +44,7 @@ def test_segments_are_documents_cut_at_spans(size: int, kind: str) -> None:
 
 
 def test_one_rank_holds_the_stream() -> None:
-    for kind in ("zigzag", "contiguous"):
+    for kind in KINDS:
         layout = ContextLayout(7, 0, 1, kind)
         assert layout.spans() == [(0, 7)]
         assert layout.local_segments(torch.tensor([0, 3, 7], dtype=torch.int32))[0].tolist() == [0, 3, 7]
@@ -58,7 +61,7 @@ def test_a_plan_is_made_once_for_a_micro_batch() -> None:
     [
         ((10, 0, 4, "contiguous"), "multiple of 4"),
         ((12, 0, 4, "zigzag"), "multiple of 8"),
-        ((16, 0, 2, "striped"), "zigzag or contiguous"),
+        ((16, 0, 2, "striped"), "zigzag, contiguous or balanced"),
         ((16, 2, 2, "zigzag"), "from 0 to 1"),
     ],
 )
@@ -79,3 +82,52 @@ def test_a_stream_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="holds 8"):
         exchange = ContextExchange(ContextLayout(8))
         exchange.short_conv(torch.zeros(9, 2), torch.zeros(2, 4), exchange.sequence(torch.tensor([0, 8], dtype=torch.int32), torch.arange(8)))
+
+
+def _cu(lengths: list[int]) -> torch.Tensor:
+    return Sequence.of(lengths).cu_seqlens
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("stream", ["one", "long", "short"])
+def test_a_balanced_layout_has_less_to_wait_for_and_less_to_send(size: int, stream: str) -> None:
+    cu = _cu(documents_of(stream, 131072))
+    found = {kind: ContextLayout(131072, 0, size, kind).imbalance(cu) for kind in KINDS}
+    assert found["balanced"] <= min(found.values()) + 0.03, found
+    assert found["balanced"] < 0.05, found
+    balanced = balance(tuple(cu.tolist()), size, CAUSAL)
+    if stream == "one":
+        assert found["zigzag"] == pytest.approx(0, abs=1e-6) and balanced.rows == 131072 * (3 * size - 2) // 4 - 131072 // 4 * size // size
+    if stream == "short":  # most documents are whole
+        assert balanced.rows < 131072 * size / 20, balanced.rows
+
+
+def test_documents_that_fit_stay_whole() -> None:
+    found = balance((0, 5, 10, 15, 20), 2, CAUSAL)
+    assert found.rows == 0 and found.work == (30.0, 30.0) and found.imbalance == 0
+    assert sorted(span for spans in found.spans for span in spans) == [(0, 5), (5, 10), (10, 15), (15, 20)] or len(found.spans[0]) == 1
+
+
+def test_work_is_what_the_cost_says() -> None:
+    assert [CAUSAL.between(a, b) for a, b in ((0, 1), (0, 4), (2, 4))] == [1, 10, 7]
+    window = Cost.of(lambda n: float(sum(min(i + 1, 8) for i in range(n))), 4096)
+    assert window.until(4096) == pytest.approx(8 * 4096 - 28) and window.between(1000, 1010) == pytest.approx(80, rel=0.02)
+    # Where every token costs the same, nothing is worth an exchange that equal tokens do not need.
+    flat = Cost((1, 1 << 20), (1.0, 1.0))
+    assert balance((0, 6000, 6400, 12800), 2, flat).rows == 0
+    uneven = balance((0, 6000, 6400, 12800), 2, CAUSAL)
+    assert uneven.rows > 0 and uneven.imbalance < 0.02  # whole documents would leave one rank 6% more than the other
+
+
+def test_all_ranks_find_the_same_layout_for_any_documents() -> None:
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        size = 2 + seed % 7
+        lengths = torch.randint(0, 400, (1 + seed % 13,), generator=generator).tolist()
+        lengths.append(-sum(lengths) % size + size)
+        cu = _cu(lengths)
+        layouts = [ContextLayout(sum(lengths), rank, size, "balanced").of(cu) for rank in range(size)]
+        x = torch.arange(sum(lengths))
+        assert torch.equal(torch.cat([layout.take(x) for layout in layouts]).sort().values, x)
+        assert {len(layout.take(x)) for layout in layouts} == {len(x) // size}
+        assert len({layout.chosen for layout in layouts}) == 1
