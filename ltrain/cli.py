@@ -356,10 +356,14 @@ def bench_step(args: argparse.Namespace) -> None:
 
 
 def bench_fp8(args: argparse.Namespace) -> None:
+    recipes = args.recipes.split(",")
+    # settings of FP8 go with a recipe: each run then has its own
+    some = "delayed" if "delayed" in recipes else next((recipe for recipe in recipes if recipe != "none"), "none")
+    args.overrides = [f"fp8.recipe={some}", *args.overrides]
     config = _load(args)
     from ltrain.plan.fp8 import compare
 
-    compare(config, args.recipes.split(","), args.steps)
+    compare(config, recipes, args.steps)
 
 
 def bench_context_parallel(args: argparse.Namespace) -> None:

@@ -64,3 +64,11 @@ def test_what_cannot_run_is_refused_before_anything_runs(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"fp8.recipe=blockwise needs an NVIDIA GPU"):
         fp8.compare(config, ["none", "blockwise"], 3)
     assert not Path(config.run.dir).exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells of a machine without a GPU")
+def test_settings_of_fp8_need_no_recipe_beside_the_recipes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(small(tmp_path, precision="bf16")))
+    with pytest.raises(SystemExit):
+        main(["bench", "fp8", str(tmp_path / "config.yaml"), "--recipes", "none,blockwise", "fp8.bf16_first=1"])
+    assert "fp8.recipe=blockwise needs" in capfd.readouterr().err
