@@ -368,19 +368,21 @@ def bench_fp8(args: argparse.Namespace) -> None:
 
 def bench_context_parallel(args: argparse.Namespace) -> None:
     import torch
-    import torch.distributed as dist
 
-    from ltrain.parallel import mesh
+    from ltrain.config import ParallelConfig
+    from ltrain.parallel import mesh as ranks
     from ltrain.plan.context_parallel import Sizes, bench, write
 
-    device, dtype = mesh.start(), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    device, dtype = ranks.start(), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     try:
+        mesh = ranks.Mesh(ParallelConfig(context=int(os.environ.get("WORLD_SIZE", 1))), device)
         sizes = Sizes(args.heads, args.kv_heads, args.head_dim, args.window)
-        results = bench(args.operators, args.documents, args.tokens, args.layout, dtype, args.steps, sizes, device)
-        if dist.get_rank() == 0:
+        results = bench(args.operators, args.documents, args.tokens, args.layout, dtype, args.steps, sizes, mesh)
+        if mesh.rank == 0:
             write(results, sizes, dtype, device, Path(args.out))
+        mesh.close()
     finally:
-        mesh.stop()
+        ranks.stop()
 
 
 def launch_local(args: argparse.Namespace) -> None:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from ltrain.kernels.recurrence import Elementwise, GeneralisedDelta, Linear, Sel
 from ltrain.model.sequence import Latent, LocalExchange, Sequence
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.layout import ContextLayout
+from ltrain.parallel.mesh import Mesh
 from ltrain.plan.hardware import device_name, synchronise
 from ltrain.schema import ConfigError
 
@@ -193,50 +193,46 @@ def inputs(operator: Operator, tokens: int, dtype: torch.dtype, device: torch.de
     return {name: torch.randn(shape, generator=generator, dtype=dtype, device=device) / 8 for name, shape in shapes.items()}
 
 
-def timed(operator: Operator, x: Inputs, sequence: Callable[[], Sequence], steps: int, device: torch.device) -> float:
+def timed(operator: Operator, x: Inputs, sequence: Callable[[], Sequence], steps: int, mesh: Mesh) -> float:
     """Seconds of a forward and a backward, of the slowest rank; the median of `steps`."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in x.items()}
     times = []
     for n in range(WARM_UP + steps):
-        synchronise(device)
-        if dist.get_world_size() > 1:
-            dist.barrier()
+        synchronise(mesh.device)
+        mesh.barrier()
         began = time.perf_counter()
         out = operator.run(leaves, sequence())
         torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
-        synchronise(device)
-        taken = torch.tensor(time.perf_counter() - began, device=device)
-        dist.all_reduce(taken, dist.ReduceOp.MAX)
+        synchronise(mesh.device)
+        taken = max(mesh.all_gather_object(time.perf_counter() - began))
         if n >= WARM_UP:
-            times.append(float(taken))
+            times.append(taken)
     return statistics.median(times)
 
 
 def measure(
-    name: str, operator: Operator, exchange: ContextExchange, documents: list[int], dtype: torch.dtype, steps: int, device: torch.device
+    name: str, operator: Operator, exchange: ContextExchange, documents: list[int], dtype: torch.dtype, steps: int, mesh: Mesh
 ) -> dict[str, Any]:
     """One operator on one stream; every rank calls, and all have the same result."""
+    device = mesh.device
     whole = Sequence.of(documents, device)
     layout = exchange.layout.of(whole.cu_seqlens)
     x = inputs(operator, layout.tokens, dtype, device)
-    alone = timed(operator, x, lambda: Sequence(whole.cu_seqlens, whole.positions, LocalExchange()), steps, device)
+    alone = timed(operator, x, lambda: Sequence(whole.cu_seqlens, whole.positions, LocalExchange()), steps, mesh)
     mine = {key: layout.take(tensor) if key in operator.shapes else tensor for key, tensor in x.items()}
     del x
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    together = timed(operator, mine, lambda: exchange.sequence(whole.cu_seqlens, whole.positions), steps, device)
+    together = timed(operator, mine, lambda: exchange.sequence(whole.cu_seqlens, whole.positions), steps, mesh)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     quiet = exchange.silent()
-    computing = timed(operator, mine, lambda: quiet.sequence(whole.cu_seqlens, whole.positions), steps, device)
+    computing = timed(operator, mine, lambda: quiet.sequence(whole.cu_seqlens, whole.positions), steps, mesh)
     exchange.bytes.clear()
     leaves = {key: tensor.detach().requires_grad_() for key, tensor in mine.items()}
     out = operator.run(leaves, exchange.sequence(whole.cu_seqlens, whole.positions))
     forward = sum(exchange.bytes.values())
     torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
-    counted = torch.tensor([forward, sum(exchange.bytes.values()) - forward, peak], dtype=torch.float64, device=device)
-    most = counted.clone()
-    dist.all_reduce(counted)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
+    sent = mesh.all_gather_object((forward, sum(exchange.bytes.values()) - forward, peak))
     traffic, itemsize = operator.traffic, dtype.itemsize
     ring = layout.tokens * (layout.size - 1) * traffic.width * itemsize if traffic.map is None and traffic.reach is None else None
     return {
@@ -251,11 +247,11 @@ def measure(
         "seconds_of_computing": computing,
         "seconds_exposed": max(together - computing, 0.0),
         "efficiency": alone / together / layout.size,
-        "forward_bytes": int(counted[0]),
+        "forward_bytes": sum(rank[0] for rank in sent),
         "forward_bytes_expected": expected_bytes(traffic, layout, documents, itemsize),
         "forward_bytes_of_a_full_ring": ring,  # every row to every rank, whatever the documents are
-        "backward_bytes": int(counted[1]),
-        "peak_bytes_of_a_rank": int(most[2]) or None,
+        "backward_bytes": sum(rank[1] for rank in sent),
+        "peak_bytes_of_a_rank": max(rank[2] for rank in sent) or None,
     }
 
 
@@ -298,9 +294,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def bench(
-    names: list[str], streams: list[str], tokens: list[int], kind: str, dtype: torch.dtype, steps: int, sizes: Sizes, device: torch.device
+    names: list[str], streams: list[str], tokens: list[int], kind: str, dtype: torch.dtype, steps: int, sizes: Sizes, mesh: Mesh
 ) -> list[dict[str, Any]]:
-    """Every operator on every stream over all ranks that there are.
+    """Every operator on every stream over the context ranks of the mesh, which are all ranks.
 
     Raises ConfigError for an operator, stream or length that does not fit.
     """
@@ -308,18 +304,18 @@ def bench(
     for given, among, what in ((names, known, "--operators"), (streams, DOCUMENTS, "--documents")):
         if wrong := [name for name in given if name not in among]:
             raise ConfigError(f"{what} {wrong[0]} is not known: write some of {','.join(among)}")
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size = mesh.context.rank(), mesh.context.size()
     try:
         layouts = {n: ContextLayout(n, rank, size, kind) for n in tokens}
     except ValueError as error:
         raise ConfigError(f"--tokens {','.join(map(str, tokens))}: {error}") from error
-    group = dist.group.WORLD if size > 1 else None
+    group = mesh.exchange if size > 1 else None
     exchange = ContextExchange(layouts[tokens[0]], group, group)
     results = []
     for n in tokens:
         for stream in streams:
             for name in names:
-                found = measure(name, known[name], exchange.resized(n), lengths(stream, n), dtype, steps, device)
+                found = measure(name, known[name], exchange.resized(n), lengths(stream, n), dtype, steps, mesh)
                 results.append({"stream": stream, **found})
                 if rank == 0:
                     print(table(results[-1:]).splitlines()[-1] if len(results) > 1 else table(results), flush=True)

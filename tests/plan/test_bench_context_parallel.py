@@ -16,15 +16,22 @@ TOKENS = 96
 
 def on_rank(size: int, kind: str, folder: str) -> list[dict[str, Any]]:
     import torch
-    import torch.distributed as dist
 
+    from ltrain.config import ParallelConfig
+    from ltrain.parallel import cpu
+    from ltrain.parallel.mesh import Mesh
     from ltrain.plan.context_parallel import DOCUMENTS, Sizes, bench, operators, write
 
-    sizes, device = Sizes(heads=4, kv_heads=2, head_dim=8, window=20, latent=12, rope=4, states=4), torch.device("cpu")
-    results = bench(list(operators(sizes)), list(DOCUMENTS), [TOKENS], kind, torch.float32, 1, sizes, device)
-    if dist.get_rank() == 0:
-        write(results, sizes, torch.float32, device, Path(folder))
-    return results
+    cpu.install()
+    mesh = Mesh(ParallelConfig(context=size), torch.device("cpu"))
+    try:
+        sizes = Sizes(heads=4, kv_heads=2, head_dim=8, window=20, latent=12, rope=4, states=4)
+        results = bench(list(operators(sizes)), list(DOCUMENTS), [TOKENS], kind, torch.float32, 1, sizes, mesh)
+        if mesh.rank == 0:
+            write(results, sizes, torch.float32, mesh.device, Path(folder))
+        return results
+    finally:
+        mesh.close()
 
 
 @pytest.mark.parametrize(("size", "kind"), [(2, "zigzag"), (3, "contiguous"), (4, "balanced")])
