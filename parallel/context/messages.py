@@ -1,7 +1,8 @@
 """Messages between the context ranks, counted."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,15 @@ class ExchangeError(RuntimeError):
     """Another context rank did not do its part: which one, and in which exchange."""
 
     of_this_rank = True  # others may see another one
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """An error of the transport is one of `what`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ExchangeError(f"{what}: {str(error).splitlines()[0]}") from error
 
 
 class Transit:
@@ -26,10 +36,8 @@ class Transit:
         Raises ExchangeError where another rank is gone, or silent for longer than its group's time-out.
         """
         for what, work in self._works:
-            try:
+            with _named(what):
                 work.wait()
-            except RuntimeError as error:
-                raise ExchangeError(f"{what}: {str(error).splitlines()[0]}") from error
         self._sent.clear()  # only now may the buffers be reused
         return self._arriving
 
@@ -49,7 +57,10 @@ class Messages:
             dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
     def post(self, kind: str, sends: Mapping[int, Tensor], receives: Mapping[int, int], *, dtype: torch.dtype, device: torch.device) -> Transit:
-        """Start sending `sends` (group rank -> flat tensor) and receiving `receives` (group rank -> number of elements)."""
+        """Start sending `sends` (group rank -> flat tensor) and receiving `receives` (group rank -> number of elements).
+
+        Raises ExchangeError where another rank is known to be gone already.
+        """
         sent = {peer: x.contiguous() for peer, x in sends.items() if x.numel()}
         arriving = {peer: torch.empty(n, dtype=dtype, device=device) for peer, n in receives.items() if n}
         operations = [dist.P2POp(dist.isend, x, group=self.group, group_peer=peer) for peer, x in sent.items()]
@@ -57,12 +68,18 @@ class Messages:
         self.bytes[kind] += sum(x.numel() * x.element_size() for x in sent.values())
         if not operations:
             return Transit([], [], arriving)
-        works = dist.batch_isend_irecv(operations)
-        names = [f"sending to {self._name(peer)}" for peer in sent] + [f"receiving from {self._name(peer)}" for peer in arriving]
-        if len(works) < len(names):  # NCCL makes one of them all
-            names = [" and ".join(names)] * len(works)
-        named = [(f"{kind} exchange, {name}", work) for name, work in zip(names, works, strict=True)]
-        return Transit(named, list(sent.values()), arriving)
+        names = [f"{kind} exchange, sending to {self._name(peer)}" for peer in sent]
+        names += [f"{kind} exchange, receiving from {self._name(peer)}" for peer in arriving]
+        if dist.get_backend(self.group) == "nccl":  # makes one of them all
+            names = [" and ".join(names)]
+            with _named(names[0]):
+                works = dist.batch_isend_irecv(operations)
+        else:  # one by one, for a rank that is gone already fails its own message
+            works = []
+            for name, operation in zip(names, operations, strict=True):
+                with _named(name):
+                    works += dist.batch_isend_irecv([operation])
+        return Transit(list(zip(names, works, strict=True)), list(sent.values()), arriving)
 
     def _name(self, peer: int) -> str:
         assert self.group is not None  # one rank has no peer
