@@ -113,6 +113,7 @@ class ParallelConfig:
     expert: int = 1  # folds over the non-pipeline ranks
     pipeline: int = 1
     context_layout: str = "zigzag"  # zigzag | contiguous | balanced (follows the documents of each stream)
+    ulysses: int = 1  # neighbouring context ranks that divide the heads of attention; between them the ring goes on
     timeout: int = 600  # seconds after which a stalled exchange is an error
 
 

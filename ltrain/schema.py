@@ -30,6 +30,11 @@ def check_multiple(what: str, value: int, of: str, unit: int) -> None:
         raise ConfigError(f"{what}={value} is not a multiple of {of}={unit}: write {math.ceil(value / unit) * unit}, or a {of} that divides {value}")
 
 
+def divides_heads(heads: int, kv_heads: int, ranks: int) -> bool:
+    """Whether each rank can have as many heads, and of the K/V heads those that serve them."""
+    return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+
+
 def default_of(part: Any, name: str) -> Any:
     return getattr(type(part)(), name)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ltrain import schema
 from ltrain.model.options import MIXERS, NO_MIXER, BlockOptions, FeedForwardOptions, MoEOptions
 from ltrain.pattern import LayerSpec, all_layers, further_layer, resolve_layers, shared_layer
-from ltrain.schema import ABOVE_0, AT_LEAST_1, Choices, ConfigError, Limits, Where, check_multiple, default_of
+from ltrain.schema import ABOVE_0, AT_LEAST_1, Choices, ConfigError, Limits, Where, check_multiple, default_of, divides_heads
 
 if TYPE_CHECKING:
     from ltrain.config import Config, SyntheticConfig, TrainConfig
@@ -48,6 +48,7 @@ LIMITS: Limits = {
             *("DataConfig.tokens", "DataConfig.shards", "TrainConfig.steps", "TrainConfig.tokens_per_step", "EvalConfig.tokens"),
             *("TrackingConfig.every", "EvalConfig.documents", "NeedleConfig.samples", "FP8Config.amax_history"),
             *("ParallelConfig.tensor", "ParallelConfig.context", "ParallelConfig.expert", "ParallelConfig.pipeline", "ParallelConfig.timeout"),
+            "ParallelConfig.ulysses",
         ],
         AT_LEAST_1,
     ),
@@ -389,6 +390,7 @@ def _check_layout(config: "Config", specs: list[LayerSpec]) -> None:
         raise ConfigError(f"eval.tokens={config.eval.tokens} is less than one micro-batch, data.tokens={data.tokens}: write at least {data.tokens}")
     if parallel.expert > 1 and not any(spec.ffn.experts for spec in specs):
         raise ConfigError(f"parallel.expert={parallel.expert} has no effect in a model without experts: write parallel.expert=1")
+    _check_ulysses(config, specs)
 
 
 def _check_learned_positions(config: "Config") -> None:
@@ -400,6 +402,25 @@ def _check_learned_positions(config: "Config") -> None:
     for name, length in (("eval.positions", config.eval.positions), ("eval.needles.lengths", max(needles.lengths) if needles.tasks else 0)):
         if length > most:
             raise ConfigError(f"{name} asks for {length} tokens and model.learned_positions={most} are there: write at most {most}")
+
+
+def _check_ulysses(config: "Config", specs: list[LayerSpec]) -> None:
+    parallel = config.parallel
+    if parallel.ulysses == 1:
+        return
+    given = f"parallel.ulysses={parallel.ulysses}"
+    check_multiple("parallel.context", parallel.context, "parallel.ulysses", parallel.ulysses)
+    if not any(spec.options.softmax_heads() for spec in specs):
+        raise ConfigError(f"{given} has no effect in a model without softmax attention: write parallel.ulysses=1")
+    for spec in specs:
+        for key, counts in spec.options.softmax_heads().items():
+            heads, kv_heads = (n // parallel.tensor for n in counts)
+            if not divides_heads(heads, kv_heads, parallel.ulysses):
+                at = ".".join(filter(None, ("model.layers", spec.kind, key)))
+                raise ConfigError(
+                    f"{given} does not divide the {heads} heads and {kv_heads} K/V heads that a rank has of {at}: write a divisor of the heads "
+                    "that divides the K/V heads too or is a multiple of them"
+                )
 
 
 def _check_engine(config: "Config") -> None:

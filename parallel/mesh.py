@@ -19,6 +19,7 @@ with unittest.mock.patch.object(torch, "compile", lambda function=None, **_: fun
 from ltrain.config import ConfigError, ParallelConfig
 from ltrain.model.layers import Shard
 from ltrain.parallel import cpu
+from ltrain.parallel.context.ulysses import places
 
 
 def start(device: str = "auto", timeout: int = 600) -> torch.device:
@@ -89,7 +90,15 @@ class Mesh:
         self._own: list[dist.ProcessGroup] = [self.control]
         # exchanges of the mixers and the spreading of micro-batches have groups of their own, so that their order of
         # issue never mixes with megatron's collectives
-        self.exchange = self._new_group(dist.get_process_group_ranks(self.context))
+        exchanging = dist.get_process_group_ranks(self.context)
+        self.exchange = self._new_group(exchanging)
+        self.ulysses: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # who divides heads with this rank, and who has the same ones
+        if parallel.ulysses > 1:
+            groups, rings = (
+                next(list(map(exchanging.__getitem__, p)) for p in found if self.context.rank() in p)
+                for found in places(parallel.context, parallel.ulysses)
+            )
+            self.ulysses = self._new_group(groups), self._new_group(rings)
         self.replica = self._new_group(self._ranks_with(self.data.rank()), backend="gloo")
         self._connect()
         self.shard = Shard(self.tensor.rank(), self.tensor.size(), self.expert.rank(), self.expert.size())
@@ -113,6 +122,7 @@ class Mesh:
         if self.device.type != "cuda":
             return
         groups = [self.groups.tp, self.groups.cp, self.groups.ep, self.groups.pp, self.groups.dp, self.tensor_context, self.stage, self.exchange]
+        groups += self.ulysses or ()
         for group in groups:
             if group.size() > 1:
                 dist.all_reduce(torch.zeros(1, device=self.device), group=group)

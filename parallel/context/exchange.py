@@ -21,6 +21,7 @@ from ltrain.parallel.context.messages import Messages, Silence
 from ltrain.parallel.context.ring import Ring, RingAttention, ring
 from ltrain.parallel.context.rows import RowExchange, Rows
 from ltrain.parallel.context.scan import Scan, recurrence_over_ranks, scan
+from ltrain.parallel.context.ulysses import Ulysses, layout_over_groups
 
 PLANS_KEPT = 64  # micro-batches: more than any pipeline schedule has under way
 
@@ -31,6 +32,7 @@ class ContextExchange:
     layout: how the stream is cut, with this rank's place in it, its rank in `cp_group`. cp_group: the context ranks
     (None with one); give it to nothing else, so that these messages keep their order. sum_group: every rank that holds
     tokens of the micro-batch, tensor and context ranks (None: this rank alone). tensor_group: the tensor ranks among them.
+    ulysses: the ranks of `cp_group` that divide the heads of attention, and those that are a ring beside them (None: all are a ring).
 
     Raises ValueError where group and layout disagree. Building it is collective over `cp_group`.
     """
@@ -41,6 +43,7 @@ class ContextExchange:
         cp_group: dist.ProcessGroup | None = None,
         sum_group: dist.ProcessGroup | None = None,
         tensor_group: dist.ProcessGroup | None = None,
+        ulysses: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     ):
         here = (0, 1) if cp_group is None else (dist.get_rank(cp_group), dist.get_world_size(cp_group))
         if here != (layout.rank, layout.size):
@@ -52,6 +55,7 @@ class ContextExchange:
         self.tensor = (0, 1) if tensor_group is None else (dist.get_rank(tensor_group), dist.get_world_size(tensor_group))
         self._messages = Messages(cp_group, layout.size)
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
+        self._ulysses = None if ulysses is None else Ulysses.over(*ulysses, self.bytes)
 
     def resized(self, tokens: int) -> "ContextExchange":
         """The same ranks, and the same count of bytes, for streams of another length."""
@@ -63,11 +67,12 @@ class ContextExchange:
         """The same without messages, to measure what these cost: zeros arrive. Of no use for training."""
         other = copy.copy(self)
         other._messages = Silence()
+        other._ulysses = None if self._ulysses is None else self._ulysses.silent()
         return other
 
     @property
     def bytes(self) -> Counter[str]:
-        """Bytes this rank has sent by kind (ring, halo, scan; last, state, decode), forward and backward."""
+        """Bytes this rank has sent by kind (ring, ulysses, halo, scan; last, state, decode), forward and backward."""
         return self._messages.bytes
 
     def plan(self, cu_seqlens: Tensor) -> Plan:
@@ -105,6 +110,14 @@ class ContextExchange:
             return attention.attention(q, k, v, seq.cu_seqlens, scale=scale, mask=mask, starts=starts, score=score, sinks=sinks)
         assert mask.causal, "the ring carries causal attention"
         plan = self._local(q, "q", seq)
+        if self._ulysses is not None:
+            inner = self._with_heads(self._ulysses, plan, seq, mask)
+            score, sinks = self._ulysses.score(score), None if sinks is None else self._ulysses.heads(sinks)
+
+            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return inner.exchange.attention(q, k, v, inner, scale=scale, mask=mask, score=score, sinks=sinks)
+
+            return self._ulysses.attention(q, k, v, plan.layout, attend)
         begun = self._begun(plan, seq) if mask.placed else ()
         found: Ring = plan.derive(("ring", mask, begun), lambda: ring(plan, mask, dict(begun)))
         if found.alone:
@@ -117,6 +130,17 @@ class ContextExchange:
         carried = (None, None, None) if made is None else (made.rows(), made.weight, made.expand)
         out: Tensor = RingAttention.apply(q, k, v, sinks, score.bias, *carried, found, self._messages, seq.tape, scale, plain)  # type: ignore[no-untyped-call]
         return out
+
+    def _with_heads(self, ulysses: Ulysses, plan: Plan, seq: Sequence, mask: Mask) -> Sequence:
+        """The stream as those see it that have this rank's share of the heads; positions only where the mask asks for them."""
+        key = f"heads of ulysses{' with positions' * mask.placed}"
+        if key not in seq.shared:
+            ring = copy.copy(self)
+            ring.layout, ring._messages, ring._ulysses = layout_over_groups(plan.layout, ulysses.members), ulysses.ring, None
+            ring._plans = OrderedDict()
+            positions = ulysses.positions(seq.positions, plan.layout) if mask.placed else seq.positions
+            seq.shared[key] = Sequence(seq.cu_seqlens, positions, exchange=ring)
+        return replace(seq.shared[key], tape=seq.tape)
 
     @staticmethod
     def _begun(plan: Plan, seq: Sequence) -> tuple[tuple[int, int], ...]:

@@ -9,13 +9,14 @@ from torch import Tensor
 from ltrain.config import ConfigError, ParallelConfig
 from ltrain.model.layers import LocalLayers, layout_of, pieces, seed_parameters
 from ltrain.model.sequence import Sequence
+from ltrain.schema import divides_heads
 from tests.model.mixers.cases import CASES, HIDDEN, build, config_of, decodes, specs_of
 from tests.model.mixers.test_contract import inputs, jitter
 
 LENGTHS = [1, 37, 2, 40, 16]  # documents that cross the cuts of 2 and of 4 ranks
 MORE = 9  # tokens that are decoded of each document
 LONGER = [n + MORE for n in LENGTHS]
-LAYOUTS = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)]}  # world size -> (tensor, context)
+LAYOUTS = {2: [(2, 1, 1), (1, 2, 1), (1, 2, 2)], 4: [(4, 1, 1), (2, 2, 1), (1, 4, 2)]}  # world size -> (tensor, context, ulysses)
 
 Found = dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]]  # case -> pieces of its results
 
@@ -30,6 +31,9 @@ def supported(name: str, parallel: ParallelConfig) -> bool:
         for options in every:
             options.check(name, parallel)
     except ConfigError:
+        return False
+    heads = [(n // parallel.tensor for n in counts) for options in every for counts in options.softmax_heads().values()]
+    if parallel.ulysses > 1 and not (heads and all(divides_heads(*counts, parallel.ulysses) for counts in heads)):
         return False
     return not any(getattr(parallel, refused, 1) > 1 for options in every for refused in options.refuses())
 
@@ -66,7 +70,7 @@ def on_ranks(names: list[str], parallel: ParallelConfig) -> Found:
             seed_parameters(module, 0)
             jitter(module)
             layout = ContextLayout(sum(LENGTHS), mesh.context.rank(), mesh.context.size(), parallel.context_layout)
-            exchange = ContextExchange(layout, mesh.exchange if mesh.context.size() > 1 else None, mesh.tensor_context, mesh.tensor)
+            exchange = ContextExchange(layout, mesh.exchange if mesh.context.size() > 1 else None, mesh.tensor_context, mesh.tensor, mesh.ulysses)
             plain = Sequence.of(LENGTHS)
             seq = Sequence(plain.cu_seqlens, layout.take(plain.positions), exchange=exchange)
 
@@ -112,7 +116,7 @@ def decoded_on_ranks(names: list[str], parallel: ParallelConfig) -> dict[str, Te
             seed_parameters(module, 0)
             jitter(module)
             layout = ContextLayout(sum(LENGTHS), mesh.context.rank(), mesh.context.size(), parallel.context_layout)
-            exchange = ContextExchange(layout, mesh.exchange, mesh.tensor_context, mesh.tensor)
+            exchange = ContextExchange(layout, mesh.exchange, mesh.tensor_context, mesh.tensor, mesh.ulysses)
             plain, x = Sequence.of(LENGTHS), inputs(sum(LENGTHS) + MORE * len(LENGTHS))
             layout = layout.of(plain.cu_seqlens)
             prompts, further = zip(*(document.split([n, MORE]) for document, n in zip(x.split(LONGER), LENGTHS, strict=True)), strict=True)
@@ -147,11 +151,11 @@ def test_every_case_goes_over_two_tensor_ranks() -> None:
     assert [name for name in CASES if not supported(name, ParallelConfig(tensor=2))] == []
 
 
-@pytest.mark.parametrize(("world", "tensor", "context"), [(world, *layout) for world, layouts in LAYOUTS.items() for layout in layouts])
-def test_on_ranks_as_on_one(pool: Any, expected: dict[str, dict[str, Tensor]], world: int, tensor: int, context: int) -> None:
-    parallel = ParallelConfig(tensor=tensor, context=context)
+@pytest.mark.parametrize(("world", "tensor", "context", "ulysses"), [(world, *layout) for world, layouts in LAYOUTS.items() for layout in layouts])
+def test_on_ranks_as_on_one(pool: Any, expected: dict[str, dict[str, Tensor]], world: int, tensor: int, context: int, ulysses: int) -> None:
+    parallel = ParallelConfig(tensor=tensor, context=context, ulysses=ulysses)
     names = [name for name in CASES if supported(name, parallel)]
-    assert names
+    assert len(names) > 10
     results = pool(world).run(on_ranks, names, parallel, timeout=240)
     wrong = []
     for name in names:

@@ -130,6 +130,10 @@ class AttentionOptions(MixerOptions):
     def takes(self) -> tuple[str, str]:
         return ("kv=shared", self._source()) if self.kv == "shared" else ("", "")
 
+    def softmax_heads(self) -> dict[str, tuple[int, int]]:
+        pairs = 2 if self.differential else 1
+        return {} if self.block_size else {"": (self.heads // pairs, self.kv_heads // pairs)}
+
     def refuses(self) -> dict[str, str]:
         found = {"context decode": "the blocks of a decoded token are chosen by means of all keys"} if self.block_size else {}
         if not self.causal:

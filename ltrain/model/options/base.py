@@ -25,6 +25,10 @@ class MixerOptions:
         refuses serves models that are loaded or built in Python, with a loss of their own."""
         return {}
 
+    def softmax_heads(self) -> dict[str, tuple[int, int]]:
+        """Heads and K/V heads of each attention that `parallel.ulysses` may divide, by the key under this mixer's ('': its own)."""
+        return {}
+
     def gives(self) -> str:
         """The option by which a layer with these options leaves something to later ones, as in a config; '': it leaves nothing."""
         return ""

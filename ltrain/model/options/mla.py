@@ -72,6 +72,9 @@ class MLAOptions(MixerOptions):
         if not self.temperature and (self.temperature_length, self.temperature_offset) != (8192, 0):
             raise ConfigError(f"{key}.temperature_length and temperature_offset have no effect with temperature=0: write a temperature")
 
+    def softmax_heads(self) -> dict[str, tuple[int, int]]:
+        return {"": (self.heads, self.heads)}
+
     def gives(self) -> str:
         return "select=index" if self.select == "index" else ""
 

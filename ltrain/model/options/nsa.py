@@ -40,5 +40,8 @@ class NSAOptions(MixerOptions):
         if self.rope is not None:
             self.rope.check(f"{key}.rope", self.head_dim)
 
+    def softmax_heads(self) -> dict[str, tuple[int, int]]:
+        return {"": (self.heads, self.kv_heads)}
+
     def refuses(self) -> dict[str, str]:
         return {"context decode": "compressed blocks are made again from all keys"}

@@ -69,5 +69,12 @@ class ParallelOptions(MixerOptions):
             told = " and ".join(f"{name} has {width}" for name, width in widths.items())
             raise ConfigError(f"{key}.fuse=true takes the mean of what the branches' heads give, but {told} numbers: make heads x width equal")
 
+    def softmax_heads(self) -> dict[str, tuple[int, int]]:
+        return {
+            f"branches.{name}{'.' * bool(key)}{key}": heads
+            for name, branch in self.resolved()
+            for key, heads in branch.options.softmax_heads().items()
+        }
+
     def refuses(self) -> dict[str, str]:
         return {kind: f"{why} (its branch {name})" for name, branch in reversed([*self.resolved()]) for kind, why in branch.options.refuses().items()}

@@ -16,6 +16,7 @@ from ltrain.kernels.segments import accumulator, documents
 from ltrain.model.sequence import Latent, LocalExchange, Sequence
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.layout import ContextLayout
+from ltrain.parallel.context.ulysses import places
 
 SHARED = ("weight", "sinks", "bias", "rate")  # inputs that are not of tokens
 LAYOUTS = [(size, kind) for size in (2, 3, 4) for kind in ("contiguous", "zigzag", "balanced")]
@@ -190,16 +191,24 @@ def whole(case: Case, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     return compute(case, inputs, Sequence(case.cu_seqlens, case.positions, LocalExchange()))
 
 
-def on_rank(kind: str, cases: list[Case]) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
+def divided(ulysses: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
+    """This rank's groups of `places`; collective."""
+    if ulysses == 1:
+        return None
+    return tuple(dist.new_subgroups_by_enumeration(ranks)[0] for ranks in places(dist.get_world_size(), ulysses))  # type: ignore[return-value]
+
+
+def on_rank(kind: str, cases: list[Case], ulysses: int = 1) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
     """On this rank of a pool: for each case its rows of output and gradients, and bytes sent (forward, and in all), by kind."""
     results = []
     group = dist.group.WORLD  # nothing else speaks over it, and a pool that failed is replaced
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    groups = divided(ulysses)
     exchanges: dict[int, ContextExchange] = {}
     for case in cases:
         layout = ContextLayout(case.tokens, dist.get_rank(), dist.get_world_size(), kind)
         if case.tokens not in exchanges:
-            exchanges[case.tokens] = ContextExchange(layout, group, group)
+            exchanges[case.tokens] = ContextExchange(layout, group, group, ulysses=groups)
         exchange = exchanges[case.tokens]
         exchange.bytes.clear()
         take, sent = exchange.layout.of(case.cu_seqlens).take, {}
@@ -210,9 +219,9 @@ def on_rank(kind: str, cases: list[Case]) -> list[tuple[dict[str, Tensor], dict[
     return results
 
 
-def over_ranks(pool: Any, size: int, kind: str, cases: list[Case]) -> list[tuple[dict[str, Tensor], list[dict[str, int]]]]:
+def over_ranks(pool: Any, size: int, kind: str, cases: list[Case], ulysses: int = 1) -> list[tuple[dict[str, Tensor], list[dict[str, int]]]]:
     """Each case over `size` ranks: output and gradients put back in the order of the stream, and bytes sent by rank."""
-    ranks = pool(size).run(on_rank, kind, cases)
+    ranks = pool(size).run(on_rank, kind, cases, ulysses)
     results = []
     for i, case in enumerate(cases):
         layout = ContextLayout(case.tokens, 0, size, kind).of(case.cu_seqlens)

@@ -53,7 +53,7 @@ def test_any_layout_gives_the_output_and_gradients_of_one_rank(pool: Any, size: 
     assert {name: e for name, e in errors.items() if e[0] > 1e-10} == {}
 
 
-def _drawn(seed: int, size: int) -> Case:
+def drawn(seed: int, size: int) -> Case:
     """Any mixer on any documents: many tiny ones, few long ones, empty ones."""
     rng = random.Random(f"{seed} {size}")
     options = dict(MIXERS[rng.choice(list(MIXERS))])
@@ -71,7 +71,7 @@ def _drawn(seed: int, size: int) -> Case:
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag", "balanced"])
 @pytest.mark.parametrize(("size", "draws"), [(2, 24), (3, 24), (4, 24), (8, 16)])
 def test_random_combinations(pool: Any, size: int, kind: str, draws: int) -> None:
-    cases = [_drawn(seed, size) for seed in range(draws)]
+    cases = [drawn(seed, size) for seed in range(draws)]
     errors = [(*error(values, whole(case)), case) for case, (values, _) in zip(cases, over_ranks(pool, size, kind, cases), strict=True)]
     assert [e for e in errors if e[0] > 1e-10] == []
 
