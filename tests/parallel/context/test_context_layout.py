@@ -1,5 +1,8 @@
 """Spans, segments and plans, on the host."""
 
+import random
+import time
+
 import pytest
 import torch
 
@@ -106,6 +109,15 @@ def test_documents_that_fit_stay_whole() -> None:
     found = balance((0, 5, 10, 15, 20), 2, CAUSAL)
     assert found.rows == 0 and found.work == (30.0, 30.0) and found.imbalance == 0
     assert sorted(span for spans in found.spans for span in spans) == [(0, 5), (5, 10), (10, 15), (15, 20)] or len(found.spans[0]) == 1
+
+
+def test_thousands_of_documents_are_laid_out_while_a_step_runs() -> None:
+    rng = random.Random(0)
+    cuts = (0, *sorted(rng.sample(range(1, 1 << 20), 7000)), 1 << 20)
+    started = time.monotonic()
+    found = balance(cuts, 8, CAUSAL)
+    assert time.monotonic() - started < 20  # 2 seconds of one core; in a time that grows with the square of the documents, a minute
+    assert found.imbalance < 0.01
 
 
 def test_work_is_what_the_cost_says() -> None:
