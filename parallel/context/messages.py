@@ -1,7 +1,8 @@
 """Messages between the context ranks, counted."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,15 @@ class ExchangeError(RuntimeError):
     """Another context rank did not do its part: which one, and in which exchange."""
 
     of_this_rank = True  # others may see another one
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """What the process group raises, as an ExchangeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ExchangeError(f"{what}: {str(error).splitlines()[0]}") from error
 
 
 class Transit:
@@ -26,10 +36,8 @@ class Transit:
         Raises ExchangeError where another rank is gone, or silent for longer than its group's time-out.
         """
         for what, work in self._works:
-            try:
+            with _told(what):
                 work.wait()
-            except RuntimeError as error:
-                raise ExchangeError(f"{what}: {str(error).splitlines()[0]}") from error
         self._sent.clear()  # only now may the buffers be reused
         return self._arriving
 
@@ -57,8 +65,9 @@ class Messages:
         self.bytes[kind] += sum(x.numel() * x.element_size() for x in sent.values())
         if not operations:
             return Transit([], [], arriving)
-        works = dist.batch_isend_irecv(operations)
         names = [f"sending to {self._name(peer)}" for peer in sent] + [f"receiving from {self._name(peer)}" for peer in arriving]
+        with _told(f"{kind} exchange, {' and '.join(names)}"):  # to one that is gone nothing is even posted
+            works = dist.batch_isend_irecv(operations)
         if len(works) < len(names):  # NCCL makes one of them all
             names = [" and ".join(names)] * len(works)
         named = [(f"{kind} exchange, {name}", work) for name, work in zip(names, works, strict=True)]
@@ -72,7 +81,8 @@ class Messages:
         """In place: x summed over the ranks. Each counts x as sent once."""
         if self.size > 1:
             self.bytes[kind] += x.numel() * x.element_size()
-            dist.all_reduce(x, group=self.group)
+            with _told(f"{kind} exchange, summing over the context ranks"):
+                dist.all_reduce(x, group=self.group)
         return x
 
     def all_gather(self, kind: str, x: Tensor) -> list[Tensor]:
@@ -81,7 +91,8 @@ class Messages:
             return [x]
         self.bytes[kind] += x.numel() * x.element_size()
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
+        with _told(f"{kind} exchange, gathering from the context ranks"):
+            dist.all_gather(parts, x.contiguous(), group=self.group)
         return parts
 
 

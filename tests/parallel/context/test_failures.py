@@ -28,14 +28,18 @@ def attend(how: str) -> None:
     q, k, v = (torch.ones(8, 2, 4) for _ in range(3))
     for round_ in range(2):
         if round_ and rank == SILENT:
-            if how == "dies":
+            if how != "stalls":
                 os._exit(1)
             time.sleep(3 * TIMEOUT)
             return
+        if round_ and how in ("is gone", "is gone from a sum"):
+            time.sleep(TIMEOUT / 2)
+        if round_ and how == "is gone from a sum":
+            exchange.last(q.flatten(1), exchange.sequence(whole.cu_seqlens, whole.positions), 1)
         exchange.attention(q, k, v, exchange.sequence(whole.cu_seqlens, whole.positions), scale=1.0)
 
 
-@pytest.mark.parametrize("how", ["stalls", "dies"])
+@pytest.mark.parametrize("how", ["stalls", "dies", "is gone", "is gone from a sum"])
 def test_the_others_name_the_rank_and_the_exchange(how: str) -> None:
     pool = Pool(3)  # its groups are of no use afterwards
     try:
@@ -43,7 +47,8 @@ def test_the_others_name_the_rank_and_the_exchange(how: str) -> None:
         with pytest.raises(RankError) as error:
             pool.run(attend, how, timeout=60.0)
         # rank 2 reads keys of rank 1
-        expected = f"ExchangeError: ring exchange, receiving from rank {SILENT} (context rank {SILENT}): "
+        sums = "ExchangeError: last exchange, summing over the context ranks: "
+        expected = sums if how == "is gone from a sum" else f"ExchangeError: ring exchange, receiving from rank {SILENT} (context rank {SILENT}): "
         assert any(expected in line for line in str(error.value).splitlines()), str(error.value)
         assert time.monotonic() - started < 40
     finally:
