@@ -6,6 +6,7 @@ itself); shorter ones stay whole, the costliest first to the rank that has least
 tried, and that is taken with which the busiest rank's work and its share of the exchange come to least.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,7 +36,12 @@ class Cost:
         return cls(tuple(lengths), tuple(document(n) / n for n in lengths))
 
     def until(self, tokens: int) -> float:
-        return tokens * float(np.interp(tokens, self.lengths, self.each)) if tokens else 0.0
+        # interpolated by hand: numpy turns the table into arrays for every single number, of which a stream may ask for a million
+        after = bisect_left(self.lengths, tokens)
+        if after in (0, len(self.lengths)):
+            return tokens * self.each[min(after, len(self.each) - 1)]
+        (x0, x1), (y0, y1) = self.lengths[after - 1 : after + 1], self.each[after - 1 : after + 1]
+        return tokens * (y0 + (y1 - y0) * (tokens - x0) / (x1 - x0))
 
     @property
     def key(self) -> float:
@@ -70,13 +76,12 @@ def weigh(spans: list[Pieces], cost: Cost) -> tuple[tuple[float, ...], int]:
     work, rows = [], 0
     for pieces in spans:
         work.append(sum(cost.between(start - begin, stop - begin) for begin, start, stop in pieces))
-        last: dict[int, tuple[int, int]] = {}  # document -> the last piece's start, and tokens before it here
+        last: dict[int, tuple[int, int]] = {}  # document -> the last piece's start, and tokens of it here
+        before: dict[int, int] = {}  # document -> tokens of it here before the last piece
         for begin, start, stop in sorted(pieces):
-            held = last[begin][1] if begin in last else 0
-            last[begin] = start, held + stop - start
-        for begin, (start, held) in last.items():
-            stop = max(b for a, s, b in pieces if a == begin and s == start)
-            rows += start - begin - (held - (stop - start))
+            before[begin] = last[begin][1] if begin in last else 0
+            last[begin] = start, before[begin] + stop - start
+        rows += sum(start - begin - before[begin] for begin, (start, _) in last.items())
     return tuple(work), rows
 
 

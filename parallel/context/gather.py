@@ -48,11 +48,16 @@ def gather(plan: Plan, units: Units = int) -> Gather:
     slots, count = {}, 0
     for document, length in ends.items():
         slots[document], count = count, count + length
-    rows, local, at = {}, [], 0
+    rows: dict[int, int] = {}
+    local: list[Piece] = []
+    at = 0
     for s in plan.segments:
         low, high = units(s.start - s.begin), units(s.stop - s.begin)
         rows[s.local] = at
-        local.append(Piece(slots[s.document] + low, at, at + high - low))
+        piece = Piece(slots[s.document] + low, at, at + high - low)
+        if local and local[-1].window.stop == piece.slot:  # one copy for all the whole documents in a row
+            piece = Piece(local[-1].slot, local.pop().start, piece.stop)
+        local.append(piece)
         at += high - low
     parts = [Part(*s.rows, slots[s.document], slots[s.document] + s.start - s.begin) for s in plan.segments]
     read = {r: pieces for r in others if (pieces := _pieces(plan, rank, r, units, slots, {}))}

@@ -89,7 +89,8 @@ class Messages:
         """In place: x summed over the ranks. Each counts x as sent once."""
         if self.size > 1:
             self.bytes[kind] += x.numel() * x.element_size()
-            dist.all_reduce(x, group=self.group)
+            with _named(f"{kind} exchange, summing over the context ranks"):
+                dist.all_reduce(x, group=self.group)
         return x
 
     def all_gather(self, kind: str, x: Tensor) -> list[Tensor]:
@@ -98,7 +99,8 @@ class Messages:
             return [x]
         self.bytes[kind] += x.numel() * x.element_size()
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
+        with _named(f"{kind} exchange, gathering from the context ranks"):
+            dist.all_gather(parts, x.contiguous(), group=self.group)
         return parts
 
 

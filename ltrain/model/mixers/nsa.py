@@ -38,12 +38,14 @@ class Compression(nn.Module):
         self.up = whole(width, options.compressed * width, std=1 / math.sqrt(options.compressed * width))
         self.down = whole(width, width, std=1 / math.sqrt(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [t, Hk, D] of one document -> [blocks, Hk, D]"""
-        if len(x) < self.length:
-            return x[:0]
-        blocks = x.unfold(0, self.length, self.stride).transpose(-1, -2) + self.place  # [blocks, Hk, l, D]
-        return F.linear(F.gelu(F.linear(blocks.flatten(-2), self.up)), self.down)
+    def blocks(self, x: Tensor) -> Tensor:
+        """x [t, Hk, D] of one document -> its blocks [blocks, Hk, D, l]"""
+        return x.unfold(0, self.length, self.stride) if len(x) >= self.length else x.new_zeros(0, *x.shape[1:], self.length)
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        """[blocks, Hk, D, l] -> [blocks, Hk, D]"""
+        placed = blocks.transpose(-1, -2) + self.place  # [blocks, Hk, l, D]
+        return F.linear(F.gelu(F.linear(placed.flatten(-2), self.up)), self.down)
 
 
 class NSA(Mixer):
@@ -94,17 +96,17 @@ class NSA(Mixer):
         """The compressed blocks that end among these tokens, [n, Hk, D] each."""
         reach, together = self.shape.length - 1, torch.cat((k, v), 1)
         rows, before = seq.exchange.halo(together.flatten(1), seq, reach)
-        together, kc, vc = rows.view_as(together), [k[:0]], [v[:0]]
+        together = rows.view_as(together)
+        # nothing of the rows too: a rank on which no block ends has a part in the backward of the exchange, in which gradients of its rows arrive
+        blocks = [together[:0].unsqueeze(-1).expand(-1, -1, -1, self.shape.length)]
         for n, part in enumerate(seq.exchange.parts(seq)):
             x, place = together[part.start : part.stop], part.first - part.begin
             if place and before is not None:
                 x, place = torch.cat((before[n].unflatten(-1, x.shape[1:]), x)), place - reach
             first = self.shape.compressed(part.first - part.begin) * self.shape.stride - place
-            mine = x[first:].chunk(2, dim=1)
-            if self.shape.compressed(len(mine[0])):
-                kc.append(self.compress_k(mine[0]))
-                vc.append(self.compress_v(mine[1]))
-        return torch.cat(kc), torch.cat(vc)
+            blocks.append(self.compress_k.blocks(x[first:]))
+        kb, vb = torch.cat(blocks).chunk(2, dim=1)
+        return self.compress_k(kb), self.compress_v(vb)  # once, however many documents there are
 
     def _mix(self, q: Tensor, kv: list[Tensor], gates: list[Tensor], seq: Sequence) -> Tensor:
         turned, parts = self._turn(q, seq), seq.exchange.parts(seq)
@@ -138,7 +140,7 @@ class NSA(Mixer):
         for n, length in enumerate(state.tokens.lengths.tolist()):
             (kc, ks), (vc, vs) = (t[n, :length].chunk(2, dim=1) for t in (state.tokens.k, state.tokens.v))
             here = slice(n, n + 1)
-            args = q[here], turned[here], self.compress_k(kc), self.compress_v(vc), ks, vs
+            args = q[here], turned[here], self.compress_k(self.compress_k.blocks(kc)), self.compress_v(self.compress_v.blocks(vc)), ks, vs
             found.append(decode_native_attention(*args, scale=self.scale, shape=self.shape))
         compressed, selected = (torch.cat(parts) for parts in zip(*found, strict=True))
         window = seq.exchange.decode_attention(turned, state.window.k, state.window.v, state.window.behind(seq.positions), scale=self.scale)

@@ -1,12 +1,17 @@
 """Spans, segments and plans, on the host."""
 
+import random
+import time
+
 import pytest
 import torch
 
 from ltrain.model.sequence import Sequence
 from ltrain.parallel.context.balance import CAUSAL, Cost, balance
 from ltrain.parallel.context.exchange import ContextExchange
+from ltrain.parallel.context.gather import gather
 from ltrain.parallel.context.layout import KINDS, ContextLayout
+from ltrain.parallel.context.rows import Piece
 from ltrain.plan.context_parallel import lengths as documents_of
 from tests.parallel.context.streams import LAYOUTS, streams
 
@@ -48,6 +53,15 @@ def test_one_rank_holds_the_stream() -> None:
         layout = ContextLayout(7, 0, 1, kind)
         assert layout.spans() == [(0, 7)]
         assert layout.local_segments(torch.tensor([0, 3, 7], dtype=torch.int32))[0].tolist() == [0, 3, 7]
+
+
+def test_whole_documents_in_a_row_are_one_piece_of_what_is_gathered() -> None:
+    # rank 1 of 2: the rest of a document, a hundred whole ones with empty ones between, and the beginning of the last
+    cu = Sequence.of([320, *[3, 0] * 100, 20]).cu_seqlens
+    found = gather(ContextLayout(640, 1, 2, "contiguous").plan(cu))
+    assert found.rows.local == [Piece(0, 0, 320)] and len(found.parts) == 101 and found.rows.total == 320
+    cut = gather(ContextLayout(640, 1, 2, "contiguous").plan(Sequence.of([330, *[3, 0] * 100, 10]).cu_seqlens))
+    assert cut.rows.local == [Piece(320, 0, 320)] and cut.rows.read == {0: [Piece(0, 0, 320)]}
 
 
 def test_a_plan_is_made_once_for_a_micro_batch() -> None:
@@ -106,6 +120,15 @@ def test_documents_that_fit_stay_whole() -> None:
     found = balance((0, 5, 10, 15, 20), 2, CAUSAL)
     assert found.rows == 0 and found.work == (30.0, 30.0) and found.imbalance == 0
     assert sorted(span for spans in found.spans for span in spans) == [(0, 5), (5, 10), (10, 15), (15, 20)] or len(found.spans[0]) == 1
+
+
+def test_thousands_of_documents_are_laid_out_while_a_step_runs() -> None:
+    rng = random.Random(0)
+    cuts = (0, *sorted(rng.sample(range(1, 1 << 20), 7000)), 1 << 20)
+    started = time.monotonic()
+    found = balance(cuts, 8, CAUSAL)
+    assert time.monotonic() - started < 20  # 2 seconds of one core; in a time that grows with the square of the documents, a minute
+    assert found.imbalance < 0.01
 
 
 def test_work_is_what_the_cost_says() -> None:
