@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ltrain
 from ltrain.families import family
 from ltrain.families.convert import Source, export_checkpoint, import_checkpoint
 from ltrain.schema import ConfigError
 from tests.families.cases import cases
+from tests.families.test_parity import distance, random_tokens
 
 LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 128, "low_freq_factor": 1.0, "high_freq_factor": 32.0}
 WORDS = {
@@ -85,3 +87,19 @@ def test_layers_behind_the_last_are_left_out(variant: Callable[[str, str], tuple
     save_file(weights | {"model.layers.3.eh_proj.weight": torch.ones(3)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match="model.layers.3.eh_proj.weight"):
         Source(tmp_path)
+
+
+def test_the_text_of_a_model_with_images(transformers: Any, tmp_path: Path) -> None:
+    """Transformers' own class, as it saves it: under the names that the text model has alone."""
+    text = {name: value for name, value in cases("step3p5").base.items() if name != "tie_word_embeddings"}
+    vision = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "mlp_ratio": 2.0}
+    config = transformers.Step3p7Config(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    theirs = transformers.Step3p7ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    theirs.save_pretrained(tmp_path)
+    source = Source(tmp_path)
+    assert source.family.model_type == "step3p5" and {name.split(".")[0] for name in source.ignored} == {"vision_model", "vit_large_projector"}
+    tokens = random_tokens([60])
+    with torch.no_grad():
+        expected = theirs(tokens[None]).logits[0]
+        assert distance(ltrain.load_pretrained(tmp_path)(tokens), expected) < 1e-5
