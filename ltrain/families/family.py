@@ -127,6 +127,7 @@ class Family:
     ffns: dict[str, Role]  # a role is dense where its fixed options say experts: 0
     roles: Callable[[Config], Roles]  # of a config.json
     weights: tuple[Weight, ...]  # outside the layers
+    older: Callable[[Config], Config] = lambda config: config  # a config.json in another spelling -> in the words of the table, all of it
     role_keys: Callable[[Roles], Config] = lambda roles: {}  # of a config.json that `roles` reads so
     role_names: tuple[str, ...] = ()  # keys of config.json that `roles` reads, beside num_hidden_layers
     layer_weights: tuple[Weight, ...] = ()  # of every layer: its norms
@@ -137,10 +138,11 @@ class Family:
     length: str = "max_position_embeddings"  # the key of the longest sequence; '': none
     model: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig that are always so
     renames: tuple[tuple[str, str], ...] = ()  # in names that others than transformers save: what stands there -> what the table says
-    ignored: tuple[str, ...] = ()  # patterns of their tensors that are no part of the model, with {depth} for how many layers it has
+    ignored: tuple[str, ...] = ()  # patterns of their tensors that are no part of the model, with {depth} for the number of a layer behind its last
 
     def to_model(self, config: Config) -> ModelConfig:
         """The model that a config.json describes. Errors: ConfigError for whatever it asks and ours has not."""
+        config = self.older(config)
         self._refuse_unknown(config)
         roles = self.roles(config)
         parts = [(self._start(self.mixers, mixer, config), self._start(self.ffns, ffn, config)) for mixer, ffn in roles]

@@ -40,7 +40,12 @@ def carried_files(path: Path) -> dict[str, bytes]:
 
 
 # What names of a text model start with inside a model of more than text, and what they start with alone.
-_INSIDE = {"language_model.": "", "model.language_model.": "model.", "lm_head.": "lm_head."}
+_INSIDE = {
+    "language_model.": "",
+    "model.language_model.": "model.",
+    "lm_head.": "lm_head.",
+    **{name: name for name in ("model.embed_tokens.", "model.layers.", "model.norm.")},  # as alone, beside the rest (Step 3.7)
+}
 
 
 def _alone(name: str) -> str:

@@ -66,8 +66,7 @@ class Source:
         self.folder.rename(expected, self.family.renames)
         present = self.folder.names
         missing, unexpected = sorted(expected - present), sorted(present - expected)
-        patterns = [pattern.format(depth=self.model.depth) for pattern in self.family.ignored]
-        ignored = [n for n in unexpected if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
+        ignored = [n for n in unexpected if self._ignores(n)]
         unexpected = [n for n in unexpected if n not in ignored and not self._tied_copy(n)]
         if missing or unexpected:
             faults = [f"{what} {some(names)}" for what, names in (("lacks", missing), ("has, beyond its config,", unexpected)) if names]
@@ -81,6 +80,11 @@ class Source:
             if found.shape != value.shape or not torch.allclose(found.double(), value.double(), rtol=1e-3):
                 raise ConfigError(f"{name} in {self.path} is not what its config.json makes it: it was trained, or the config is another model's")
         return ignored
+
+    def _ignores(self, name: str) -> bool:
+        """Whether the family says that it is no part of the model."""
+        behind = {self.model.depth, *(int(part) for part in name.split(".") if part.isdecimal() and int(part) > self.model.depth)}
+        return any(fnmatch.fnmatchcase(name, pattern.format(depth=layer)) for pattern in self.family.ignored for layer in behind)
 
     def _tied_copy(self, name: str) -> bool:
         """Whether it is the head of a model whose head is its embedding."""

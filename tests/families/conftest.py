@@ -33,7 +33,7 @@ def build(transformers: Any, folder: Path, model_type: str, **changes: Any) -> A
     config = getattr(transformers, case.config)(**{**case.base, **changes}, attn_implementation="eager")
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        model = getattr(transformers, case.model)(config).eval()
+        model = (getattr(transformers, case.model) if isinstance(case.model, str) else case.model())(config).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():  # what starts at a constant would hide a tensor in the wrong place
         for name, param in model.named_parameters():

@@ -3,6 +3,7 @@
 A case is a config of transformers, tiny, with every part of the family; its variants are where the options branch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -33,7 +34,7 @@ class Cases:
     """What is compared, and how near. Wherever a bound is wider than usual, say whose rounding it is."""
 
     config: str  # class of transformers
-    model: str  # class of transformers
+    model: str | Callable[[], type]  # class of transformers, or what makes one of its parts
     base: dict[str, Any]
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)  # changes of the base; "plain" has none
     lengths: dict[str, list[int]] = field(default_factory=dict)  # documents of a variant, where not LENGTHS
