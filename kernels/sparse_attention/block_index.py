@@ -78,20 +78,21 @@ def _cross_entropy(target: Tensor, q: Tensor, k: Tensor, seen: Tensor) -> Tensor
     return -(target * log_p.masked_fill(~seen, 0.0)).sum()
 
 
-def index_loss(q: Tensor, k: Tensor, index: Index, indices: Tensor, parts: list[Part], *, scale: float, block: int, kv_heads: int) -> Tensor:
+def index_loss(q: Tensor, k: Tensor, index: Index, indices: Tensor | None, parts: list[Part], *, scale: float, block: int, kv_heads: int) -> Tensor:
     """What trains the index branch: over the tokens that each K/V head sees, the cross entropy of its softmax with the mean attention of the
     heads it serves, summed over queries and averaged over K/V heads. Differentiable in the index alone.
 
     Args:
         q, k: [T, H, D], [n, Hk, D] of the attention.
-        indices: [T, Hk, top], of `select_blocks`.
+        indices: [T, Hk, top], of `select_blocks`; None: each sees all tokens so far (warm-up).
         kv_heads: of the whole attention, of which k may hold a part: the losses of the parts add up to the whole's.
     """
     total, group = torch.zeros((), dtype=accumulator(q.dtype), device=q.device), q.shape[1] // k.shape[1]
     for some in blocks(parts, q.shape[1]):
         rows, keys, _ = some
-        count = keys.stop - keys.start
-        seen = _seen(indices[rows], -(-count // block)).repeat_interleave(block, -1)[..., :count] & ~some.later(q.device)
+        count, seen = keys.stop - keys.start, (~some.later(q.device)).expand(k.shape[1], -1, -1)
+        if indices is not None:
+            seen = seen & _seen(indices[rows], -(-count // block)).repeat_interleave(block, -1)[..., :count]
         with torch.no_grad():
             p = probabilities(q[rows], k[keys], seen.repeat_interleave(group, 0), scale)
             target = p.unflatten(0, (-1, group)).mean(1) / kv_heads

@@ -101,6 +101,11 @@ def test_block_index_query_by_query(block: int, top: int, local: int, scores: in
     mine = block_index.index_loss(q.detach(), k.detach(), index, indices, whole(), scale=SCALE, block=block, kv_heads=2)
     torch.testing.assert_close(mine, loss, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(torch.autograd.grad(mine, index), torch.autograd.grad(loss, index), rtol=1e-8, atol=1e-10)
+    everything = block_index.select_blocks(index, whole(), block=block, top=max(LENGTHS), local=local)
+    warm_up, same = (
+        block_index.index_loss(q.detach(), k.detach(), index, seen, whole(), scale=SCALE, block=block, kv_heads=2) for seen in (None, everything)
+    )
+    torch.testing.assert_close(warm_up, same, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("scores", [64, 1 << 24])

@@ -60,17 +60,21 @@ class BlockIndexAttention(Attention):
     def __init__(self, hidden: int, options: AttentionOptions, layers: LocalLayers):
         super().__init__(hidden, options, layers)
         self.index = BlockIndex(hidden, options, layers)
+        self.dense = options.index_loss == "dense"
 
     def _indexed(self, q: Tensor, k: Tensor, v: Tensor, index: kernels.Index, seq: Sequence) -> Tensor:
         """q [T, H, D], k [T, Hk, D], v [T, Hk, Dv] -> [T, H, Dv], which carries the loss of the index."""
-        o, parts = self.options, seq.exchange.parts(seq)
-        if not seq.exchange.whole:
+        o, parts, trains = self.options, seq.exchange.parts(seq), self.options.index_loss != "none" and torch.is_grad_enabled()
+        y = seq.exchange.attention(q, k, v, seq, scale=self.scale) if self.dense else None
+        if not seq.exchange.whole and (trains or not self.dense):
             widths, rows = (k.shape[-1], v.shape[-1]), torch.cat((k, v), dim=-1)
             k, v = seq.exchange.gather(rows.flatten(1), seq).unflatten(-1, rows.shape[1:]).split(widths, -1)
             index = index[0], seq.exchange.gather(index[1], seq)
-        indices = seq.tape.keep(lambda: kernels.select_blocks(index, parts, **self._blocks))
-        y = kernels.selected_block_attention(q, k, v, indices, parts, scale=self.scale, block=o.block_size)
-        if o.index_loss == "none" or not torch.is_grad_enabled():
+        indices = None
+        if y is None:
+            indices = seq.tape.keep(lambda: kernels.select_blocks(index, parts, **self._blocks))
+            y = kernels.selected_block_attention(q, k, v, indices, parts, scale=self.scale, block=o.block_size)
+        if not trains:
             return y
         detached = q.detach(), k.detach()
         loss = kernels.index_loss(*detached, index, indices, parts, scale=self.scale, block=o.block_size, kv_heads=o.kv_heads)
@@ -93,9 +97,16 @@ class BlockIndexAttention(Attention):
         index_q, index_k = self.index(x, seq)
         state.tokens.append(k, v, seq)
         state.index.append(index_k.unsqueeze(1), index_k[:, None, :0], seq)
-        index, kept = (index_q, state.index.k.squeeze(2)), state.tokens
+        kept = state.tokens
+        if self.dense:
+            y = seq.exchange.decode_attention(q, kept.k, kept.v, kept.behind(seq.positions), scale=self.scale)
+            return self._output(y, gate), state
+        index = index_q, state.index.k.squeeze(2)
         y = kernels.decode_selected_block_attention(q, kept.k, kept.v, index, kept.lengths, scale=self.scale, **self._blocks)
         return self._output(y, gate), state
+
+    def _seen_before(self, context: int) -> float:
+        return (context + 1) / 2 if self.dense else super()._seen_before(context)
 
     def flops(self, tokens: int, context: int) -> float:
         """The index still scores all tokens."""

@@ -20,7 +20,7 @@ class AttentionOptions(MixerOptions):
         "qk_norm": ("none", "head", "full", "weightless"),
         "gate": ("none", "elementwise", "head"),
         "block_score": ("mean", "index"),
-        "index_loss": ("none", "sparse"),
+        "index_loss": ("none", "dense", "sparse"),
     }
     LIMITS: ClassVar[Limits] = {
         **dict.fromkeys(("heads", "kv_heads", "head_dim", "temperature_length", "top_blocks", "index_dim"), AT_LEAST_1),
@@ -46,7 +46,8 @@ class AttentionOptions(MixerOptions):
     # mean (each head by a block's mean key: MoBA, Lu et al. 2025) | index (each K/V head by the best key of an index branch, one for all heads:
     block_score: str = "mean"  # MiniMax Sparse Attention, Lai et al. 2026), what blocks are chosen by
     index_dim: int = 128  # width of a query and key of the index
-    index_loss: str = "sparse"  # none (the index is not trained) | sparse (it learns the attention's weights among the tokens seen)
+    # none (the index is not trained) | dense (warm-up: attention sees all, the index learns its weights) | sparse (among the tokens seen)
+    index_loss: str = "sparse"
     index_loss_weight: float = 1.0
     sinks: bool = False  # a learned score for each head that takes its share of the softmax and gives nothing (gpt-oss)
     qk_norm: str = "head"  # of queries and keys: none | head (inside each) | full (over all heads: OLMo 2) | weightless (inside each: Llama 4)

@@ -9,7 +9,7 @@ from tests.model.mixers.test_contract import DECODED, built, inputs
 
 LENGTHS = [1, 2, 130, 13]
 SELECTS = {  # rounding makes them select other tokens
-    *("attention-moba", "attention-moba-local", "attention-msa", "attention-msa-local-values"),
+    *("attention-moba", "attention-moba-local", "attention-msa"),
     *("mla-dsa", "mla-dsa-shared", "nsa", "nsa-apart-nope"),
 }
 
