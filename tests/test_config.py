@@ -153,6 +153,14 @@ PARALLEL, BRANCHES = "model.pattern=[parallel] model.layers.parallel", "model.la
         ("model.layers.attention.kv=shared", "kv=shared takes what an earlier layer with kv=source and kv_heads="),
         ("model.layers.attention.kv=source model.layers.attention.differential=true", "kv=source goes with plain attention"),
         ("model.layers.attention.causal=false model.layers.attention.block_size=64", "block_size=64 goes with a causal mask"),
+        ("model.layers.attention.local_blocks=2", "local_blocks=2 has no effect without blocks"),
+        ("model.layers.attention.block_score=index", "block_score=index has no effect without blocks"),
+        ("model.layers.attention.block_size=64 model.layers.attention.local_blocks=9", "local_blocks=9 is above top_blocks=8"),
+        ("model.layers.attention.block_size=64 model.layers.attention.index_dim=32", "has no effect with block_score: mean"),
+        (
+            "model.layers.attention.block_size=64 model.layers.attention.block_score=index model.layers.attention.index_dim=8",
+            "index_dim=8 is below the 64 numbers that turn",
+        ),
         (
             "model.layers.attention.causal=false model.layers.attention.window=9 model.layers.attention.anchors=2",
             "anchors=2 goes with a causal mask",

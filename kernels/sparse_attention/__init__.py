@@ -77,8 +77,8 @@ def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int)
     return found
 
 
-def _probabilities(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """q [R, H, D], k [n, Hk, D], seen [R, n] -> [H, R, n] in float32 or wider"""
+def probabilities(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """q [R, H, D], k [n, Hk, D], seen [R, n] or [H, R, n] -> [H, R, n] in float32 or wider"""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = torch.einsum("qhd,khd->hqk", q, k).to(accumulator(q.dtype)) * scale
     return scores.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -86,7 +86,7 @@ def _probabilities(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
     v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-    return torch.einsum("hqk,khd->qhd", _probabilities(q, k, seen, scale).to(v.dtype), v)
+    return torch.einsum("hqk,khd->qhd", probabilities(q, k, seen, scale).to(v.dtype), v)
 
 
 def selected_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, parts: list[Part], *, scale: float) -> Tensor:
@@ -134,7 +134,7 @@ def index_loss(
         rows, keys, _ = block
         seen = ~block.later(q.device) if indices is None else _chosen(indices[rows], keys)
         with torch.no_grad():
-            target = _probabilities(q[rows], k[keys], seen, scale).sum(0) / heads
+            target = probabilities(q[rows], k[keys], seen, scale).sum(0) / heads
         total = total + checkpoint(
             _cross_entropy, target, index[0][rows], index[1][keys], index[2][rows], seen, use_reentrant=False, preserve_rng_state=False
         )

@@ -274,6 +274,21 @@ def test_layers_of_an_unknown_type_and_pickles_are_refused(make: Make, tmp_path:
         import_checkpoint(folder, tmp_path / "in")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"index_n_heads": 4}, "index_n_heads=4 in config.json is not num_key_value_heads=2"),
+        ({"rotary_dim": 16}, "rotary_dim=16 in config.json is not partial_rotary_factor=0.5"),
+    ],
+)
+def test_numbers_that_say_the_same_and_disagree_are_refused(changes: dict[str, Any], message: str) -> None:
+    from ltrain.families import family
+    from tests.families.cases import config
+
+    with pytest.raises(ConfigError, match=message):
+        family("minimax_m3_vl_text").to_model(config("minimax_m3_vl_text", **changes))
+
+
 def test_models_that_no_family_has_are_refused(tmp_path: Path, make: Make) -> None:
     from ltrain.families import family
 

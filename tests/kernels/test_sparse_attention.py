@@ -5,6 +5,7 @@ import torch
 
 from ltrain.kernels import sparse_attention as kernels
 from ltrain.kernels.segments import Part, parts
+from ltrain.kernels.sparse_attention import block_index
 from ltrain.kernels.sparse_attention.block_means import block_attention
 from ltrain.kernels.sparse_attention.native import Shape, native_attention
 
@@ -69,9 +70,49 @@ def test_selection_attention_and_loss(stage: str, block: int, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("scores", [64, 1 << 24])
-@pytest.mark.parametrize(("block", "top"), [(8, 3), (5, 1), (16, 9)])
-def test_moba_query_by_query(block: int, top: int, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MoBA (arXiv 2502.13189), equations 2 to 6: a query sees its own block, causally, and its best earlier ones by <q, mean of K>."""
+@pytest.mark.parametrize(("block", "top", "local"), [(8, 3, 1), (5, 4, 2), (16, 9, 0)])
+def test_block_index_query_by_query(block: int, top: int, local: int, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MiniMax Sparse Attention (arXiv 2606.13392): each K/V head sees the last blocks and those whose best key has the largest index product."""
+    monkeypatch.setattr(kernels, "SCORES", scores)
+    tokens = sum(LENGTHS)
+    q, k, v, iq, ik = tensors((tokens, 4, 6), (tokens, 2, 6), (tokens, 2, 5), (tokens, 2, 3), (tokens, 3))
+    rows, losses, start = [], [], 0
+    for length in LENGTHS:
+        for t in range(length):
+            for g in range(2):
+                products = ik[start : start + t + 1] @ iq[start + t, g]
+                own = t // block
+                last = [i for i in range(own + 1) if own - i < local]
+                before = [i for i in range(own + 1) if own - i >= local]
+                best = sorted(before, key=lambda i: -float(products[i * block : (i + 1) * block].detach().max()))[: top - len(last)]  # noqa: B023 - used at once
+                seen = [s for s in range(t + 1) if s // block in (*best, *last)]
+                keys, values = k[start : start + length, g][seen], v[start : start + length, g][seen]
+                p = [(keys @ q[start + t, h] * SCALE).softmax(0) for h in (2 * g, 2 * g + 1)]
+                rows += [weights @ values for weights in p]
+                losses.append(-((p[0] + p[1]).detach() / 2 * (products[seen] * 3**-0.5).log_softmax(0)).sum() / 2)
+        start += length
+    expected, loss = torch.stack(rows).unflatten(0, (-1, 4)), torch.stack(losses).sum()
+    index, leaves = (iq, ik), (q, k, v)
+    indices = block_index.select_blocks(index, whole(), block=block, top=top, local=local)
+    y = block_index.selected_block_attention(q, k, v, indices, whole(), scale=SCALE, block=block)
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+    weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(*(torch.autograd.grad((out * weight).sum(), leaves) for out in (y, expected)), rtol=1e-9, atol=1e-11)
+    mine = block_index.index_loss(q.detach(), k.detach(), index, indices, whole(), scale=SCALE, block=block, kv_heads=2)
+    torch.testing.assert_close(mine, loss, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.autograd.grad(mine, index), torch.autograd.grad(loss, index), rtol=1e-8, atol=1e-10)
+    everything = block_index.select_blocks(index, whole(), block=block, top=max(LENGTHS), local=local)
+    warm_up, same = (
+        block_index.index_loss(q.detach(), k.detach(), index, seen, whole(), scale=SCALE, block=block, kv_heads=2) for seen in (None, everything)
+    )
+    torch.testing.assert_close(warm_up, same, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scores", [64, 1 << 24])
+@pytest.mark.parametrize(("block", "top", "local"), [(8, 3, 1), (5, 1, 1), (16, 9, 1), (5, 4, 2)])
+def test_moba_query_by_query(block: int, top: int, local: int, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MoBA (arXiv 2502.13189), equations 2 to 6: a query sees its own block, causally, and its best earlier ones by <q, mean of K>. With local
+    the last ones before its own, too."""
     monkeypatch.setattr(kernels, "SCORES", scores)
     q, k, v = tensors((sum(LENGTHS), 4, 6), (sum(LENGTHS), 2, 6), (sum(LENGTHS), 2, 5))
     rows, start = [], 0
@@ -81,12 +122,13 @@ def test_moba_query_by_query(block: int, top: int, scores: int, monkeypatch: pyt
                 keys, values = k[start : start + length, h // 2], v[start : start + length, h // 2]
                 own = t // block
                 affinity = [float(q[start + t, h] @ keys[i * block : (i + 1) * block].mean(0)) for i in range(own)]
-                best = sorted(range(own), key=lambda i: -affinity[i])[: top - 1]  # noqa: B023 - used at once
-                seen = [s for s in range(t + 1) if s // block in (*best, own)]
+                last = [i for i in range(own + 1) if own - i < local]
+                best = sorted({*range(own)} - {*last}, key=lambda i: -affinity[i])[: top - len(last)]  # noqa: B023 - used at once
+                seen = [s for s in range(t + 1) if s // block in (*best, *last)]
                 rows.append((keys[seen] @ q[start + t, h] * SCALE).softmax(0) @ values[seen])
         start += length
     expected = torch.stack(rows).unflatten(0, (-1, 4))
-    y = block_attention(q, k, v, whole(), scale=SCALE, block=block, top=top)
+    y = block_attention(q, k, v, whole(), scale=SCALE, block=block, top=top, local=local)
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
     weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (y, expected)), rtol=1e-9, atol=1e-11)

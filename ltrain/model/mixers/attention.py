@@ -28,7 +28,7 @@ class Attention(Mixer):
     """
 
     options: AttentionOptions
-    entry = "qkv"
+    entry: str | None = "qkv"
 
     def __init__(self, hidden: int, options: AttentionOptions, layers: LocalLayers):
         super().__init__(hidden, options, layers)
@@ -125,13 +125,17 @@ class Attention(Mixer):
         """y [T, H, Dv] -> [T, hidden]"""
         return self.out(y.flatten(1) if gate is None else cheap(_gated, y, gate))
 
+    @property
+    def _blocks(self) -> dict[str, int]:
+        return {"block": self.options.block_size, "top": self.options.top_blocks, "local": self.options.local_blocks}
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
         if self.options.block_size:
             if not seq.exchange.whole:
                 widths, rows = (k.shape[-1], v.shape[-1]), torch.cat((k, v), dim=-1)
                 k, v = seq.exchange.gather(rows.flatten(1), seq).unflatten(-1, rows.shape[1:]).split(widths, -1)
             parts = seq.exchange.parts(seq)
-            return block_attention(q, k, v, parts, scale=self.scale, block=self.options.block_size, top=self.options.top_blocks)
+            return block_attention(q, k, v, parts, scale=self.scale, **self._blocks)
         return seq.exchange.attention(q, k, v, seq, scale=self.scale, mask=self.mask, score=self.score, sinks=self.sinks)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
@@ -162,8 +166,7 @@ class Attention(Mixer):
 
     def _decode(self, q: Tensor, state: KVCache, seq: Sequence) -> Tensor:
         if self.options.block_size:
-            o = self.options
-            return decode_block_attention(q, state.k, state.v, state.lengths, scale=self.scale, block=o.block_size, top=o.top_blocks)
+            return decode_block_attention(q, state.k, state.v, state.lengths, scale=self.scale, **self._blocks)
         behind = state.behind(seq.positions)
         return seq.exchange.decode_attention(q, state.k, state.v, behind, scale=self.scale, score=self.score, sinks=self.sinks)
 
@@ -210,6 +213,9 @@ class Attention(Mixer):
 
 
 def MIXER(hidden: int, options: AttentionOptions, layers: LocalLayers) -> Attention:
+    from ltrain.model.mixers.block_index import BlockIndexAttention
     from ltrain.model.mixers.differential import DifferentialAttention
 
+    if options.block_score == "index":
+        return BlockIndexAttention(hidden, options, layers)
     return (DifferentialAttention if options.differential else Attention)(hidden, options, layers)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ltrain.model.options.base import MixerOptions
 from ltrain.model.options.rope import RopeOptions
-from ltrain.schema import ABOVE_0, AT_LEAST_1, Choices, ConfigError, Limits, check_multiple
+from ltrain.schema import ABOVE_0, AT_LEAST_1, Choices, ConfigError, Limits, check_multiple, default_of
 
 if TYPE_CHECKING:
     from ltrain.config import ParallelConfig
@@ -19,9 +19,11 @@ class AttentionOptions(MixerOptions):
         "kv": ("own", "source", "shared"),
         "qk_norm": ("none", "head", "full", "weightless"),
         "gate": ("none", "elementwise", "head"),
+        "block_score": ("mean", "index"),
+        "index_loss": ("none", "dense", "sparse"),
     }
     LIMITS: ClassVar[Limits] = {
-        **dict.fromkeys(("heads", "kv_heads", "head_dim", "temperature_length", "top_blocks"), AT_LEAST_1),
+        **dict.fromkeys(("heads", "kv_heads", "head_dim", "temperature_length", "top_blocks", "index_dim"), AT_LEAST_1),
         **dict.fromkeys(("scale", "value_scale"), ABOVE_0),
     }
 
@@ -37,9 +39,16 @@ class AttentionOptions(MixerOptions):
     anchors: int = 0  # and the document's first so many, whatever the window (StreamingLLM)
     # causal: false: the document's first so many see all of it and all see them, whatever the window (Longformer, Beltagy et al. 2020; with the
     globals: int = 0  # same projections as the others: BigBird, Zaheer et al. 2020)
-    # A token sees its own block of so many tokens and of the earlier ones those whose mean key suits it best (MoBA, Lu et al. 2025); 0: all
+    # A token sees the last blocks of so many tokens, its own among them, and of the earlier ones those that suit it best; 0: all
     block_size: int = 0
-    top_blocks: int = 8  # blocks that it sees, its own among them
+    top_blocks: int = 8  # blocks that it sees
+    local_blocks: int = 1  # of them, the last ones that it always sees
+    # mean (each head by a block's mean key: MoBA, Lu et al. 2025) | index (each K/V head by the best key of an index branch, one for all heads:
+    block_score: str = "mean"  # MiniMax Sparse Attention, Lai et al. 2026), what blocks are chosen by
+    index_dim: int = 128  # width of a query and key of the index
+    # none (the index is not trained) | dense (warm-up: attention sees all, the index learns its weights) | sparse (among the tokens seen)
+    index_loss: str = "sparse"
+    index_loss_weight: float = 1.0
     sinks: bool = False  # a learned score for each head that takes its share of the softmax and gives nothing (gpt-oss)
     qk_norm: str = "head"  # of queries and keys: none | head (inside each) | full (over all heads: OLMo 2) | weightless (inside each: Llama 4)
     qk_norm_after_rope: bool = False  # otherwise before
@@ -89,8 +98,7 @@ class AttentionOptions(MixerOptions):
             raise ConfigError(f"{key}.kv={self.kv} goes with plain attention: take block_size and differential out, or write kv: own")
         if self.kv == "shared" and self.value_scale != 1:
             raise ConfigError(f"{key}.value_scale={self.value_scale:g} has no effect with kv: shared: write it in the source alone")
-        if not self.block_size and self.top_blocks != 8:
-            raise ConfigError(f"{key}.top_blocks={self.top_blocks} has no effect without blocks: write {key}.block_size, or take it out")
+        self._check_blocks(key)
         if self.anchors and not self.window:
             raise ConfigError(f"{key}.anchors={self.anchors} has no effect without a window: write {key}.window, or take it out")
         hides = limited(self) and self.causal  # a cache without what is hidden does not know how far away its keys are
@@ -118,6 +126,24 @@ class AttentionOptions(MixerOptions):
             raise ConfigError(f"{key}.temperature_length and temperature_offset have no effect with temperature=0: write a temperature")
         if self.value_dim == self.head_dim:
             raise ConfigError(f"{key}.value_dim={self.value_dim} is head_dim, which 0 says too: take it out")
+
+    def _check_blocks(self, key: str) -> None:
+        idle = [] if self.block_size else ["top_blocks", "local_blocks", "block_score"]
+        for name in idle:
+            if getattr(self, name) != default_of(self, name):
+                raise ConfigError(f"{key}.{name}={getattr(self, name)} has no effect without blocks: write {key}.block_size, or take it out")
+        if self.local_blocks > self.top_blocks:
+            raise ConfigError(f"{key}.local_blocks={self.local_blocks} is above top_blocks={self.top_blocks}, all that are seen: write at most that")
+        if self.block_score != "index":
+            for name in ("index_dim", "index_loss", "index_loss_weight"):
+                if getattr(self, name) != default_of(self, name):
+                    raise ConfigError(f"{key}.{name}={getattr(self, name)} has no effect with block_score: mean: write block_score: index")
+            return
+        turning = int(self.head_dim * self.rope.fraction) if self.rope is not None else 0
+        if self.index_dim < turning:
+            raise ConfigError(f"{key}.index_dim={self.index_dim} is below the {turning} numbers that turn: write at least that")
+        if self.index_loss == "none" and self.index_loss_weight != 1:
+            raise ConfigError(f"{key}.index_loss_weight={self.index_loss_weight:g} has no effect with index_loss: none: take it out")
 
     def _source(self) -> str:
         seen = [f"{name}={getattr(self, name)}" for name in ("window", "chunk", "anchors", "globals") if getattr(self, name)]

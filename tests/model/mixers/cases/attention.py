@@ -21,6 +21,15 @@ CASES: dict[str, Any] = {
         },
     ),
     "attention-moba": ("attention", {**SMALL, "block_size": 8, "top_blocks": 3}),
+    "attention-moba-local": ("attention", {**SMALL, "block_size": 4, "top_blocks": 4, "local_blocks": 2}),
+    "attention-msa": (
+        "attention",
+        {**SMALL, "block_size": 4, "top_blocks": 4, "local_blocks": 2, "block_score": "index", "index_dim": 10, "rope": {"fraction": 0.5}},
+    ),
+    "attention-msa-warm-up": (
+        "attention",
+        {**PLAIN, "block_size": 8, "block_score": "index", "index_dim": 8, "index_loss": "dense", "value_dim": 6, "rope": None},
+    ),
     "attention-differential": ("attention", {**SMALL, "heads": 8, "kv_heads": 4, "differential": True, "qkv_bias": True}),
     "attention-differential-window": ("attention", {**PLAIN, "heads": 4, "kv_heads": 4, "differential": True, "window": 9, "value_scale": 0.7}),
     "attention-shared-kv": [

@@ -1,0 +1,116 @@
+"""Attention over the blocks of tokens that an index branch scores highest for each group of heads.
+
+Source: MiniMax Sparse Attention (Lai et al. 2026, arXiv 2606.13392). Plain torch, by blocks of queries.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ltrain.kernels.segments import Part, accumulator
+from ltrain.kernels.sparse_attention import blocks, probabilities
+from ltrain.kernels.sparse_attention.block_means import attend, best_blocks
+
+Index = tuple[Tensor, Tensor]  # queries [T, Hk, Di], one for each K/V head, and keys [n, Di]
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """q [R, Hk, Di], k [n, Di] -> [Hk, R, n] in float32 or wider"""
+    wide = accumulator(q.dtype)
+    return torch.einsum("rhd,nd->hrn", q.to(wide), k.to(wide))
+
+
+def _best(q: Tensor, k: Tensor, later: Tensor, own: Tensor, block: int, top: int, local: int) -> tuple[Tensor, Tensor]:
+    """q [R, Hk, Di], k [n, Di], later [R, n], own [R] -> `best_blocks`, a block's score being the largest of its keys up to the query."""
+    scores = F.pad(_products(q, k).masked_fill(later, -torch.inf), (0, -len(k) % block), value=-torch.inf)
+    return best_blocks(scores.unflatten(-1, (-1, block)).amax(-1), own, top, local)
+
+
+@torch.no_grad()
+def select_blocks(index: Index, parts: list[Part], *, block: int, top: int, local: int) -> Tensor:
+    """The blocks that each K/V head of each query sees: the last `local`, its own among them, and those of the highest index score before.
+
+    Blocks are counted from a document's first token.
+
+    Returns:
+        [T, Hk, top] int64 numbers of blocks, -1 where there are fewer.
+    """
+    q, k = index
+    found = torch.full((*q.shape[:2], top), -1, dtype=torch.int64, device=q.device)
+    for some in blocks(parts, q.shape[1]):
+        rows, keys, _ = some
+        best, there = _best(q[rows], k[keys], some.later(q.device), some.places(q.device) // block, block, top, local)
+        found[rows, :, : best.shape[-1]] = best.masked_fill(~there, -1).transpose(0, 1)
+    return found
+
+
+def _seen(indices: Tensor, count: int) -> Tensor:
+    """indices [R, Hk, top] (-1: none) -> [Hk, R, count], whether a block is among them."""
+    there = (indices >= 0).to(torch.int32)
+    counts = torch.zeros(*indices.shape[:2], count, dtype=torch.int32, device=indices.device)
+    return (counts.scatter_add_(-1, indices.clamp(min=0), there) > 0).transpose(0, 1)
+
+
+def selected_block_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, parts: list[Part], *, scale: float, block: int) -> Tensor:
+    """Causal attention over the blocks chosen for each K/V head, inside documents. Differentiable in q, k and v.
+
+    Args:
+        q: [T, H, D]; k, v: [n, Hk, D], [n, Hk, Dv].
+        indices: [T, Hk, top], of `select_blocks`.
+        parts: which queries belong to which keys.
+
+    Returns:
+        [T, H, Dv] in v's type.
+    """
+    outputs = [v.new_zeros(0, q.shape[1], v.shape[2])]
+    for some in blocks(parts, q.shape[1]):
+        rows, keys, _ = some
+        seen = _seen(indices[rows], -(-(keys.stop - keys.start) // block)).repeat_interleave(q.shape[1] // k.shape[1], 0)
+        args = (q[rows], k[keys], v[keys], seen, some.later(q.device), scale, block)
+        outputs.append(checkpoint(attend, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else attend(*args))
+    return torch.cat(outputs)
+
+
+def _cross_entropy(target: Tensor, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+    """target [Hk, R, n] -> -sum target ln softmax(index products among the seen)"""
+    log_p = (_products(q, k) * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf).log_softmax(-1)
+    return -(target * log_p.masked_fill(~seen, 0.0)).sum()
+
+
+def index_loss(q: Tensor, k: Tensor, index: Index, indices: Tensor | None, parts: list[Part], *, scale: float, block: int, kv_heads: int) -> Tensor:
+    """What trains the index branch: over the tokens that each K/V head sees, the cross entropy of its softmax with the mean attention of the
+    heads it serves, summed over queries and averaged over K/V heads. Differentiable in the index alone.
+
+    Args:
+        q, k: [T, H, D], [n, Hk, D] of the attention.
+        indices: [T, Hk, top], of `select_blocks`; None: each sees all tokens so far (warm-up).
+        kv_heads: of the whole attention, of which k may hold a part: the losses of the parts add up to the whole's.
+    """
+    total, group = torch.zeros((), dtype=accumulator(q.dtype), device=q.device), q.shape[1] // k.shape[1]
+    for some in blocks(parts, q.shape[1]):
+        rows, keys, _ = some
+        count, seen = keys.stop - keys.start, (~some.later(q.device)).expand(k.shape[1], -1, -1)
+        if indices is not None:
+            seen = seen & _seen(indices[rows], -(-count // block)).repeat_interleave(block, -1)[..., :count]
+        with torch.no_grad():
+            p = probabilities(q[rows], k[keys], seen.repeat_interleave(group, 0), scale)
+            target = p.unflatten(0, (-1, group)).mean(1) / kv_heads
+        args = (target, index[0][rows], index[1][keys], seen)
+        total = total + checkpoint(_cross_entropy, *args, use_reentrant=False, preserve_rng_state=False)
+    return total
+
+
+def decode_selected_block_attention(
+    q: Tensor, k: Tensor, v: Tensor, index: Index, lengths: Tensor, *, scale: float, block: int, top: int, local: int
+) -> Tensor:
+    """One query per document over its cached keys, its own among them: q [N, H, D], k [N, L, Hk, D], v [N, L, Hk, Dv], and of the index
+    [N, Hk, Di] and [N, L, Di], of which lengths [N] are valid, in order -> [N, H, Dv] in v's type."""
+    rows = []
+    for n, length in enumerate(lengths.tolist()):
+        nothing, own = torch.zeros(1, length, dtype=torch.bool, device=q.device), torch.tensor([(length - 1) // block], device=q.device)
+        best, there = _best(index[0][n : n + 1], index[1][n, :length], nothing, own, block, top, local)
+        seen = torch.zeros(*best.shape[:2], -(-length // block), dtype=torch.bool, device=q.device).scatter_(-1, best, there)
+        seen = seen.repeat_interleave(q.shape[1] // k.shape[2], 0)
+        rows.append(attend(q[n : n + 1], k[n, :length], v[n, :length], seen, nothing, scale, block))
+    return torch.cat(rows)
