@@ -142,6 +142,16 @@ PARALLEL, BRANCHES = "model.pattern=[parallel] model.layers.parallel", "model.la
             f"{PARALLEL}.fuse=true {BRANCHES}.a.mixer=mamba {BRANCHES}.b.mixer=rg_lru",
             "has a bias",
         ),
+        (
+            f"{PARALLEL}.branches.a.mixer=attention {BRANCHES}.b.mixer=attention {BRANCHES}.a.kv=source {BRANCHES}.b.kv=source {BRANCHES}.b.window=9",
+            "branches a and b both leave something to later layers",
+        ),
+        (f"{PARALLEL}.branches.attention.kv=shared", "parallel.branches.attention.kv=shared takes what an earlier layer with kv=source"),
+        ("model.layers.gated_delta_net.norm_groups=2", "norm_groups=2 has no effect without norm: group"),
+        (
+            "model.layers.gated_delta_net.norm=group model.layers.gated_delta_net.norm_groups=3",
+            "value_heads=4 is not a multiple of model.layers.gated_delta_net.norm_groups=3",
+        ),
         ("model.layers.attention.differential=true model.layers.attention.kv_heads=1", "is not a multiple of the 2 of each pair"),
         ("model.layers.attention.differential=true model.layers.attention.sinks=true", "does not go with differential=true"),
         ("model.layers.attention.differential=true model.layers.attention.gate=head", "gate=head does not go with differential"),
