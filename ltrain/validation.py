@@ -465,7 +465,7 @@ def _check_ranks(config: "Config", specs: list[LayerSpec], world_size: int) -> N
         if "training" in spec.options.refuses():
             raise ConfigError(
                 f"model.layers.{spec.kind} ({spec.mixer}) is not for training on next tokens, nor for its evaluation: "
-                f"{spec.options.refuses()['training']}: write causal: true, or train what ltrain.load_pretrained gives with a loss of your own"
+                f"{spec.options.refuses()['training']}, or train what ltrain.load_pretrained gives with a loss of your own"
             )
     if config.model.learned_positions:
         _check_learned_positions(config)

@@ -142,6 +142,16 @@ PARALLEL, BRANCHES = "model.pattern=[parallel] model.layers.parallel", "model.la
             f"{PARALLEL}.fuse=true {BRANCHES}.a.mixer=mamba {BRANCHES}.b.mixer=rg_lru",
             "has a bias",
         ),
+        (
+            f"{PARALLEL}.branches.a.mixer=attention {BRANCHES}.b.mixer=attention {BRANCHES}.a.kv=source {BRANCHES}.b.kv=source {BRANCHES}.b.window=9",
+            "branches a and b both leave something to later layers",
+        ),
+        (f"{PARALLEL}.branches.attention.kv=shared", "parallel.branches.attention.kv=shared takes what an earlier layer with kv=source"),
+        ("model.layers.gated_delta_net.norm_groups=2", "norm_groups=2 has no effect without norm: group"),
+        (
+            "model.layers.gated_delta_net.norm=group model.layers.gated_delta_net.norm_groups=3",
+            "value_heads=4 is not a multiple of model.layers.gated_delta_net.norm_groups=3",
+        ),
         ("model.layers.attention.differential=true model.layers.attention.kv_heads=1", "is not a multiple of the 2 of each pair"),
         ("model.layers.attention.differential=true model.layers.attention.sinks=true", "does not go with differential=true"),
         ("model.layers.attention.differential=true model.layers.attention.gate=head", "gate=head does not go with differential"),
@@ -222,6 +232,11 @@ PARALLEL, BRANCHES = "model.pattern=[parallel] model.layers.parallel", "model.la
         ("parallel.expert=3", "model.ffn.experts=8 is not a multiple of parallel.expert=3"),
         ("parallel.expert=2 model.ffn.experts=0", "no effect in a model without experts"),
         ("parallel.pipeline=5 model.depth=4", "write at most 4"),
+        ("parallel.ulysses=2", "parallel.context=1 is not a multiple of parallel.ulysses=2"),
+        ("parallel.context=4 parallel.ulysses=3", "parallel.context=4 is not a multiple of parallel.ulysses=3"),
+        ("parallel.context=8 parallel.ulysses=8", "does not divide the 4 heads and 2 K/V heads that a rank has of model.layers.attention: write"),
+        ("parallel.tensor=2 parallel.context=4 parallel.ulysses=4", "does not divide the 2 heads and 1 K/V heads that a rank has"),
+        ("model.pattern=[gated_delta_net] parallel.context=2 parallel.ulysses=2", "no effect in a model without softmax attention: write parallel.ulysses=1"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_sentence(tmp_path: Path, overrides: str, words: str) -> None:

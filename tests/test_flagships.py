@@ -43,6 +43,8 @@ PUBLISHED = {
     "llama-4-scout": Published(107.8, 17.2, model_type="llama4_text"),
     "llama-4-maverick": Published(400.7, 17.2, model_type="llama4_text"),
     "gemma-3-27b": Published(27.0, 27.0, model_type="gemma3_text"),
+    "ling-2.5-1t": Published(1012.5, 63.0),  # 1T, 1012.5 on the hub, where the scales of FP8 weights count too
+    "hymba-1.5b": Published(1.52, 1.52),  # meta tokens among them
     "olmo-3-7b": Published(7.3, 7.3, model_type="olmo3"),
 }
 

@@ -26,6 +26,7 @@ __all__ = [
     "decode_attention",
     "forward_pairs",
     "merge",
+    "pair_attention",
     "seen",
     "sinks_gradient",
     "with_sinks",
@@ -253,6 +254,24 @@ def attention(
     if chosen is reference:
         return reference.attention(q, k, v, bounds, scale, mask, starts, score, sinks)
     out: Tensor = _Attention.apply(q, k, v, sinks, score.bias, pairs, scale, score._replace(bias=None), chosen)
+    return out
+
+
+def pair_attention(q: Tensor, k: Tensor, v: Tensor, pairs: Sequence[Pair], *, scale: float, backend: str = "auto") -> Tensor:
+    """`forward_pairs` with its gradients: softmax attention of query rows over the key rows that `pairs` give them. Differentiable in q, k and v.
+
+    Returns:
+        [Tq, H, Dv] in q's type; 0 for a query in no pair.
+
+    Raises:
+        ValueError: as `forward_pairs`.
+    """
+    _check(q, k, v)
+    kept = _check_pairs(pairs, len(q), len(k))
+    chosen = _pairs_backend(backend, q, v, kept, PLAIN)
+    if chosen is reference:
+        raise ValueError("backend='reference' has no gradients of pairs: choose blockwise or auto")
+    out: Tensor = _Attention.apply(q, k, v, None, None, kept, scale, PLAIN, chosen)
     return out
 
 

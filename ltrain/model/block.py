@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ltrain.config import LayerSpec
 from ltrain.model.ffn import MLP, MoE, build_ffn
-from ltrain.model.layers import LocalLayers
+from ltrain.model.layers import LocalLayers, ParamLayout, constant
 from ltrain.model.mixers.base import Mixer, build_mixer
 from ltrain.model.options import NO_MIXER, StreamOptions
 from ltrain.model.recompute import cheap, selective
@@ -53,6 +53,10 @@ class Block(nn.Module):
         self.ffn_norm = norm(feeds and form in _NORM_BEFORE)
         self.ffn: MLP | MoE | None = build_ffn(hidden, spec.ffn, layers) if feeds else None
         self.ffn_post_norm = norm(feeds and form in _NORM_AFTER)
+        self.mixer_gate, self.ffn_gate = (
+            layers.parameter(ParamLayout((1,), constant(0.0), partial_gradient=True, decay=False)) if spec.block.gated and there else None
+            for there in (mixes, feeds)
+        )
         several = streams if streams is not None and streams.count > 1 else None
         self.mixer_streams = Connection(hidden, several, layers) if several and mixes else None
         self.ffn_streams = Connection(hidden, several, layers) if several and feeds else None
@@ -106,20 +110,20 @@ class Block(nn.Module):
             assert self.mixer is not None and self.ffn is not None
             normed = cheap(self.norm, x)
             y, state = mix(self.mixer, normed, state)
-            x = _add(x, o.mixer_residual_scale, y, o.mixer_scale)
-            return _add(x, 1.0, self.ffn(normed, seq), o.ffn_scale), state
+            x = _add(x, o.mixer_residual_scale, _gated(y, self.mixer_gate), o.mixer_scale)
+            return _add(x, 1.0, _gated(self.ffn(normed, seq), self.ffn_gate), o.ffn_scale), state
         if self.mixer is not None:
             read, *ways = (x if more is None else x + more,) if self.mixer_streams is None else cheap(self.mixer_streams, x)
             normed = read if self.mixer_norm is None or self._mixer_norms else cheap(self.mixer_norm, read)
             y, state = mix(self.mixer, normed, state)
             y = y if self.mixer_post_norm is None else cheap(self.mixer_post_norm, y)
-            x = _add(normed if o.form == "normed_residual" else x, o.mixer_residual_scale, y, o.mixer_scale, *ways)
+            x = _add(normed if o.form == "normed_residual" else x, o.mixer_residual_scale, _gated(y, self.mixer_gate), o.mixer_scale, *ways)
         if self.ffn is not None:
             read, *ways = (entered if o.side_by_side else x,) if self.ffn_streams is None else cheap(self.ffn_streams, x)
             normed = read if self.ffn_norm is None or self._ffn_norms else cheap(self.ffn_norm, read)
             y = self.ffn(normed, seq)
             y = y if self.ffn_post_norm is None else cheap(self.ffn_post_norm, y)
-            x = _add(normed if o.form == "normed_residual" else x, o.ffn_residual_scale, y, o.ffn_scale, *ways)
+            x = _add(normed if o.form == "normed_residual" else x, o.ffn_residual_scale, _gated(y, self.ffn_gate), o.ffn_scale, *ways)
         return x, state
 
     def flops(self, tokens: int, context: int) -> dict[str, float]:
@@ -137,6 +141,10 @@ class Block(nn.Module):
     def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:
         """K/V caches and recurrent state of one document of `context` tokens."""
         return sum(part.state_bytes(context, bytes_per_value) for part in (self.mixer, self.shared) if part is not None)
+
+
+def _gated(y: Tensor, gate: Tensor | None) -> Tensor:
+    return y if gate is None else y * gate.tanh()
 
 
 def _add(residual: Tensor, residual_scale: float, y: Tensor, scale: float, *ways: Tensor) -> Tensor:

@@ -265,6 +265,10 @@ class LocalLayers:
         local = tuple(self.heads(p, "projection width") for p in parts)
         return Linear(self.parameter(layout), local, self.column_bias(parts) if bias else None)
 
+    def column_of_all(self, in_features: int, parts: tuple[int, ...]) -> nn.Module:
+        """As `column`, of rows that every rank has whole, [M, in_features], and for whose gradient each rank adds what its own outputs give."""
+        return LocalLayers.column(self, in_features, parts)
+
     def column_bias(self, parts: tuple[int, ...]) -> nn.Parameter:
         return self.parameter(ParamLayout((sum(parts),), constant(0.0), axis=0, splits=parts, decay=False))
 

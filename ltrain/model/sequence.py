@@ -182,6 +182,22 @@ class LocalExchange:
         return True
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What an encoder gave for the documents of a stream, packed as they are: every rank has all of it.
+
+    Over several ranks the gradient of `states` is on each what its own heads and tokens give: its sum over tensor and context ranks is the whole.
+    """
+
+    states: Tensor  # [M, width]
+    cu_seqlens: Tensor  # [documents + 1] int32, on the host: the rows of each document of the whole stream; a document may have none
+
+    @classmethod
+    def of(cls, states: Tensor, lengths: list[int]) -> "Memory":
+        """states [M, width], so many rows for each document."""
+        return cls(states, torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32))
+
+
 class Tape:
     """What a recomputed block must not compute twice: routing decisions and the results of exchanges.
 
@@ -228,6 +244,7 @@ class Sequence:
     aux_weight: float = 1.0  # what an auxiliary loss is multiplied with: 1 / micro-batches of the step
     metrics: dict[str, Tensor] = field(default_factory=dict)  # detached scalars, by name
     shared: dict[str, Any] = field(default_factory=dict)  # tensors that later layers read (shared K/V, top-k...)
+    memory: Memory | None = None  # what cross-attention reads, in a forward or a prefill; None: no document has any
     room: int = 0  # tokens that decoding will add to each document: prefill makes caches that much longer
 
     @classmethod

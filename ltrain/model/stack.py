@@ -1,6 +1,7 @@
 """The model: embedding, blocks, final norm and head, or the pipeline stage of it that one rank holds."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,10 +12,11 @@ from ltrain.config import further_layer, resolve_layers, shared_layer
 from ltrain.model.block import Block
 from ltrain.model.ffn import MoE
 from ltrain.model.layers import Embedding, Head, LocalLayers, layout_of
+from ltrain.model.mixers.base import Mixer
 from ltrain.model.mtp import Ahead, MTPHead
 from ltrain.model.options import ModelConfig
 from ltrain.model.router import Router
-from ltrain.model.sequence import Sequence
+from ltrain.model.sequence import Memory, Sequence
 from ltrain.model.shared import EMBEDDINGS, SharedBlock, SharedUse
 from ltrain.model.streams import Gathered, spread
 
@@ -93,16 +95,21 @@ class Stack(nn.Module):
             if isinstance(block.ffn, MoE):
                 yield f"{name}.ffn", block.ffn
 
-    def forward(self, x: Tensor, seq: Sequence | None = None) -> Tensor:
+    def forward(self, x: Tensor, seq: Sequence | None = None, memory: Memory | None = None) -> Tensor:
         """Tokens [T] on the first stage, hidden states [T, hidden] on another, of each stream where there are several -> hidden states, of one
         stream and normed on the last stage.
 
         Without a sequence, of a whole model: tokens [T] or [batch, T], each row a document -> logits [..., T, vocab].
+        memory: the sequence's, of an encoder, for cross-attention. Raises ValueError where no layer reads it.
         """
+        if memory is not None and not any(isinstance(m, Mixer) and m.reads_memory for m in self.modules()):
+            raise ValueError("no layer of this model reads a memory: give none, or a model with layers of cross_attention")
         if seq is None:
             self._check_whole()
             seq = Sequence.of([x.shape[-1]] * (x.shape[0] if x.ndim == 2 else 1), x.device)
+            seq.memory = memory
             return self.logits(self(x.flatten(), seq)).unflatten(0, x.shape)
+        seq = seq if memory is None else replace(seq, memory=memory)
         x = self._enter(x, seq)
         for _, block in self.blocks():
             x = block(x, seq)

@@ -6,7 +6,20 @@ import pytest
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention, T5Config
 
-from ltrain.kernels.attention import Mask, Pair, Score, attention, backward_pairs, blockwise, decode_attention, flash, forward_pairs, merge, seen
+from ltrain.kernels.attention import (
+    Mask,
+    Pair,
+    Score,
+    attention,
+    backward_pairs,
+    blockwise,
+    decode_attention,
+    flash,
+    forward_pairs,
+    merge,
+    pair_attention,
+    seen,
+)
 
 FAST = ["blockwise", "flash"]
 LENGTHS = [[0], [], [1], [1, 0, 2, 63, 64, 65], [200], [7, 130, 1, 1, 61]]
@@ -220,6 +233,30 @@ def test_pairs_in_any_order_and_overlap(backend, heads, kv_heads, value_width):
         backward_pairs(dout, q, k, v, out, lse, pairs, scale=0.3, backend=backend)[:3],
         backward_pairs(dout, q, k, v, out, lse, pairs, scale=0.3, backend="reference")[:3],
     )
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_pairs_with_gradients(backend):
+    """Queries of one range over keys of another, each range of its own length, and queries that see nothing."""
+    q, _, _ = tensors(50, 4, 2, 8, 5)
+    _, k, v = tensors(90, 4, 2, 8, 5, seed=1)
+    pairs = [Pair(0, 30, 50, 40, False), Pair(30, 2, 0, 0, False), Pair(32, 10, 10, 1, False), Pair(42, 0, 0, 9, False)]
+    seen = torch.zeros(50, 90, dtype=torch.bool)
+    seen[:30, 50:], seen[32:42, 10:11] = True, True
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * 0.3
+    p = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+    expected = torch.einsum("hqk,khd->qhd", p, v.repeat_interleave(2, 1))
+    got = pair_attention(q, k, v, pairs, scale=0.3, backend=backend)
+    torch.testing.assert_close(got, expected)
+    assert got[30:32].eq(0).all() and got[42:].eq(0).all()
+    dense = torch.einsum("hqk,khd->qhd", scores[:, seen.any(1)].masked_fill(~seen[seen.any(1)], -torch.inf).softmax(-1), v.repeat_interleave(2, 1))
+    weight = torch.randn(got.shape, dtype=torch.float64)
+    grads = [torch.autograd.grad(y, (q, k, v)) for y in ((got * weight).sum(), (dense * weight[seen.any(1)]).sum())]
+    torch.testing.assert_close(*grads)
+    empty = [t[:0] for t in (k, v)]
+    assert torch.autograd.grad(pair_attention(q, *empty, [], scale=0.3, backend=backend).sum(), q)[0].eq(0).all()
+    with pytest.raises(ValueError, match="backend='reference' has no gradients of pairs"):
+        pair_attention(q, k, v, pairs, scale=0.3, backend="reference")
 
 
 def test_pairs_with_windows():

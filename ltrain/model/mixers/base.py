@@ -22,6 +22,7 @@ class ExchangeNeed:
 class Mixer(nn.Module):
     """Mixes tokens along the stream. Built as Mixer(hidden, options, layers)."""
 
+    reads_memory = False  # whether it asks for `Sequence.memory`
     entry: str | None = None  # the linear layer that alone reads x: a norm before the mixer may be fused into it
 
     def __init__(self, hidden: int, options: Any, layers: LocalLayers):

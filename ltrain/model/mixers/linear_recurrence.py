@@ -67,10 +67,11 @@ class LinearRecurrence(Mixer):
         elif o.decay != "none":
             self.rates = layers.of_heads(constant_rates(o, layers.layer, layers.depth))
         self.D = layers.per_head(o.value_heads, constant(1.0)) if o.skip else None
+        self.q_norm, self.k_norm = (layers.head_norm(o.key_dim) if o.qk_norm == "head" else None for _ in range(2))
         if o.norm == "head":
             self.norm = layers.output_norm(o.value_dim, o.norm_eps)
         elif o.norm != "none":
-            self.norm = layers.full_output_norm(values, o.key_heads if o.norm == "group" else 1, o.norm_eps)
+            self.norm = layers.full_output_norm(values, (o.norm_groups or o.key_heads) if o.norm == "group" else 1, o.norm_eps)
         self.out = layers.output(values, hidden, bias=o.bias)
         if o.gate_rank or o.decay_rank:
             self.entry = None
@@ -110,6 +111,8 @@ class LinearRecurrence(Mixer):
             q, k = (F.elu(q) + 1, F.elu(k) + 1) if o.feature_map == "elu" else (F.relu(q), F.relu(k))
         if o.qk_norm == "l2":
             q, k = l2_normalise(q), l2_normalise(k)
+        elif self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if o.rope:
             cos, sin = shared_rotary_tables(seq, self.rotary, o.rope, torch.promote_types(q.dtype, torch.float32))
             q, k = rotate(q, cos, sin, o.rope.pairs), rotate(k, cos, sin, o.rope.pairs)

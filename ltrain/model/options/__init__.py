@@ -8,6 +8,7 @@ from typing import Any
 from ltrain.model.options.attention import AttentionOptions
 from ltrain.model.options.base import NoMixerOptions
 from ltrain.model.options.block import BlockOptions
+from ltrain.model.options.cross_attention import CrossAttentionOptions
 from ltrain.model.options.elementwise import MambaOptions, RGLRUOptions
 from ltrain.model.options.ffn import FeedForwardOptions, MoEOptions
 from ltrain.model.options.gated_conv import GatedConvOptions
@@ -29,6 +30,7 @@ __all__ = [
     "AttentionOptions",
     "BlockOptions",
     "Branch",
+    "CrossAttentionOptions",
     "FeedForwardOptions",
     "GatedConvOptions",
     "LinearRecurrenceOptions",
@@ -87,6 +89,7 @@ MIXERS: dict[str, tuple[str, type, dict[str, Any]]] = {
     "attention": ("attention", AttentionOptions, {}),
     "mla": ("mla", MLAOptions, {}),
     "nsa": ("nsa", NSAOptions, {}),
+    "cross_attention": ("cross_attention", CrossAttentionOptions, {}),
     "linear_recurrence": ("linear_recurrence", LinearRecurrenceOptions, {}),
     **{name: ("linear_recurrence", LinearRecurrenceOptions, fixed) for name, fixed in RECURRENCES.items()},
     "mamba": ("mamba", MambaOptions, {}),

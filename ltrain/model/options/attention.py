@@ -166,7 +166,7 @@ class AttentionOptions(MixerOptions):
             found = {
                 "context": "the ring carries causal attention alone",
                 "decode": "each new token would change what all before it give",
-                "training": "each token would see the next one, which it is to predict",
+                "training": "each token would see the next one, which it is to predict: write causal: true",
             }
         return {**found, "pipeline": "keys and values of a source do not cross stages yet"} if self.kv == "shared" else found
 

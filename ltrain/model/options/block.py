@@ -25,6 +25,9 @@ class BlockOptions:
     mixer_residual_scale: float = 1.0  # times what the mixer's output is added to (MiniMax-01's alpha)
     ffn_residual_scale: float = 1.0  # times what the feed-forward's output is added to
 
+    # what the mixer and the feed-forward add is multiplied with tanh of a number each, learned from 0 (Flamingo, Alayrac et al. 2022): a layer
+    gated: bool = False  # put into a trained model changes nothing at first
+
     @property
     def side_by_side(self) -> bool:
         """Whether mixer and feed-forward read the same hidden states."""

@@ -26,7 +26,7 @@ class LinearRecurrenceOptions(MixerOptions):
         "update": ("add", "delta"),
         "activation": ("silu", "none"),
         "feature_map": ("none", "elu", "relu"),
-        "qk_norm": ("l2", "none"),
+        "qk_norm": ("l2", "head", "none"),
         "gate": ("silu", "sigmoid", "none"),
         "norm": ("head", "group", "all", "none"),
     }
@@ -54,7 +54,7 @@ class LinearRecurrenceOptions(MixerOptions):
     conv_bias: bool = False
     activation: str = "silu"  # of q, k and v, behind the convolution: silu | none
     feature_map: str = "none"  # of q and k (Katharopoulos et al. 2020): none | elu (elu(x) + 1) | relu
-    qk_norm: str = "l2"  # l2 (q and k have unit length) | none
+    qk_norm: str = "l2"  # of q and k: l2 (unit length) | head (RMSNorm with weights inside each head: Ling 2.5) | none
     rope: RopeOptions | None = None  # null: no position but the decay
     scale: float | None = None  # what q is multiplied with; null: key_dim ^ -0.5
     normaliser: bool = False  # the output is divided by what the keys alone would give
@@ -63,6 +63,7 @@ class LinearRecurrenceOptions(MixerOptions):
     gate_rank: int = 0  # that projection comes through so many numbers (low rank); 0: from the input at once
     gate_first: bool = False  # the gate before the norm (Mamba-2); otherwise behind it
     norm: str = "head"  # RMSNorm of the output: head (inside each) | group (of a key head's value heads) | all (over all heads) | none
+    norm_groups: int = 0  # for norm: group, so many groups of value heads; 0: one for each key head
     norm_eps: float | None = None  # null: model.norm_eps
     bias: bool = False  # of the projections in and out
     # Times what the projection of the input gives: q, k, v, and of gate, beta and decay those that are part of it; empty: all 1 (Falcon-H1)
@@ -105,10 +106,14 @@ class LinearRecurrenceOptions(MixerOptions):
             ("normaliser", "update: add", self.update == "add"),
             *((name, "a gate", self.gate != "none") for name in ("gate_rank", "gate_first")),
             ("norm_eps", "a norm", self.norm != "none"),
+            ("norm_groups", "norm: group", self.norm == "group"),
         ]
         for name, needs, applies in idle:
             if not applies and getattr(self, name) != default_of(self, name):
                 raise ConfigError(f"{key}.{name}={getattr(self, name)} has no effect without {needs}: take it out, or write that")
+        if self.norm_groups:
+            check_multiple(f"{key}.value_heads", self.value_heads, f"{key}.norm_groups", self.norm_groups)
+            check_multiple(f"{key}.norm_groups", self.norm_groups, "parallel.tensor", parallel.tensor)
         if self.conv_width and self.activation == "none":
             raise ConfigError(
                 f"{key}.activation=none does not go with a convolution, which ends with SiLU: write {key}.conv_width=0, or activation: silu"

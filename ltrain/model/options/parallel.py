@@ -69,12 +69,26 @@ class ParallelOptions(MixerOptions):
             told = " and ".join(f"{name} has {width}" for name, width in widths.items())
             raise ConfigError(f"{key}.fuse=true takes the mean of what the branches' heads give, but {told} numbers: make heads x width equal")
 
+        for what, found in (
+            ("leave something to later layers", [name for name, branch in self.resolved() if branch.options.gives()]),
+            ("need what an earlier layer left", [name for name, branch in self.resolved() if branch.options.takes()[1]]),
+        ):
+            if len(found) > 1:
+                raise ConfigError(f"{key}.branches {' and '.join(found)} both {what}, which one branch of a layer can: write kv: own in the others")
+
     def softmax_heads(self) -> dict[str, tuple[int, int]]:
         return {
             f"branches.{name}{'.' * bool(key)}{key}": heads
             for name, branch in self.resolved()
             for key, heads in branch.options.softmax_heads().items()
         }
+
+    def gives(self) -> str:
+        return next((branch.options.gives() for _, branch in self.resolved() if branch.options.gives()), "")
+
+    def takes(self) -> tuple[str, str]:
+        found = ((name, *branch.options.takes()) for name, branch in self.resolved())
+        return next(((f"branches.{name}.{option}", giver) for name, option, giver in found if giver), ("", ""))
 
     def refuses(self) -> dict[str, str]:
         return {kind: f"{why} (its branch {name})" for name, branch in reversed([*self.resolved()]) for kind, why in branch.options.refuses().items()}

@@ -10,6 +10,16 @@ CASES = {
         "parallel",
         {"branches": {"attention": ATTENTION, "ssm": {"mixer": "mamba", "inner": 32, "states": 4, "step_rank": 4}}, "fuse": True},
     ),
+    "hymba_shared_kv": [
+        (
+            "parallel",
+            {
+                "branches": {"attention": {**ATTENTION, **near, "kv": kv}, "ssm": {"mixer": "mamba", "inner": 32, "states": 4, "step_rank": 4}},
+                "fuse": True,
+            },
+        )
+        for kv, near in (("source", {"window": 5, "anchors": 3}), ("own", {}), ("shared", {"window": 5, "anchors": 3}))
+    ],
     "two_windows": (
         "parallel",
         {"branches": {"near": {"mixer": "attention", **ATTENTION, "window": 4}, "far": {"mixer": "attention", **ATTENTION, "rope": None}}},
