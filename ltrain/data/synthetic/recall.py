@@ -5,6 +5,7 @@ value, the value and the text after it are encoded apart, so that the value has 
 """
 
 import random
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +24,10 @@ NEEDLES = {"passkey": 1, "kv": 4, "multi_query": 16, "variables": 2}  # of a sam
 HOPS = 4  # names of a chain of variables at most
 SHORTEST = 64  # tokens
 TRIES = 64
-DRAWN = 0.5  # share of training's lines that come from no list of templates
+DRAWN = 0.7  # share of training's lines that come from no list of templates
+ALIKE = 0.3  # share of these that differ from another line of the document in one word
+OWN = 0.5  # share of the others whose words are the haystack's: none of them alone tells where the line is
+WORD = re.compile(r"[A-Za-z]{2,12}")
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,12 @@ class Sample:
 class _Facts:
     """Draws facts of one split and encodes them."""
 
-    def __init__(self, rng: random.Random, tokenizer: Tokenizer, split: str):
+    def __init__(self, rng: random.Random, tokenizer: Tokenizer, split: str, haystack: Haystack):
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is not known: write one of {', '.join(SPLITS)}")
         held_out = split == "held_out"
         self.rng, self.tokenizer, self.drawn = rng, tokenizer, 0.0 if held_out else DRAWN
+        self.haystack = haystack
         self.keyed = templates.HELD_OUT_KEYED if held_out else templates.KEYED
         self.passkeys = templates.HELD_OUT_PASSKEY if held_out else templates.PASSKEY
         self.chains = templates.HELD_OUT_CHAINS if held_out else templates.CHAINS
@@ -114,9 +119,22 @@ class _Facts:
         free = sum(self.rng.random() < self.drawn for _ in range(count))
         found = {t.prefix: t for t in self.rng.sample(listed, min(len(listed), count - free))}
         while self.drawn and len(found) < count:
-            made = templates.drawn(self.rng, formats.WORDS, keyed)
-            found[made.prefix] = made
+            made = self._made(list(found.values()), keyed)
+            if made.prefix not in templates.HELD_OUT_PREFIXES:
+                found[made.prefix] = made
         return self.rng.sample(list(found.values()), len(found))
+
+    @cached_property
+    def _words(self) -> list[str]:
+        """Of a piece of the haystack, as often as they are there."""
+        return WORD.findall(self.tokenizer.decode(self.haystack.take(self.rng, 512).tolist())) or formats.WORDS
+
+    def _made(self, others: list[Template], keyed: bool) -> Template:
+        """A line that no list has."""
+        words = self._words if self.rng.random() < OWN else formats.WORDS
+        if others and self.rng.random() < ALIKE:
+            return templates.alike(self.rng, self.rng.choice(others), words)
+        return templates.drawn(self.rng, words, keyed)
 
     def _distinct(self, known: dict[str, Format], count: int) -> list[str]:
         """Different texts of one format (of several, where one has too few)."""
@@ -185,7 +203,7 @@ def sample(
         raise ValueError(f"depth={depth:g} is not a share of the haystack: write a number from 0 to 1")
     if needles is not None and needles < 1:
         raise ValueError(f"needles={needles} hides nothing to ask for: write 1 or more")
-    facts = _Facts(rng, tokenizer, split).draw(task, needles or max(1, min(NEEDLES[task], length_tokens // 256)))
+    facts = _Facts(rng, tokenizer, split, haystack).draw(task, needles or max(1, min(NEEDLES[task], length_tokens // 256)))
     asked, others = facts[0], facts[1:]
     answered = others[:3] if task == "multi_query" else []
     ending = [*(part for fact in answered for part in (fact.lead, fact.question, fact.answer, fact.rest)), asked.lead, asked.question]
@@ -228,7 +246,7 @@ def document(task: str, tokens: int, rng: random.Random, tokenizer: Tokenizer, h
         return tokens - 1 - len(haystack.newline) - sum(f.size + f.asked_size + len(haystack.newline) * (len(f.lines) + 1) for f in facts)
 
     for _ in range(TRIES):  # in a short document there may be no place for a long line
-        facts = _Facts(rng, tokenizer, "train").draw(task, count)
+        facts = _Facts(rng, tokenizer, "train", haystack).draw(task, count)
         while len(facts) > 1 and room() < tokens // 2:
             facts.pop()
         if room() >= SHORTEST // 2:

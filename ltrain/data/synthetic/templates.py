@@ -6,6 +6,7 @@ that the value has the same tokens wherever it stands.
 """
 
 import random
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -142,6 +143,7 @@ There is important information hidden here: the pass phrase equals {value}, memo
 FATAL vault: unlock requires {value}
 """,
 )
+HELD_OUT_PREFIXES = frozenset(t.prefix for t in (*HELD_OUT_KEYED, *HELD_OUT_PASSKEY))
 HELD_OUT_LEADS = ("", "Which entry did the text give for {key}?", "From the document above:")
 
 # What lines of `drawn` are made of: around all of it; between words; between the words and the value, and after that.
@@ -187,6 +189,15 @@ def drawn(rng: random.Random, words: Sequence[str], keyed: bool) -> Template:
         parts.insert(rng.randrange(len(parts) + 1), "{key}")
     after = f" {' '.join(rng.sample(words, rng.randint(1, 3)))}" if rng.random() < 0.3 else ""
     return Template.of("drawn", f"{around[0]}{joint.join(parts)}{before[0]}{{value}}{before[1]}{after}{around[1]}")
+
+
+def alike(rng: random.Random, template: Template, words: Sequence[str]) -> Template:
+    """The line with another word in the place of one: only all of its words together tell it from `template`."""
+    found = [m for m in re.finditer(r"\{key\}|[A-Za-z]{2,}", template.prefix) if m[0] != "{key}"]
+    if not found:
+        return template
+    old = rng.choice(found)
+    return template._replace(id="drawn", prefix=f"{template.prefix[: old.start()]}{rng.choice(words)}{template.prefix[old.end() :]}")
 
 
 class Chain(NamedTuple):
