@@ -48,7 +48,7 @@ LIMITS: Limits = {
             *("DataConfig.tokens", "DataConfig.shards", "TrainConfig.steps", "TrainConfig.tokens_per_step", "EvalConfig.tokens"),
             *("TrackingConfig.every", "EvalConfig.documents", "NeedleConfig.samples", "FP8Config.amax_history"),
             *("ParallelConfig.tensor", "ParallelConfig.context", "ParallelConfig.expert", "ParallelConfig.pipeline", "ParallelConfig.timeout"),
-            "ParallelConfig.ulysses",
+            *("ParallelConfig.ulysses", "ParallelConfig.inner_ring"),
         ],
         AT_LEAST_1,
     ),
@@ -390,7 +390,7 @@ def _check_layout(config: "Config", specs: list[LayerSpec]) -> None:
         raise ConfigError(f"eval.tokens={config.eval.tokens} is less than one micro-batch, data.tokens={data.tokens}: write at least {data.tokens}")
     if parallel.expert > 1 and not any(spec.ffn.experts for spec in specs):
         raise ConfigError(f"parallel.expert={parallel.expert} has no effect in a model without experts: write parallel.expert=1")
-    _check_ulysses(config, specs)
+    _check_heads_and_nodes(config, specs)
 
 
 def _check_learned_positions(config: "Config") -> None:
@@ -404,14 +404,24 @@ def _check_learned_positions(config: "Config") -> None:
             raise ConfigError(f"{name} asks for {length} tokens and model.learned_positions={most} are there: write at most {most}")
 
 
-def _check_ulysses(config: "Config", specs: list[LayerSpec]) -> None:
+def _check_heads_and_nodes(config: "Config", specs: list[LayerSpec]) -> None:
+    """What attention over context ranks is divided into: heads among neighbours, and the ring between those that have the same ones by nodes."""
     parallel = config.parallel
+    given = f"parallel.ulysses={parallel.ulysses}"
+    for name in ("ulysses", "inner_ring"):
+        if getattr(parallel, name) > 1 and not any(spec.options.softmax_heads() for spec in specs):
+            raise ConfigError(
+                f"parallel.{name}={getattr(parallel, name)} has no effect in a model without softmax attention: write parallel.{name}=1"
+            )
+    check_multiple("parallel.context", parallel.context, "parallel.ulysses", parallel.ulysses)
+    ring = parallel.context // parallel.ulysses
+    if parallel.inner_ring > 1 and (ring % parallel.inner_ring or ring == parallel.inner_ring):
+        raise ConfigError(
+            f"parallel.inner_ring={parallel.inner_ring} does not divide the ring of parallel.context / parallel.ulysses = {ring} ranks into several "
+            "nodes: write a smaller divisor of it, or 1"
+        )
     if parallel.ulysses == 1:
         return
-    given = f"parallel.ulysses={parallel.ulysses}"
-    check_multiple("parallel.context", parallel.context, "parallel.ulysses", parallel.ulysses)
-    if not any(spec.options.softmax_heads() for spec in specs):
-        raise ConfigError(f"{given} has no effect in a model without softmax attention: write parallel.ulysses=1")
     for spec in specs:
         for key, counts in spec.options.softmax_heads().items():
             heads, kv_heads = (n // parallel.tensor for n in counts)

@@ -92,13 +92,10 @@ class Mesh:
         # issue never mixes with megatron's collectives
         exchanging = dist.get_process_group_ranks(self.context)
         self.exchange = self._new_group(exchanging)
-        self.ulysses: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # who divides heads with this rank, and who has the same ones
-        if parallel.ulysses > 1:
-            groups, rings = (
-                next(list(map(exchanging.__getitem__, p)) for p in found if self.context.rank() in p)
-                for found in places(parallel.context, parallel.ulysses)
-            )
-            self.ulysses = self._new_group(groups), self._new_group(rings)
+        # who divides heads with this rank, and who has the same ones; of these who is on its node, and who has its place on each
+        self.ulysses = self._divided(exchanging, parallel.ulysses)
+        ring = exchanging if self.ulysses is None else dist.get_process_group_ranks(self.ulysses[1])
+        self.nodes = self._divided(ring, parallel.inner_ring)
         self.replica = self._new_group(self._ranks_with(self.data.rank()), backend="gloo")
         self._connect()
         self.shard = Shard(self.tensor.rank(), self.tensor.size(), self.expert.rank(), self.expert.size())
@@ -117,12 +114,19 @@ class Mesh:
         assert mine is not None
         return mine
 
+    def _divided(self, ranks: list[int], members: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
+        """This rank's groups of `places`; None: members are no more than one."""
+        if members == 1:
+            return None
+        group, line = (next(found for found in kind if self.rank in found) for kind in places(ranks, members))
+        return self._new_group(group), self._new_group(line)
+
     def _connect(self) -> None:
         """Let NCCL connect every group of several ranks: a first message between some of them would wait for the others."""
         if self.device.type != "cuda":
             return
         groups = [self.groups.tp, self.groups.cp, self.groups.ep, self.groups.pp, self.groups.dp, self.tensor_context, self.stage, self.exchange]
-        groups += self.ulysses or ()
+        groups += [*(self.ulysses or ()), *(self.nodes or ())]
         for group in groups:
             if group.size() > 1:
                 dist.all_reduce(torch.zeros(1, device=self.device), group=group)

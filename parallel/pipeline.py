@@ -42,7 +42,9 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.stack, self.layout, self.mesh, self.config, self.autocast = stack, layout, mesh, config, autocast
-        self.exchange = ContextExchange(layout, mesh.exchange if mesh.context.size() > 1 else None, mesh.tensor_context, mesh.tensor, mesh.ulysses)
+        self.exchange = ContextExchange(
+            layout, mesh.exchange if mesh.context.size() > 1 else None, mesh.tensor_context, mesh.tensor, mesh.ulysses, mesh.nodes
+        )
         self._input: Tensor | None = None
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:

@@ -18,7 +18,7 @@ from ltrain.parallel.context.gather import Gather, Units, gather
 from ltrain.parallel.context.halo import halo
 from ltrain.parallel.context.layout import ContextLayout, Plan
 from ltrain.parallel.context.messages import Messages, Silence
-from ltrain.parallel.context.ring import Ring, RingAttention, ring
+from ltrain.parallel.context.ring import Links, Ring, RingAttention, ring
 from ltrain.parallel.context.rows import RowExchange, Rows
 from ltrain.parallel.context.scan import Scan, recurrence_over_ranks, scan
 from ltrain.parallel.context.ulysses import Ulysses, layout_over_groups
@@ -33,6 +33,7 @@ class ContextExchange:
     (None with one); give it to nothing else, so that these messages keep their order. sum_group: every rank that holds
     tokens of the micro-batch, tensor and context ranks (None: this rank alone). tensor_group: the tensor ranks among them.
     ulysses: the ranks of `cp_group` that divide the heads of attention, and those that are a ring beside them (None: all are a ring).
+    nodes: of the ranks of that ring, those on this rank's node, and those with its place on each (None: all are on one).
 
     Raises ValueError where group and layout disagree. Building it is collective over `cp_group`.
     """
@@ -44,6 +45,7 @@ class ContextExchange:
         sum_group: dist.ProcessGroup | None = None,
         tensor_group: dist.ProcessGroup | None = None,
         ulysses: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+        nodes: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     ):
         here = (0, 1) if cp_group is None else (dist.get_rank(cp_group), dist.get_world_size(cp_group))
         if here != (layout.rank, layout.size):
@@ -56,6 +58,7 @@ class ContextExchange:
         self._messages = Messages(cp_group, layout.size)
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
         self._ulysses = None if ulysses is None else Ulysses.over(*ulysses, self.bytes)
+        self._nodes = None if nodes is None else Links.over(*nodes, self.bytes)
 
     def resized(self, tokens: int) -> "ContextExchange":
         """The same ranks, and the same count of bytes, for streams of another length."""
@@ -67,12 +70,13 @@ class ContextExchange:
         """The same without messages, to measure what these cost: zeros arrive. Of no use for training."""
         other = copy.copy(self)
         other._messages = Silence()
+        other._nodes = None if self._nodes is None else self._nodes.silent()
         other._ulysses = None if self._ulysses is None else self._ulysses.silent()
         return other
 
     @property
     def bytes(self) -> Counter[str]:
-        """Bytes this rank has sent by kind (ring, ulysses, halo, scan; last, state, decode), forward and backward."""
+        """Bytes this rank has sent by kind (ring, ring across nodes, ulysses, halo, scan; last, state, decode), forward and backward."""
         return self._messages.bytes
 
     def plan(self, cu_seqlens: Tensor) -> Plan:
@@ -119,7 +123,8 @@ class ContextExchange:
 
             return self._ulysses.attention(q, k, v, plan.layout, attend)
         begun = self._begun(plan, seq) if mask.placed else ()
-        found: Ring = plan.derive(("ring", mask, begun), lambda: ring(plan, mask, dict(begun)))
+        links = self._nodes or Links(self._messages)
+        found: Ring = plan.derive(("ring", mask, begun), lambda: ring(plan, mask, dict(begun), links.places))
         if found.alone:
             before = dict(begun)
             first = [s.start - s.begin + before.get(s.document, 0) for s in plan.segments]
@@ -128,7 +133,7 @@ class ContextExchange:
         # what is smaller travels: with many heads the latents, with few of them on this rank the keys and values
         made = latent if latent is not None and latent.width < k.shape[1:].numel() + v.shape[1:].numel() else None
         carried = (None, None, None) if made is None else (made.rows(), made.weight, made.expand)
-        out: Tensor = RingAttention.apply(q, k, v, sinks, score.bias, *carried, found, self._messages, seq.tape, scale, plain)  # type: ignore[no-untyped-call]
+        out: Tensor = RingAttention.apply(q, k, v, sinks, score.bias, *carried, found, links, seq.tape, scale, plain)  # type: ignore[no-untyped-call]
         return out
 
     def _with_heads(self, ulysses: Ulysses, plan: Plan, seq: Sequence, mask: Mask) -> Sequence:
@@ -142,13 +147,18 @@ class ContextExchange:
             seq.shared[key] = Sequence(seq.cu_seqlens, positions, exchange=ring)
         return replace(seq.shared[key], tape=seq.tape)
 
-    @staticmethod
-    def _begun(plan: Plan, seq: Sequence) -> tuple[tuple[int, int], ...]:
-        """(document, position of the first token that the stream has of it) of those here that an earlier stream has begun."""
+    def _begun(self, plan: Plan, seq: Sequence) -> tuple[tuple[int, int], ...]:
+        """(document, position of the first token that the stream has of it) of those here that an earlier stream has begun.
+
+        Of all documents, where this rank may hold rows of others for its neighbours.
+        """
         if "document starts" not in seq.shared:
             here = [s for s in plan.segments if s.length]
             rows = torch.tensor([s.local for s in here], dtype=torch.int64).to(seq.positions.device, non_blocking=True)
             starts = {s.document: place - (s.start - s.begin) for s, place in zip(here, seq.positions[rows].tolist(), strict=True)}
+            if self._nodes is not None:
+                known = torch.tensor([starts.get(document, 0) for document in range(len(seq.cu_seqlens) - 1)], device=seq.positions.device)
+                starts = dict(enumerate(torch.stack(self._messages.all_gather("positions", known)).amax(0).tolist()))
             seq.shared["document starts"] = tuple((document, start) for document, start in starts.items() if start)
         found: tuple[tuple[int, int], ...] = seq.shared["document starts"]
         return found

@@ -47,11 +47,14 @@ class Messages:
 
     Every rank posts the same batches in the same order (one that neither sends nor receives in a batch has nothing to
     post), so no tag is needed: between two ranks messages arrive in the order in which they were posted.
+
+    count: what is added to as bytes are sent. peer: what a number in this group is, for errors.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, size: int):
-        self.group, self.size = group, size
-        self.bytes: Counter[str] = Counter()  # kind of exchange -> bytes sent by this rank, forward and backward
+    def __init__(self, group: dist.ProcessGroup | None, size: int, count: Counter[str] | None = None, peer: str = "context rank"):
+        self.group, self.size, self.peer = group, size, peer
+        # kind of exchange -> bytes sent by this rank, forward and backward
+        self.bytes: Counter[str] = Counter() if count is None else count
         if size > 1 and dist.get_backend(group) == "nccl":
             # A batch in which only some ranks take part must not be the first call of an NCCL group.
             dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
@@ -83,7 +86,7 @@ class Messages:
 
     def _name(self, peer: int) -> str:
         assert self.group is not None  # one rank has no peer
-        return f"rank {dist.get_global_rank(self.group, peer)} (context rank {peer})"
+        return f"rank {dist.get_global_rank(self.group, peer)} ({self.peer} {peer})"
 
     def sum(self, kind: str, x: Tensor) -> Tensor:
         """In place: x summed over the ranks. Each counts x as sent once."""

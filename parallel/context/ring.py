@@ -8,24 +8,31 @@ that is cut, and nothing travels between ranks that share no document. Step s + 
 is computed. The outputs of the steps merge by log-sum-exp. The backward is a second ring; a step's key and value
 gradients go straight back to their owner, in float32 or wider. Keys and values that are made of something smaller
 (the latents of multi-head latent attention) may be made on arrival: then that travels, and its gradient.
+
+Between nodes the same rows would travel once for each rank that reads them. In a double ring (Gu et al. 2024, LoongTrain)
+they come once, to the rank with their owner's place in its node, while the steps on the node before are computed; it
+passes on to each neighbour what that one reads, adds up their gradients and sends the sums back.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ltrain.kernels.attention import Mask, Pair, Score, backward_pairs, forward_pairs, merge, seen, sinks_gradient, with_sinks
 from ltrain.model.sequence import Tape
 from ltrain.parallel.context.layout import Plan, Segment
-from ltrain.parallel.context.messages import Messages, Transit
+from ltrain.parallel.context.messages import Messages, Silence, Transit
 
 Rows = list[tuple[int, int]]  # [start, stop) among a rank's tokens
 Starts = Mapping[int, int]  # document -> position
 NONE = Transit([], [], {})
+ACROSS = "ring across nodes"
 
 
 class Reads(NamedTuple):
@@ -39,16 +46,46 @@ class Reads(NamedTuple):
 class Step(NamedTuple):
     """One step of the ring, as this rank sees it."""
 
+    source: int | None  # None: this rank holds what came for its node
+    destination: int
+    reads: Reads  # what this rank works on, in rows of their owner: of `source`, or of that one's place in the stage's node
+    held: Rows  # without a source: these rows among those that this rank holds
+    sent: Rows  # rows of what this rank holds that `destination` works on
+
+
+LOCAL = Step(None, 0, Reads([], [], []), [], [])  # this rank's own keys
+
+
+class Stage(NamedTuple):
+    """Steps on keys of one node. Ranks are numbered by node here, and by place in the node in its steps."""
+
     source: int
     destination: int
-    reads: Reads  # what this rank works on: keys of `source`
-    sent: Rows  # rows of this rank's keys that `destination` works on
+    arriving: int  # rows that come from this rank's place on `source`: all that this node reads there
+    sent: Rows  # rows of this rank's keys that the node `destination` reads
+    steps: list[Step]  # in the first stage without this rank's own keys
 
 
 class Ring(NamedTuple):
     local: list[Pair]  # inside this rank
-    steps: list[Step]  # none, where this rank shares no document; else all, so that two ranks post in the same order
+    stages: list[Stage]  # none, where this rank has nothing to do for others or with theirs; else all, so that two ranks post in the same order
     alone: bool  # no segment of this rank has to do with another one
+
+
+class Links(NamedTuple):
+    """Messages inside a node of so many places, and between those at the same place of all nodes; None: all are one node."""
+
+    inside: Messages
+    across: Messages | None = None
+    places: int | None = None
+
+    @classmethod
+    def over(cls, inside: dist.ProcessGroup, across: dist.ProcessGroup, count: Counter[str]) -> "Links":
+        """Collective over both groups; what is sent is added to `count`."""
+        return cls(Messages(inside, inside.size(), count, "place"), Messages(across, across.size(), count, "node"), inside.size())
+
+    def silent(self) -> "Links":
+        return Links(Silence(), Silence(), self.places)
 
 
 def count(rows: Rows) -> int:
@@ -101,31 +138,86 @@ def _reads(plan: Plan, reader: int, owner: int, mask: Mask, starts: Starts) -> R
     return Reads(queries, keys, [p._replace(q_start=place_query(p.q_start), k_start=place_key(p.k_start)) for p in pairs])
 
 
-def ring(plan: Plan, mask: Mask, starts: Starts) -> Ring:
+def ring(plan: Plan, mask: Mask, starts: Starts, places: int | None = None) -> Ring:
     """Which rows meet in which step. Every rank makes the same choice for a pair of ranks.
 
-    starts: the position of the first token that the stream has of a document, where that is not 0 and a segment of it is here.
+    starts: the position of the first token that the stream has of a document, where that is not 0 and a segment of it is here. places: neighbours
+    that are one node; None: all are.
     """
-    rank, size = plan.layout.rank, plan.layout.size
+    rank, inside = plan.layout.rank, places or plan.layout.size
+    nodes, (node, place) = plan.layout.size // inside, divmod(rank, inside)
     own = [pair for s in plan.segments for pair in _between(s, s, mask, starts)]
     across = _across(plan, rank, rank, mask, starts)
-    steps = []
-    for s in range(1, size):
-        source, destination = (rank - s) % size, (rank + s) % size
-        sent = _reads(plan, destination, rank, mask, starts).keys
-        steps.append(Step(source, destination, _reads(plan, rank, source, mask, starts), sent))
-    shared = any(step.reads.pairs or step.sent for step in steps)
-    return Ring(own + across, steps if shared else [], not shared and not across)
+    found: dict[tuple[int, int], Reads] = {}
+
+    def reads(reader: int, owner: int) -> Reads:
+        if (reader, owner) not in found:
+            found[reader, owner] = _reads(plan, reader, owner, mask, starts)
+        return found[reader, owner]
+
+    def of_node(node: int, owner: int) -> tuple[Rows, Callable[[int], int]]:
+        return _packed([rows for reader in range(node * inside, (node + 1) * inside) for rows in reads(reader, owner).keys])
+
+    stages = []
+    for o in range(nodes):
+        source, destination = (node - o) % nodes, (node + o) % nodes
+        owner = source * inside + place  # whose rows this rank holds for its node
+        held, at = of_node(node, owner) if o else ([], int)
+
+        def placed(rows: Rows, at: Callable[[int], int] = at) -> Rows:
+            return [(at(start), at(start) + stop - start) for start, stop in rows]
+
+        steps = []
+        for i in range(0 if o else 1, inside):
+            behind, ahead = (place - i) % inside, (place + i) % inside
+            mine = reads(rank, source * inside + behind)
+            if i:
+                steps.append(Step(behind, ahead, mine, [], placed(reads(node * inside + ahead, owner).keys)))
+            else:
+                steps.append(Step(None, ahead, mine, placed(mine.keys), []))
+        stages.append(Stage(source, destination, count(held), of_node(destination, rank)[0] if o else [], steps))
+    busy = any(stage.arriving or stage.sent or any(step.reads.pairs or step.sent for step in stage.steps) for stage in stages)
+    return Ring(own + across, stages if busy else [], not busy and not across)
 
 
 Carried = tuple[Tensor, ...]  # what travels, [T, ...] each: K and V, or what they are made of on arrival
 
 
-def _send(step: Step, carried: Carried, messages: Messages) -> Transit:
-    """The rows of this step in one flat message, one tensor after another."""
-    sends = {step.destination: torch.cat([take(x, step.sent).flatten() for x in carried])} if step.sent else {}
-    receives = {step.source: count(step.reads.keys) * _width(carried)} if step.reads.keys else {}
-    return messages.post("ring", sends, receives, dtype=carried[0].dtype, device=carried[0].device)
+def _send(messages: Messages, kind: str, held: Carried, destination: int, sent: Rows, source: int, rows: int) -> Transit:
+    """These rows of what is held in one flat message, one tensor after another, and as many from the source as it has for this rank."""
+    sends = {destination: torch.cat([take(x, sent).flatten() for x in held])} if sent else {}
+    receives = {source: rows * _width(held)} if rows else {}
+    return messages.post(kind, sends, receives, dtype=held[0].dtype, device=held[0].device)
+
+
+def _pass_on(step: Step, held: Carried, links: Links) -> Transit:
+    if step.source is None:
+        return NONE
+    return _send(links.inside, "ring", held, step.destination, step.sent, step.source, count(step.reads.keys))
+
+
+def _arriving(plan: Ring, carried: Carried, links: Links) -> Iterator[tuple[int, Step, list[Tensor]]]:
+    """Of each step its stage and the rows to work on. The next ones are under way when a step is given, the first ones after `next`."""
+    held, coming = carried, NONE
+    for number, stage in enumerate(plan.stages):
+        if number:
+            arrived = coming.wait()
+            held = tuple(_split(arrived[stage.source], stage.arriving, carried)) if stage.arriving else tuple(x[:0] for x in carried)
+        if number + 1 < len(plan.stages):
+            then = plan.stages[number + 1]
+            assert links.across is not None  # there are several nodes
+            coming = _send(links.across, ACROSS, carried, then.destination, then.sent, then.source, then.arriving)
+        transit = _pass_on(stage.steps[0], held, links) if stage.steps else NONE
+        if not number:
+            yield 0, LOCAL, []
+        for i, step in enumerate(stage.steps):
+            arrived = transit.wait()
+            if i + 1 < len(stage.steps):
+                transit = _pass_on(stage.steps[i + 1], held, links)
+            if step.source is None:
+                yield number, step, [take(x, step.held) for x in held]
+            else:
+                yield number, step, _split(arrived[step.source], count(step.reads.keys), carried) if step.reads.keys else []
 
 
 def _width(carried: Carried) -> int:
@@ -169,19 +261,17 @@ def _forward(
     carried: Carried,
     expansion: Expansion,
     plan: Ring,
-    messages: Messages,
+    links: Links,
     scale: float,
     score: Score,
 ) -> tuple[Tensor, Tensor]:
-    transit = _send(plan.steps[0], carried, messages) if plan.steps else NONE
+    steps = _arriving(plan, carried, links)
+    next(steps, None)
     out, lse = forward_pairs(q, k, v, plan.local, scale=scale, score=score)  # [T, H, Dv], [T, H]
-    for i, step in enumerate(plan.steps):
-        arrived = transit.wait()
-        if i + 1 < len(plan.steps):
-            transit = _send(plan.steps[i + 1], carried, messages)
+    for _, step, arrived in steps:
         if not step.reads.pairs:
             continue
-        k_step, v_step = expansion(_split(arrived[step.source], count(step.reads.keys), carried))
+        k_step, v_step = expansion(arrived)
         out_step, lse_step = forward_pairs(take(q, step.reads.queries), k_step, v_step, step.reads.pairs, scale=scale, score=score)
         done = 0
         for a, b in step.reads.queries:
@@ -203,22 +293,21 @@ def _backward(
     carried: Carried,
     expansion: Expansion,
     plan: Ring,
-    messages: Messages,
+    links: Links,
     scale: float,
     score: Score,
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     """Gradients of q, k and v; of what was carried (k and v themselves: among the first), of the weight and of the bias."""
-    transit = _send(plan.steps[0], carried, messages) if plan.steps else NONE
+    steps = _arriving(plan, carried, links)
+    next(steps, None)
     dq, dk, dv, dbias = backward_pairs(dout, q, k, v, out, lse, plan.local, scale=scale, score=score)
     expanded = expansion.weight is not None
-    home = [x.new_zeros(x.shape, dtype=dk.dtype) for x in carried] if expanded else [dk, dv]
+    own = [x.new_zeros(x.shape, dtype=dk.dtype) for x in carried] if expanded else [dk, dv]
+    # K and V come home in float32 or wider; what they were made of, as its own products gave it
+    home = Home(own, plan, carried[0].dtype if expanded else dk.dtype, links)
     dweight = None
-    homing: list[tuple[Step, Transit]] = []
-    for i, step in enumerate(plan.steps):
-        arrived = transit.wait()
-        if i + 1 < len(plan.steps):
-            transit = _send(plan.steps[i + 1], carried, messages)
-        sends: dict[int, Tensor] = {}
+    for stage, step, arrived in steps:
+        found: list[Tensor] = []
         if step.reads.pairs:
 
             def gradients(k_step: Tensor, v_step: Tensor, step: Step = step) -> tuple[Tensor, Tensor]:
@@ -231,26 +320,60 @@ def _backward(
                 _add([dq], [dq_step], step.reads.queries)
                 return dk_step, dv_step
 
-            found, dweight_step = expansion.backward(_split(arrived[step.source], count(step.reads.keys), carried), gradients)
-            sends = {step.source: torch.cat([x.flatten() for x in found])}
+            found, dweight_step = expansion.backward(arrived, gradients)
             if dweight_step is not None:
                 dweight = dweight_step if dweight is None else dweight + dweight_step
-        receives = {step.destination: count(step.sent) * _width(carried)} if step.sent else {}
-        # K and V come home in float32 or wider; what they were made of, as its own products gave it
-        travelling = carried[0].dtype if expanded else dk.dtype
-        homing.append((step, messages.post("ring", sends, receives, dtype=travelling, device=dk.device)))
-        if i:  # the gradients of the step before travelled while this one was computed
-            _come_home(home, *homing[i - 1])
-    if homing:
-        _come_home(home, *homing[-1])
-    return [dq, dk, dv], home if expanded else [], dweight, dbias
+        home.send(stage, step, found)
+    home.finish()
+    return [dq, dk, dv], own if expanded else [], dweight, dbias
 
 
-def _come_home(home: list[Tensor], step: Step, transit: Transit) -> None:
-    """The gradients of one step, added in the order of the steps."""
-    arrived = transit.wait()
-    if step.sent:
-        _add(home, _split(arrived[step.destination], count(step.sent), tuple(home)), step.sent)
+class Home:
+    """Brings gradients back the way that the rows came: through the rank that held them for the node, which adds up those of its node.
+
+    own: where this rank's arrive, one tensor for each that is carried. Those of a step travel while the next one is computed.
+    """
+
+    def __init__(self, own: list[Tensor], plan: Ring, dtype: torch.dtype, links: Links):
+        self.own, self.stages, self.dtype, self.links = own, plan.stages, dtype, links
+        self.held = own  # of the stage whose gradients arrive now
+        self.under_way: tuple[int, Step, Transit] | None = None
+        self.across: list[tuple[Stage, Transit]] = []
+
+    def send(self, stage: int, step: Step, found: list[Tensor]) -> None:
+        """What a step found, to where its rows came from."""
+        transit = NONE
+        if step.source is not None:
+            sends = {step.source: torch.cat([x.flatten() for x in found]).to(self.dtype)} if found else {}
+            receives = {step.destination: count(step.sent) * _width(tuple(self.own))} if step.sent else {}
+            transit = self.links.inside.post("ring", sends, receives, dtype=self.dtype, device=self.own[0].device)
+        self._arrive()
+        if step.source is None:  # the first one of its stage
+            self.held = [x.new_zeros(self.stages[stage].arriving, *x.shape[1:]) for x in self.own]
+            if found:
+                _add(self.held, found, step.held)
+        self.under_way = stage, step, transit
+
+    def _arrive(self) -> None:
+        """The gradients of the step before, added in the order of the steps; behind the last one of a stage its sums go on."""
+        if self.under_way is None:
+            return
+        number, step, transit = self.under_way
+        arrived, stage = transit.wait(), self.stages[number]
+        if step.sent:
+            _add(self.held, _split(arrived[step.destination], count(step.sent), tuple(self.own)), step.sent)
+        if number and step is stage.steps[-1]:
+            assert self.links.across is not None  # the rows came over it
+            sends = {stage.source: torch.cat([x.flatten() for x in self.held]).to(self.dtype)} if stage.arriving else {}
+            receives = {stage.destination: count(stage.sent) * _width(tuple(self.own))} if stage.sent else {}
+            self.across.append((stage, self.links.across.post(ACROSS, sends, receives, dtype=self.dtype, device=self.own[0].device)))
+
+    def finish(self) -> None:
+        self._arrive()
+        for stage, transit in self.across:
+            arrived = transit.wait()
+            if stage.sent:
+                _add(self.own, _split(arrived[stage.destination], count(stage.sent), tuple(self.own)), stage.sent)
 
 
 def _add(into: list[Tensor], parts: list[Tensor], rows: Rows) -> None:
@@ -281,24 +404,24 @@ class RingAttention(torch.autograd.Function):
         weight: Tensor | None,
         expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
         plan: Ring,
-        messages: Messages,
+        links: Links,
         tape: Tape,
         scale: float,
         score: Score,
     ) -> Tensor:
         carried = (k, v) if latent is None else (latent,)
         expansion = Expansion(weight, expand)
-        out, lse = tape.keep(lambda: _forward(q, k, v, sinks, carried, expansion, plan, messages, scale, score._replace(bias=bias)))
+        out, lse = tape.keep(lambda: _forward(q, k, v, sinks, carried, expansion, plan, links, scale, score._replace(bias=bias)))
         ctx.save_for_backward(q, k, v, sinks, bias, latent, weight, out, lse)
-        ctx.ring = expand, plan, messages, scale, score._replace(bias=None)
+        ctx.ring = expand, plan, links, scale, score._replace(bias=None)
         return out.detach()  # an own handle: autograd would tie the kept one to this graph
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, sinks, bias, latent, weight, out, lse = ctx.saved_tensors
-        expand, plan, messages, scale, score = ctx.ring
+        expand, plan, links, scale, score = ctx.ring
         carried, expansion = (k, v) if latent is None else (latent,), Expansion(weight, expand)
-        own, home, dweight, dbias = _backward(dout, q, k, v, out, lse, carried, expansion, plan, messages, scale, score._replace(bias=bias))
+        own, home, dweight, dbias = _backward(dout, q, k, v, out, lse, carried, expansion, plan, links, scale, score._replace(bias=bias))
         dsinks = None if sinks is None else sinks_gradient(dout, out, lse, sinks)
         dbias = None if bias is None or dbias is None else dbias.to(bias.dtype)
         dlatent = home[0].to(latent.dtype) if latent is not None else None

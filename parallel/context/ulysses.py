@@ -53,10 +53,7 @@ class Ulysses:
     @classmethod
     def over(cls, members: dist.ProcessGroup, ring: dist.ProcessGroup, count: Counter[str]) -> "Ulysses":
         """Collective over both groups; what is sent is added to `count`."""
-        messages = [Messages(group, group.size()) for group in (members, ring)]
-        for among in messages:
-            among.bytes = count
-        return cls(members.size(), members.rank(), *messages)
+        return cls(members.size(), members.rank(), Messages(members, members.size(), count, "member"), Messages(ring, ring.size(), count, "group"))
 
     def silent(self) -> "Ulysses":
         return Ulysses(self.members, self.rank, Silence(), Silence())
@@ -128,7 +125,7 @@ def layout_over_groups(layout: ContextLayout, members: int) -> ContextLayout:
     return ContextLayout(layout.tokens, layout.rank // members, groups, layout.kind, layout.cost, tuple(spans))
 
 
-def places(size: int, members: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Context ranks of each group that divides heads, and of each ring between the groups."""
-    groups = [list(range(first, first + members)) for first in range(0, size, members)]
-    return groups, [list(ring) for ring in zip(*groups, strict=True)]
+def places(ranks: list[int], members: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Of ranks in their order the groups of `members` neighbours, and those at the same place of each group."""
+    groups = [ranks[first : first + members] for first in range(0, len(ranks), members)]
+    return groups, [list(line) for line in zip(*groups, strict=True)]

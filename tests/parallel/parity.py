@@ -31,12 +31,14 @@ class Layout:
     recompute: str = "none"
     tie: bool = True
     ulysses: int = 1
+    inner_ring: int = 1
 
     def __str__(self) -> str:
         parts = [f"{name[0] if name != 'tensor' else 't'}p{n}" for name, n in
                  (("tensor", self.tensor), ("context", self.context), ("expert", self.expert), ("pipeline", self.pipeline)) if n > 1]  # fmt: skip
         more = [self.context_layout] if self.context > 1 else []
         more += [f"u{self.ulysses}"] if self.ulysses > 1 else []
+        more += [f"n{self.inner_ring}"] if self.inner_ring > 1 else []
         return "-".join(parts + more + ([self.recompute] if self.recompute != "none" else []) + ([] if self.tie else ["untied"])) or "data"
 
 
@@ -54,7 +56,9 @@ def config(layout: Layout, precision: str, model: ModelConfig | None = None) -> 
         tie_embeddings=layout.tie,
     )
     out = Config(model=model, precision=precision, seed=3)
-    out.parallel = ParallelConfig(layout.tensor, layout.context, layout.expert, layout.pipeline, layout.context_layout, layout.ulysses)
+    out.parallel = ParallelConfig(
+        layout.tensor, layout.context, layout.expert, layout.pipeline, layout.context_layout, layout.ulysses, layout.inner_ring
+    )
     out.train = TrainConfig(
         steps=10, tokens_per_step=TOKENS * MICRO_BATCHES, lr=1e-3, min_lr=1e-4, warmup_steps=3, clip=0.5, eps=1e-6, recompute=layout.recompute
     )

@@ -43,6 +43,7 @@ WORLD_4 = [
     Layout(context=2, pipeline=2, context_layout="balanced"),
     Layout(context=4),
     Layout(context=4, ulysses=2, recompute="full"),
+    Layout(context=4, inner_ring=2, recompute="full"),
     Layout(tensor=2, context=2, ulysses=2, context_layout="balanced"),
     Layout(context=4, context_layout="balanced", recompute="selective"),
     Layout(context=4, expert=2, context_layout="contiguous"),

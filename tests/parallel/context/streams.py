@@ -191,24 +191,31 @@ def whole(case: Case, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     return compute(case, inputs, Sequence(case.cu_seqlens, case.positions, LocalExchange()))
 
 
-def divided(ulysses: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
-    """This rank's groups of `places`; collective."""
-    if ulysses == 1:
+Groups = tuple[dist.ProcessGroup, dist.ProcessGroup]
+
+
+def divided(lines: list[list[int]], members: int) -> Groups | None:
+    """This rank's groups of `places` among those of its line; collective over all lines, which have every rank."""
+    if members == 1:
         return None
-    return tuple(dist.new_subgroups_by_enumeration(ranks)[0] for ranks in places(dist.get_world_size(), ulysses))  # type: ignore[return-value]
+    found = [places(line, members) for line in lines]
+    enumerated = ([group for kinds in found for group in kinds[kind]] for kind in (0, 1))
+    inside, across = (dist.new_subgroups_by_enumeration(groups)[0] for groups in enumerated)
+    return inside, across
 
 
-def on_rank(kind: str, cases: list[Case], ulysses: int = 1) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
+def on_rank(kind: str, cases: list[Case], ulysses: int = 1, inner_ring: int = 1) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
     """On this rank of a pool: for each case its rows of output and gradients, and bytes sent (forward, and in all), by kind."""
     results = []
     group = dist.group.WORLD  # nothing else speaks over it, and a pool that failed is replaced
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    groups = divided(ulysses)
+    ranks = list(range(dist.get_world_size()))
+    groups, nodes = divided([ranks], ulysses), divided(places(ranks, ulysses)[1], inner_ring)
     exchanges: dict[int, ContextExchange] = {}
     for case in cases:
         layout = ContextLayout(case.tokens, dist.get_rank(), dist.get_world_size(), kind)
         if case.tokens not in exchanges:
-            exchanges[case.tokens] = ContextExchange(layout, group, group, ulysses=groups)
+            exchanges[case.tokens] = ContextExchange(layout, group, group, ulysses=groups, nodes=nodes)
         exchange = exchanges[case.tokens]
         exchange.bytes.clear()
         take, sent = exchange.layout.of(case.cu_seqlens).take, {}
@@ -219,9 +226,11 @@ def on_rank(kind: str, cases: list[Case], ulysses: int = 1) -> list[tuple[dict[s
     return results
 
 
-def over_ranks(pool: Any, size: int, kind: str, cases: list[Case], ulysses: int = 1) -> list[tuple[dict[str, Tensor], list[dict[str, int]]]]:
+def over_ranks(
+    pool: Any, size: int, kind: str, cases: list[Case], ulysses: int = 1, inner_ring: int = 1
+) -> list[tuple[dict[str, Tensor], list[dict[str, int]]]]:
     """Each case over `size` ranks: output and gradients put back in the order of the stream, and bytes sent by rank."""
-    ranks = pool(size).run(on_rank, kind, cases, ulysses)
+    ranks = pool(size).run(on_rank, kind, cases, ulysses, inner_ring)
     results = []
     for i, case in enumerate(cases):
         layout = ContextLayout(case.tokens, 0, size, kind).of(case.cu_seqlens)
