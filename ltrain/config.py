@@ -115,6 +115,7 @@ class ParallelConfig:
     context_layout: str = "zigzag"  # zigzag | contiguous | balanced (follows the documents of each stream)
     ulysses: int = 1  # neighbouring context ranks that divide the heads of attention; between them the ring goes on
     inner_ring: int = 1  # neighbours of that ring on one node: keys come to a node once and are passed on there (double ring); 1: one ring
+    wire: str = "own"  # own | fp8: the type of keys, values and latents on their way to other context ranks; of gradients always own
     timeout: int = 600  # seconds after which a stalled exchange is an error
 
 

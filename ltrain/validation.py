@@ -36,6 +36,7 @@ CHOICES: Choices = {
     "Stage.optimizer": ("keep", "reset"),
     "Stage.batch": ("tokens", "sequences"),
     "ParallelConfig.context_layout": ("zigzag", "contiguous", "balanced"),
+    "ParallelConfig.wire": ("own", "fp8"),
 }
 
 NEEDLE_TASKS = ("passkey", "single_key", "multi_key", "variables")
@@ -407,6 +408,8 @@ def _check_learned_positions(config: "Config") -> None:
 def _check_heads_and_nodes(config: "Config", specs: list[LayerSpec]) -> None:
     """What attention over context ranks is divided into: heads among neighbours, and the ring between those that have the same ones by nodes."""
     parallel = config.parallel
+    if parallel.wire == "fp8" and parallel.context == 1:
+        raise ConfigError("parallel.wire=fp8 has no effect with parallel.context=1: write parallel.wire=own")
     given = f"parallel.ulysses={parallel.ulysses}"
     for name in ("ulysses", "inner_ring"):
         if getattr(parallel, name) > 1 and not any(spec.options.softmax_heads() for spec in specs):

@@ -96,6 +96,7 @@ class Mesh:
         self.ulysses = self._divided(exchanging, parallel.ulysses)
         ring = exchanging if self.ulysses is None else dist.get_process_group_ranks(self.ulysses[1])
         self.nodes = self._divided(ring, parallel.inner_ring)
+        self.fp8_wire = parallel.wire == "fp8"
         self.replica = self._new_group(self._ranks_with(self.data.rank()), backend="gloo")
         self._connect()
         self.shard = Shard(self.tensor.rank(), self.tensor.size(), self.expert.rank(), self.expert.size())

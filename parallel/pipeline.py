@@ -43,7 +43,7 @@ class Stage(nn.Module):
         super().__init__()
         self.stack, self.layout, self.mesh, self.config, self.autocast = stack, layout, mesh, config, autocast
         self.exchange = ContextExchange(
-            layout, mesh.exchange if mesh.context.size() > 1 else None, mesh.tensor_context, mesh.tensor, mesh.ulysses, mesh.nodes
+            layout, mesh.exchange if mesh.context.size() > 1 else None, mesh.tensor_context, mesh.tensor, mesh.ulysses, mesh.nodes, mesh.fp8_wire
         )
         self._input: Tensor | None = None
 

@@ -34,6 +34,7 @@ class ContextExchange:
     tokens of the micro-batch, tensor and context ranks (None: this rank alone). tensor_group: the tensor ranks among them.
     ulysses: the ranks of `cp_group` that divide the heads of attention, and those that are a ring beside them (None: all are a ring).
     nodes: of the ranks of that ring, those on this rank's node, and those with its place on each (None: all are on one).
+    fp8: rings and gathers send what goes forward in FP8 (`wire`).
 
     Raises ValueError where group and layout disagree. Building it is collective over `cp_group`.
     """
@@ -46,6 +47,7 @@ class ContextExchange:
         tensor_group: dist.ProcessGroup | None = None,
         ulysses: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
         nodes: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+        fp8: bool = False,
     ):
         here = (0, 1) if cp_group is None else (dist.get_rank(cp_group), dist.get_world_size(cp_group))
         if here != (layout.rank, layout.size):
@@ -58,7 +60,8 @@ class ContextExchange:
         self._messages = Messages(cp_group, layout.size)
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
         self._ulysses = None if ulysses is None else Ulysses.over(*ulysses, self.bytes)
-        self._nodes = None if nodes is None else Links.over(*nodes, self.bytes)
+        self._nodes = None if nodes is None else Links.over(*nodes, self.bytes, fp8)
+        self._fp8 = fp8
 
     def resized(self, tokens: int) -> "ContextExchange":
         """The same ranks, and the same count of bytes, for streams of another length."""
@@ -123,7 +126,7 @@ class ContextExchange:
 
             return self._ulysses.attention(q, k, v, plan.layout, attend)
         begun = self._begun(plan, seq) if mask.placed else ()
-        links = self._nodes or Links(self._messages)
+        links = self._nodes or Links(self._messages, fp8=self._fp8)
         found: Ring = plan.derive(("ring", mask, begun), lambda: ring(plan, mask, dict(begun), links.places))
         if found.alone:
             before = dict(begun)
@@ -205,7 +208,7 @@ class ContextExchange:
         rows = self._gather(seq, units).rows
         if rows.total == len(x) and not rows.read and not rows.sent:
             return x
-        return RowExchange.apply(x, rows, self._messages, seq.tape)[1]  # type: ignore[no-any-return, no-untyped-call]
+        return RowExchange.apply(x, rows, self._messages, seq.tape, self._fp8)[1]  # type: ignore[no-any-return, no-untyped-call]
 
     def recurrence(self, inputs: Recurrence, seq: Sequence) -> Tensor:
         """Of this rank's T tokens."""

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ltrain.kernels.attention import Mask, Pair, Score, backward_pairs, forward_pairs, merge, seen, sinks_gradient, with_sinks
 from ltrain.model.sequence import Tape
+from ltrain.parallel.context import wire
 from ltrain.parallel.context.layout import Plan, Segment
 from ltrain.parallel.context.messages import Messages, Silence, Transit
 
@@ -73,19 +74,20 @@ class Ring(NamedTuple):
 
 
 class Links(NamedTuple):
-    """Messages inside a node of so many places, and between those at the same place of all nodes; None: all are one node."""
+    """Messages inside a node of so many places, and between those at the same place of all nodes; None: all are one node. fp8: see `wire`."""
 
     inside: Messages
     across: Messages | None = None
     places: int | None = None
+    fp8: bool = False
 
     @classmethod
-    def over(cls, inside: dist.ProcessGroup, across: dist.ProcessGroup, count: Counter[str]) -> "Links":
+    def over(cls, inside: dist.ProcessGroup, across: dist.ProcessGroup, count: Counter[str], fp8: bool) -> "Links":
         """Collective over both groups; what is sent is added to `count`."""
-        return cls(Messages(inside, inside.size(), count, "place"), Messages(across, across.size(), count, "node"), inside.size())
+        return cls(Messages(inside, inside.size(), count, "place"), Messages(across, across.size(), count, "node"), inside.size(), fp8)
 
     def silent(self) -> "Links":
-        return Links(Silence(), Silence(), self.places)
+        return self._replace(inside=Silence(), across=None if self.across is None else Silence())
 
 
 def count(rows: Rows) -> int:
@@ -231,18 +233,27 @@ def _split(flat: Tensor, rows: int, carried: Carried) -> list[Tensor]:
 
 
 class Expansion(NamedTuple):
-    """K and V of what travels. weight: None where these travel themselves."""
+    """K and V of what travels. weight: None where these travel themselves. of: what travels in FP8, as it was before; None: it is as it was."""
 
     weight: Tensor | None
     expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    of: Carried | None
+
+    def _unpacked(self, arrived: list[Tensor]) -> list[Tensor]:
+        if self.of is None:
+            return arrived
+        (packed,) = arrived
+        return _apart(wire.unpack(packed, _width(self.of), self.of[0].dtype), self.of)
 
     def __call__(self, arrived: list[Tensor]) -> tuple[Tensor, Tensor]:
+        arrived = self._unpacked(arrived)
         if self.expand is None or self.weight is None:
             return arrived[0], arrived[1]
         return self.expand(arrived[0], self.weight)
 
     def backward(self, arrived: list[Tensor], gradients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor | None]:
         """What `gradients` gives for K and V, as gradients of what has arrived and of the weight."""
+        arrived = self._unpacked(arrived)
         if self.expand is None or self.weight is None:
             return list(gradients(arrived[0], arrived[1])), None
         leaves = arrived[0].detach().requires_grad_(), self.weight.detach().requires_grad_()
@@ -251,6 +262,20 @@ class Expansion(NamedTuple):
         dk, dv = gradients(k.detach(), v.detach())
         drows, dweight = torch.autograd.grad((k, v), leaves, (dk.to(k.dtype), dv.to(v.dtype)))
         return [drows], dweight
+
+
+def _apart(rows: Tensor, carried: Carried) -> list[Tensor]:
+    """rows [n, C] -> [n, ...] of each tensor"""
+    parts = rows.split([x.shape[1:].numel() for x in carried], dim=1)
+    return [part.reshape(len(rows), *x.shape[1:]) for part, x in zip(parts, carried, strict=True)]
+
+
+def _travelling(k: Tensor, v: Tensor, latent: Tensor | None, links: Links) -> tuple[Carried, Carried | None]:
+    """What travels, and where that is in FP8, what it is made of."""
+    carried = (k, v) if latent is None else (latent,)
+    if not links.fp8:
+        return carried, None
+    return (wire.pack(torch.cat([x.flatten(1) for x in carried], dim=1)),), carried
 
 
 def _forward(
@@ -302,9 +327,10 @@ def _backward(
     next(steps, None)
     dq, dk, dv, dbias = backward_pairs(dout, q, k, v, out, lse, plan.local, scale=scale, score=score)
     expanded = expansion.weight is not None
-    own = [x.new_zeros(x.shape, dtype=dk.dtype) for x in carried] if expanded else [dk, dv]
+    of = expansion.of or carried
+    own = [x.new_zeros(x.shape, dtype=dk.dtype) for x in of] if expanded else [dk, dv]
     # K and V come home in float32 or wider; what they were made of, as its own products gave it
-    home = Home(own, plan, carried[0].dtype if expanded else dk.dtype, links)
+    home = Home(own, plan, of[0].dtype if expanded else dk.dtype, links)
     dweight = None
     for stage, step, arrived in steps:
         found: list[Tensor] = []
@@ -409,8 +435,8 @@ class RingAttention(torch.autograd.Function):
         scale: float,
         score: Score,
     ) -> Tensor:
-        carried = (k, v) if latent is None else (latent,)
-        expansion = Expansion(weight, expand)
+        carried, of = _travelling(k, v, latent, links)
+        expansion = Expansion(weight, expand, of)
         out, lse = tape.keep(lambda: _forward(q, k, v, sinks, carried, expansion, plan, links, scale, score._replace(bias=bias)))
         ctx.save_for_backward(q, k, v, sinks, bias, latent, weight, out, lse)
         ctx.ring = expand, plan, links, scale, score._replace(bias=None)
@@ -420,7 +446,8 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, sinks, bias, latent, weight, out, lse = ctx.saved_tensors
         expand, plan, links, scale, score = ctx.ring
-        carried, expansion = (k, v) if latent is None else (latent,), Expansion(weight, expand)
+        carried, of = _travelling(k, v, latent, links)
+        expansion = Expansion(weight, expand, of)
         own, home, dweight, dbias = _backward(dout, q, k, v, out, lse, carried, expansion, plan, links, scale, score._replace(bias=bias))
         dsinks = None if sinks is None else sinks_gradient(dout, out, lse, sinks)
         dbias = None if bias is None or dbias is None else dbias.to(bias.dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ltrain.kernels.segments import accumulator
 from ltrain.model.sequence import Tape
+from ltrain.parallel.context import wire
 from ltrain.parallel.context.messages import Messages
 
 
@@ -48,17 +49,19 @@ def _unpack(flat: Tensor, pieces: list[Piece], width: int) -> list[Tensor]:
 class RowExchange(torch.autograd.Function):
     """x [T, C] -> x, and the rows that this rank wants [total, C], zeros where nobody has one.
 
-    x passes through so that a rank that only sends still has a backward in which its gradient comes home.
+    x passes through so that a rank that only sends still has a backward in which its gradient comes home. fp8: see `wire`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Rows, messages: Messages, tape: Tape) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, plan: Rows, messages: Messages, tape: Tape, fp8: bool = False) -> tuple[Tensor, Tensor]:
         width = x.shape[1]
 
         def exchange() -> dict[int, Tensor]:
-            sends = {r: torch.cat([x[p.start : p.stop] for p in pieces]).flatten() for r, pieces in plan.sent.items()}
-            receives = {r: _count(pieces) * width for r, pieces in plan.read.items()}
-            return messages.post(plan.kind, sends, receives, dtype=x.dtype, device=x.device).wait()
+            sent = {r: torch.cat([x[p.start : p.stop] for p in pieces]) for r, pieces in plan.sent.items()}
+            sends = {r: (wire.pack(rows) if fp8 else rows).flatten() for r, rows in sent.items()}
+            receives = {r: _count(pieces) * (wire.width(width) if fp8 else width) for r, pieces in plan.read.items()}
+            arrived = messages.post(plan.kind, sends, receives, dtype=torch.uint8 if fp8 else x.dtype, device=x.device).wait()
+            return {r: wire.unpack(flat.view(-1, wire.width(width)), width, x.dtype) for r, flat in arrived.items()} if fp8 else arrived
 
         arrived: dict[int, Tensor] = tape.keep(exchange)
         wanted = x.new_zeros(plan.total, width)
@@ -83,4 +86,4 @@ class RowExchange(torch.autograd.Function):
         for r, pieces in plan.sent.items():
             for piece, rows in zip(pieces, _unpack(arrived[r], pieces, width), strict=True):
                 total[piece.start : piece.stop] += rows
-        return total.to(dx.dtype), None, None, None
+        return total.to(dx.dtype), None, None, None, None

@@ -204,7 +204,7 @@ def divided(lines: list[list[int]], members: int) -> Groups | None:
     return inside, across
 
 
-def on_rank(kind: str, cases: list[Case], ulysses: int = 1, inner_ring: int = 1) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
+def on_rank(kind: str, cases: list[Case], ulysses: int = 1, inner_ring: int = 1, fp8: bool = False) -> list[tuple[dict[str, Tensor], dict[str, int]]]:
     """On this rank of a pool: for each case its rows of output and gradients, and bytes sent (forward, and in all), by kind."""
     results = []
     group = dist.group.WORLD  # nothing else speaks over it, and a pool that failed is replaced
@@ -215,7 +215,7 @@ def on_rank(kind: str, cases: list[Case], ulysses: int = 1, inner_ring: int = 1)
     for case in cases:
         layout = ContextLayout(case.tokens, dist.get_rank(), dist.get_world_size(), kind)
         if case.tokens not in exchanges:
-            exchanges[case.tokens] = ContextExchange(layout, group, group, ulysses=groups, nodes=nodes)
+            exchanges[case.tokens] = ContextExchange(layout, group, group, ulysses=groups, nodes=nodes, fp8=fp8)
         exchange = exchanges[case.tokens]
         exchange.bytes.clear()
         take, sent = exchange.layout.of(case.cu_seqlens).take, {}
@@ -227,10 +227,10 @@ def on_rank(kind: str, cases: list[Case], ulysses: int = 1, inner_ring: int = 1)
 
 
 def over_ranks(
-    pool: Any, size: int, kind: str, cases: list[Case], ulysses: int = 1, inner_ring: int = 1
+    pool: Any, size: int, kind: str, cases: list[Case], ulysses: int = 1, inner_ring: int = 1, fp8: bool = False
 ) -> list[tuple[dict[str, Tensor], list[dict[str, int]]]]:
     """Each case over `size` ranks: output and gradients put back in the order of the stream, and bytes sent by rank."""
-    ranks = pool(size).run(on_rank, kind, cases, ulysses, inner_ring)
+    ranks = pool(size).run(on_rank, kind, cases, ulysses, inner_ring, fp8)
     results = []
     for i, case in enumerate(cases):
         layout = ContextLayout(case.tokens, 0, size, kind).of(case.cu_seqlens)
