@@ -18,6 +18,29 @@ def test_two_gpus_give_what_one_rank_does(gpus: Pools, kind: str) -> None:
     assert [e for e in errors if e[0] > 1e-9] == []
 
 
+ATTENTION = [options for options in MIXERS.values() if options["op"] in ("attention", "latent")]
+
+
+@pytest.mark.parametrize(
+    ("size", "ulysses", "inner_ring"),
+    [
+        (2, 2, 1),
+        *(pytest.param(4, *how, marks=pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")) for how in ((2, 1), (1, 2))),
+    ],
+)
+def test_divided_heads_and_a_double_ring_give_what_one_rank_does(gpus: Pools, size: int, ulysses: int, inner_ring: int) -> None:
+    cases = [Case(lengths=lengths, **options) for options in ATTENTION for lengths in LENGTHS]
+    results = over_ranks(gpus, size, "zigzag", cases, ulysses, inner_ring)
+    errors = [(*error(values, whole(case)), case) for case, (values, _) in zip(cases, results, strict=True)]
+    assert [e for e in errors if e[0] > 1e-9] == []
+
+
+def test_fp8_on_the_wire(gpus: Pools) -> None:
+    cases = [Case(lengths=(7, 80, 1, 8), **options) for options in [*ATTENTION, {"op": "gather"}]]
+    errors = [error(values, whole(case))[0] for case, (values, _) in zip(cases, over_ranks(gpus, 2, "zigzag", cases, fp8=True), strict=True)]
+    assert all(1e-4 < e < 0.2 for e in errors), errors
+
+
 @pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
 def test_two_gpus_are_as_near_to_float64_in_bf16_as_bf16_is(gpus: Pools, kind: str) -> None:
     names = [name for name in MIXERS if name != "elementwise"]  # which takes float32 or wider
