@@ -88,6 +88,10 @@ class Recurrence(ABC):
         """M S + E, or M^T S + E."""
         return (state if m.numel() == 0 else m.reshape(*m.shape, *[1] * (state.dim() - m.dim())) * state) + e
 
+    def compose(self, after: Tensor, before: Tensor, *, transpose: bool = False) -> Tensor:
+        """M of two runs of tokens: what `join` with `before` and then with `after` (transposed both) multiplies with."""
+        return after * before
+
 
 class _Matrices(Recurrence, ABC):
     """States [H, K, V], which a dense M [H, K, K] multiplies from the left."""
@@ -97,6 +101,12 @@ class _Matrices(Recurrence, ABC):
             return super().join(m, state, e)
         wide = m.double()  # so that no TF32 product wears a state down over many ranks
         return ((wide.mT if transpose else wide) @ state.double()).to(state.dtype) + e
+
+    def compose(self, after: Tensor, before: Tensor, *, transpose: bool = False) -> Tensor:
+        if after.dim() < 3:
+            return super().compose(after, before)
+        first, second = (after, before) if transpose else (before, after)  # M^T of both is that of the first after the second
+        return (second.double() @ first.double()).to(after.dtype)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ltrain.kernels.recurrence import Elementwise, GeneralisedDelta, Linear, Sel
 from ltrain.model.sequence import Latent, LocalExchange, Sequence
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.layout import ContextLayout
+from ltrain.parallel.context.scan import LONGEST
 from ltrain.parallel.mesh import Mesh
 from ltrain.plan.hardware import device_name, synchronise
 from ltrain.schema import ConfigError
@@ -164,26 +165,39 @@ def lengths(documents: str, tokens: int) -> list[int]:
 
 
 def expected_bytes(traffic: Traffic, layout: ContextLayout, documents: list[int], itemsize: int) -> int:
-    """What all ranks together must send in a forward: each row, or map of a span, once to each rank that needs it."""
+    """What all ranks together must send in a forward: each row, or map of a span, once to each rank that needs it.
+
+    Where a document crosses more than LONGEST spans, maps are composed: in round i with those of the span 2^i before.
+    """
     cuts = np.cumsum([0, *documents])
     spans = sorted((start, stop, rank) for rank in range(layout.size) for start, stop in layout.spans(rank))
     begins = [int(cuts[np.searchsorted(cuts, start, side="right") - 1]) for start, _, _ in spans]  # of the document at each span's first token
-    numbers = 0
-    for rank in range(layout.size):
-        own = [(start, stop, begin) for (start, stop, owner), begin in zip(spans, begins, strict=True) if owner == rank]
-        if traffic.map is None:
+    size = max(itemsize, 4) if traffic.wide else itemsize
+    if traffic.map is None:
+        numbers = 0
+        for rank in range(layout.size):
+            own = [(start, stop, begin) for (start, stop, owner), begin in zip(spans, begins, strict=True) if owner == rank]
             wanted = np.zeros(layout.tokens, dtype=bool)
             for start, _, begin in own:
                 wanted[max(begin, 0 if traffic.reach is None else start - traffic.reach + 1) : start] = True
             for start, stop, _ in own:
                 wanted[start:stop] = False
             numbers += traffic.width * int(wanted.sum())
-            continue
-        needed = {n for start, _, begin in own for n, (a, b, owner) in enumerate(spans) if owner != rank and a < start and b > begin}
-        numbers += sum(
-            traffic.width + traffic.map * (begins[n] < spans[n][0] and not np.any((cuts > spans[n][0]) & (cuts < spans[n][1]))) for n in needed
-        )
-    return numbers * (max(itemsize, 4) if traffic.wide else itemsize)
+        return numbers * size
+    earlier = [sum(stop > begin for _, stop, _ in spans[:n]) for n, begin in enumerate(begins)]  # spans of that document
+    # whose document came in and goes on
+    inside = [e > 0 and not np.any((cuts > start) & (cuts <= stop)) for e, (start, stop, _) in zip(earlier, spans, strict=True)]
+    if max(earlier) <= LONGEST:
+        sent = {(n - back, spans[n][2]) for n, e in enumerate(earlier) for back in range(1, e + 1) if spans[n - back][2] != spans[n][2]}
+        return size * sum(traffic.width + traffic.map * inside[n] for n, _ in sent)
+    numbers = sum(traffic.width for n, e in enumerate(earlier) if e and spans[n - 1][2] != spans[n][2])
+    left = [e * i for e, i in zip(earlier, inside, strict=True)]  # spans that a span's map has still to meet
+    reach = 1
+    while reach <= max(left):
+        met = [n for n, e in enumerate(left) if e >= reach and spans[n - reach][2] != spans[n][2]]
+        numbers += sum(traffic.width + traffic.map * (left[n - reach] >= reach) for n in met)
+        reach *= 2
+    return numbers * size
 
 
 def inputs(operator: Operator, tokens: int, dtype: torch.dtype, device: torch.device) -> Inputs:

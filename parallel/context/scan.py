@@ -1,4 +1,4 @@
-"""Recurrent states over context ranks: an associative scan of the spans' affine maps.
+"""Recurrent states over context ranks: the spans' affine maps, gathered where these are few and scanned where they are many.
 
 A segment turns the state before it into the state after it, S_out = M S_in + E, and maps compose:
 (M2, E2) after (M1, E1) is (M2 M1, M2 E1 + E2). A document start cuts the chain, so only segments that leave their span
@@ -21,21 +21,90 @@ from ltrain.model.sequence import Tape
 from ltrain.parallel.context.layout import Plan, Segment, Span
 from ltrain.parallel.context.messages import Messages
 
+LONGEST = 8  # spans of a document before one, up to which all maps come at once; beyond, rounds of waiting cost less than so many maps
+
 
 class Scan(NamedTuple):
-    """Which spans' maps this rank has, sends and folds. Forward: towards later spans; backward: towards earlier ones."""
+    """Which maps this rank has, and how they become states. Forward: towards later spans; backward: towards earlier ones."""
 
     segments: int
-    heads: list[tuple[int, Segment, list[Span]]]  # segment number, segment, spans before it from the document's first
-    tails: list[tuple[int, Segment, list[Span]]]  # segment number, segment, spans after it from the document's last
+    heads: list[tuple[int, int]]  # segment number, and its span's, of those that continue
+    tails: list[tuple[int, int]]  # of those that go on
     own_tails: list[Span]
     own_heads: list[Span]
-    forward: tuple[dict[int, list[Span]], dict[int, list[Span]]]  # received from, sent to: rank -> spans
-    backward: tuple[dict[int, list[Span]], dict[int, list[Span]]]
+    forward: "Gathered | Composed"
+    backward: "Gathered | Composed"
 
     @property
     def needed(self) -> bool:
         return bool(self.heads or self.tails)
+
+
+Map = tuple[Tensor | None, Tensor]  # M where a document comes in and leaves, and E (or dE)
+By = dict[int, Tensor]  # by number of the span
+
+
+class Gathered(NamedTuple):
+    """Each map goes to every rank that folds it."""
+
+    received: dict[int, list[Span]]  # rank -> its spans
+    sent: dict[int, list[Span]]  # rank -> this rank's spans
+    chains: dict[int, list[Span]]  # span of this rank -> those that its document crosses on that side, farthest first
+
+    def carry(self, own: dict[int, Map], inputs: Recurrence, messages: Messages, *, transpose: bool) -> By:
+        """The state (or its gradient) that each chain hands to its span."""
+        sends = {r: [own[s.number] for s in spans] for r, spans in self.sent.items()}
+        receives = {r: [(s.number, s.inside) for s in spans] for r, spans in self.received.items()}
+        maps = own | _swapped(sends, receives, inputs, messages)
+        states = {}
+        for number, (first, *rest) in self.chains.items():
+            _, states[number] = maps[first.number]
+            for span in rest:
+                m, e = maps[span.number]
+                assert m is not None
+                states[number] = inputs.join(m, states[number], e, transpose=transpose)
+        return states
+
+
+Meeting = tuple[int, int, bool]  # a span, the farther one whose map it gets, and whether that has an M
+
+
+class Round(NamedTuple):
+    local: list[Meeting]
+    received: dict[int, list[Meeting]]  # rank -> in the order of the stream
+    sent: dict[int, list[Meeting]]
+
+    def farther(self, maps: dict[int, Map], inputs: Recurrence, messages: Messages) -> dict[int, Map]:
+        """By the span that gets it."""
+
+        def of(number: int, whole: bool) -> Map:
+            m, e = maps[number]
+            return m if whole else None, e
+
+        sends = {r: [of(there, whole) for _, there, whole in met] for r, met in self.sent.items()}
+        receives = {r: [(here, whole) for here, _, whole in met] for r, met in self.received.items()}
+        return {here: of(there, whole) for here, there, whole in self.local} | _swapped(sends, receives, inputs, messages)
+
+
+class Composed(NamedTuple):
+    """Maps of neighbours become those of twice as many spans, round after round (Hillis and Steele 1986): where a document crosses n spans, one sends
+    log2 n maps and not n. Then each span gets the state of the one next to it.
+    """
+
+    rounds: list[Round]
+    last: Round
+
+    def carry(self, own: dict[int, Map], inputs: Recurrence, messages: Messages, *, transpose: bool) -> By:
+        maps = dict(own)
+        for met in self.rounds:
+            maps |= {here: self._after(inputs, maps[here], far, transpose) for here, far in met.farther(maps, inputs, messages).items()}
+        return {here: state for here, (_, state) in self.last.farther(maps, inputs, messages).items()}
+
+    @staticmethod
+    def _after(inputs: Recurrence, near: Map, far: Map, transpose: bool) -> Map:
+        m, e = near
+        assert m is not None
+        return None if far[0] is None else inputs.compose(m, far[0], transpose=transpose), inputs.join(m, far[1], e, transpose=transpose)
 
 
 def _chain(plan: Plan, span: Span, step: int) -> list[Span]:
@@ -55,23 +124,57 @@ def _wanted(plan: Plan, reader: int, owner: int, step: int) -> list[Span]:
     return sorted({other for span in plan.of(reader) for other in _chain(plan, span, step) if other.rank == owner})
 
 
-def _traffic(plan: Plan, step: int) -> tuple[dict[int, list[Span]], dict[int, list[Span]]]:
-    rank, others = plan.layout.rank, [r for r in range(plan.layout.size) if r != plan.layout.rank]
-    received = {r: spans for r in others if (spans := _wanted(plan, rank, r, step))}
-    sent = {r: spans for r in others if (spans := _wanted(plan, r, rank, step))}
-    return received, sent
+def _lengths(plan: Plan, step: int) -> list[int]:
+    """How many spans each one's chain has, by number."""
+    found = [0] * len(plan.spans)
+    for span in plan.spans if step < 0 else reversed(plan.spans):
+        if (span.head if step < 0 else span.tail) is not None:
+            near = plan.spans[span.number + step]
+            found[span.number] = 1 + (found[near.number] if near.inside else 0)
+    return found
+
+
+def _round(plan: Plan, met: list[Meeting]) -> Round:
+    """Of all ranks' meetings those of this one."""
+    rank = plan.layout.rank
+    found = Round([], {}, {})
+    for meeting in met:
+        here, there = plan.spans[meeting[0]].rank, plan.spans[meeting[1]].rank
+        if here == there == rank:
+            found.local.append(meeting)
+        elif here == rank:
+            found.received.setdefault(there, []).append(meeting)
+        elif there == rank:
+            found.sent.setdefault(here, []).append(meeting)
+    return found
+
+
+def _traffic(plan: Plan, step: int) -> Gathered | Composed:
+    rank, own = plan.layout.rank, plan.of(plan.layout.rank)
+    lengths = _lengths(plan, step)
+    if max(lengths, default=0) <= LONGEST:
+        others = [r for r in range(plan.layout.size) if r != rank]
+        received = {r: spans for r in others if (spans := _wanted(plan, rank, r, step))}
+        sent = {r: spans for r in others if (spans := _wanted(plan, r, rank, step))}
+        return Gathered(received, sent, {s.number: chain for s in own if (chain := _chain(plan, s, step))})
+    # as many spans as the map of a span has still to meet; one at the document's end has met all
+    left = [length if span.inside else 0 for span, length in zip(plan.spans, lengths, strict=True)]
+    rounds = []
+    reach = 1
+    while reach <= max(left):
+        meet = [(s.number, s.number + step * reach) for s in plan.spans if left[s.number] >= reach]
+        rounds.append(_round(plan, [(here, there, left[there] >= reach) for here, there in meet]))
+        reach *= 2
+    return Composed(rounds, _round(plan, [(s.number, s.number + step, False) for s in plan.spans if lengths[s.number]]))
 
 
 def scan(plan: Plan) -> Scan:
-    """Who sends whom which maps, and how each rank folds them."""
+    """Who sends whom which maps, and what each rank makes of them."""
     own = plan.of(plan.layout.rank)
-    heads = [(plan.index(s.head), s.head, _chain(plan, s, -1)) for s in own if s.head is not None]
-    tails = [(plan.index(s.tail), s.tail, _chain(plan, s, +1)) for s in own if s.tail is not None]
+    heads = [(plan.index(s.head), s.number) for s in own if s.head is not None]
+    tails = [(plan.index(s.tail), s.number) for s in own if s.tail is not None]
     own_tails, own_heads = [s for s in own if s.tail is not None], [s for s in own if s.head is not None]
     return Scan(len(plan.segments), heads, tails, own_tails, own_heads, _traffic(plan, -1), _traffic(plan, +1))
-
-
-Map = tuple[Tensor | None, Tensor]  # M where a document comes in and leaves, and E (or dE)
 
 
 def _of(inputs: Recurrence, segment: Segment) -> Recurrence:
@@ -92,34 +195,21 @@ def _state_gradients(inputs: Recurrence, dy: Tensor, spans: list[Span]) -> dict[
     return gradients
 
 
-def _share(
-    maps: dict[int, Map], traffic: tuple[dict[int, list[Span]], dict[int, list[Span]]], inputs: Recurrence, messages: Messages
-) -> dict[int, Map]:
-    """This rank's maps and those that it needs of others, by span."""
-    received, sent = traffic
+def _swapped(sends: dict[int, list[Map]], receives: dict[int, list[tuple[int, bool]]], inputs: Recurrence, messages: Messages) -> dict[int, Map]:
+    """Maps to other ranks, and theirs under the numbers given here, with or without an M."""
     sizes = (torch.Size(inputs.map_shape).numel(), torch.Size(inputs.state_shape).numel())
-    sends = {r: torch.cat([x.flatten() for s in spans for x in maps[s.number] if x is not None]) for r, spans in sent.items()}
-    receives = {r: sum(sizes[1] + sizes[0] * s.inside for s in spans) for r, spans in received.items()}
-    arrived = messages.post("scan", sends, receives, dtype=inputs.wide, device=inputs.values.device).wait()
-    maps = dict(maps)
-    for r, spans in received.items():
-        flat = arrived[r]
-        for span in spans:
+    flat = {r: torch.cat([x.flatten() for m in maps for x in m if x is not None]) for r, maps in sends.items()}
+    rows = {r: sum(sizes[1] + sizes[0] * whole for _, whole in expected) for r, expected in receives.items()}
+    arrived = messages.post("scan", flat, rows, dtype=inputs.wide, device=inputs.values.device).wait()
+    maps: dict[int, Map] = {}
+    for r, expected in receives.items():
+        left = arrived[r]
+        for number, whole in expected:
             m = None
-            if span.inside:
-                m, flat = flat[: sizes[0]].view(inputs.map_shape), flat[sizes[0] :]
-            maps[span.number], flat = (m, flat[: sizes[1]].view(inputs.state_shape)), flat[sizes[1] :]
+            if whole:
+                m, left = left[: sizes[0]].view(inputs.map_shape), left[sizes[0] :]
+            maps[number], left = (m, left[: sizes[1]].view(inputs.state_shape)), left[sizes[1] :]
     return maps
-
-
-def _fold(inputs: Recurrence, chain: list[Span], maps: dict[int, Map], *, transpose: bool = False) -> Tensor:
-    """The state (or its gradient) that the chain of spans, farthest first, hands to the next."""
-    _, state = maps[chain[0].number]
-    for span in chain[1:]:
-        m, e = maps[span.number]
-        assert m is not None
-        state = inputs.join(m, state, e, transpose=transpose)
-    return state
 
 
 def incoming_states(inputs: Recurrence, plan: Scan, messages: Messages, tape: Tape) -> tuple[Tensor | None, dict[int, Tensor]]:
@@ -130,15 +220,15 @@ def incoming_states(inputs: Recurrence, plan: Scan, messages: Messages, tape: Ta
 
     def exchange() -> tuple[list[Tensor], dict[int, Tensor]]:
         own = {span.number: _of(inputs, span.tail).ends(span.inside) for span in plan.own_tails if span.tail is not None}
-        maps = _share(own, plan.forward, inputs, messages)
-        return [_fold(inputs, chain, maps) for _, _, chain in plan.heads], {i: m for i, (m, _) in own.items() if m is not None}
+        states = plan.forward.carry(own, inputs, messages, transpose=False)
+        return [states[span] for _, span in plan.heads], {i: m for i, (m, _) in own.items() if m is not None}
 
     with torch.no_grad():
         states, matrices = tape.keep(exchange)
         if not plan.heads:
             return None, matrices
         initial = inputs.values.new_zeros(plan.segments, *inputs.state_shape, dtype=inputs.wide)
-        for (number, _, _), state in zip(plan.heads, states, strict=True):
+        for (number, _), state in zip(plan.heads, states, strict=True):
             initial[number] = state
         return initial, matrices
 
@@ -169,12 +259,12 @@ class StateGradients(torch.autograd.Function):
         matrices = dict(zip(spans, saved, strict=False))
         inputs = kind.given(dict(zip(names, saved[len(spans) :], strict=True)))
         own: dict[int, Map] = {i: (matrices.get(i), de) for i, de in _state_gradients(inputs, dy, plan.own_heads).items()}
-        maps = _share(own, plan.backward, inputs, messages)
+        states = plan.backward.carry(own, inputs, messages, transpose=True)
         dfinal = None
         if plan.tails:
             dfinal = inputs.values.new_zeros(plan.segments, *inputs.state_shape, dtype=inputs.wide)
-            for number, _, chain in plan.tails:
-                dfinal[number] = _fold(inputs, chain, maps, transpose=True)
+            for number, span in plan.tails:
+                dfinal[number] = states[span]
         return dy, dfinal, *[None] * (4 + len(names))
 
 

@@ -34,7 +34,7 @@ def on_rank(size: int, kind: str, folder: str) -> list[dict[str, Any]]:
         mesh.close()
 
 
-@pytest.mark.parametrize(("size", "kind"), [(2, "zigzag"), (3, "contiguous"), (4, "balanced")])
+@pytest.mark.parametrize(("size", "kind"), [(2, "zigzag"), (3, "contiguous"), (4, "balanced"), (8, "zigzag")])
 def test_every_operator_sends_what_its_reach_asks_for(pool: Any, tmp_path: Path, size: int, kind: str) -> None:
     results = pool(size).run(on_rank, size, kind, str(tmp_path), timeout=120)
     assert results[0] == results[-1]  # all ranks tell the same
