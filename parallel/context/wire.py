@@ -27,6 +27,7 @@ def pack(x: Tensor) -> Tensor:
 def unpack(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """[n, width(C)] uint8 -> [n, C] in `dtype`"""
     numbers, scales = packed.split([channels, packed.shape[1] - channels], dim=1)
-    of_blocks = scales.reshape(-1).view(torch.float32).view(len(packed), scales.shape[1] // 4, 1)
+    # a copy: the bytes of one row alone need not lie where a float32 may
+    of_blocks = scales.flatten().clone().view(torch.float32).view(len(packed), scales.shape[1] // 4, 1)
     whole = torch.nn.functional.pad(numbers.contiguous().view(torch.float8_e4m3fn).float(), (0, -channels % BLOCK))
     return (whole.view(len(packed), -(-channels // BLOCK), BLOCK) * of_blocks).flatten(1)[:, :channels].to(dtype)

@@ -27,6 +27,7 @@ TRIES = 64
 DRAWN = 0.7  # share of training's lines that come from no list of templates
 ALIKE = 0.3  # share of these that differ from another line of the document in one word
 OWN = 0.5  # share of the others whose words are the haystack's: none of them alone tells where the line is
+FEWEST = 8  # different words of the haystack that lines are made of: a table of numbers has none
 WORD = re.compile(r"[A-Za-z]{2,12}")
 
 
@@ -127,7 +128,8 @@ class _Facts:
     @cached_property
     def _words(self) -> list[str]:
         """Of a piece of the haystack, as often as they are there."""
-        return WORD.findall(self.tokenizer.decode(self.haystack.take(self.rng, 512).tolist())) or formats.WORDS
+        words = WORD.findall(self.tokenizer.decode(self.haystack.take(self.rng, 512).tolist()))
+        return words if len(set(words)) >= FEWEST else formats.WORDS
 
     def _made(self, others: list[Template], keyed: bool) -> Template:
         """A line that no list has."""

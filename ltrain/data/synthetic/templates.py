@@ -187,7 +187,7 @@ def drawn(rng: random.Random, words: Sequence[str], keyed: bool) -> Template:
     parts = [rng.choice(COMMON if rng.random() < 0.4 else words) for _ in range(rng.randint(2, 7))]
     if keyed:
         parts.insert(rng.randrange(len(parts) + 1), "{key}")
-    after = f" {' '.join(rng.sample(words, rng.randint(1, 3)))}" if rng.random() < 0.3 else ""
+    after = f" {' '.join(rng.choices(words, k=rng.randint(1, 3)))}" if rng.random() < 0.3 else ""
     return Template.of("drawn", f"{around[0]}{joint.join(parts)}{before[0]}{{value}}{before[1]}{after}{around[1]}")
 
 

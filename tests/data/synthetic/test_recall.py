@@ -347,6 +347,17 @@ def test_drawn_lines_take_words_of_the_text_around_them():
     assert 0.2 < own < 0.7 and not set(lines) & templates.HELD_OUT_PREFIXES
 
 
+@pytest.mark.parametrize("text", ["0 1 2 3\n" * 64, "one\n" * 64])
+def test_a_text_of_few_words_has_lines_of_others(text):
+    t = tokenizer("split")
+    ids = np.array(t.encode(text), dtype=np.int32)
+    hay = Haystack(t, lambda index: ids, 1, "few")
+    for n in range(20):
+        lines = _Facts(random.Random(n), t, "train", hay)._templates([], 20, keyed=False)
+        assert len({m.prefix for m in lines}) == 20
+    assert len(templates.drawn(random.Random(0), ["one"], False).prefix) > 3
+
+
 def test_most_lines_of_training_are_drawn_and_none_of_evaluation():
     t, hay = tokenizer("split"), filler(tokenizer("split"))
     for task in ("passkey", "kv", "multi_query"):

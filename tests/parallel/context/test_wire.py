@@ -23,6 +23,7 @@ def test_rows_are_rounded_to_three_bits_of_their_own_scale(channels: int, dtype:
     largest = torch.stack([b.abs().amax(1) for b in x.split(wire.BLOCK, dim=1)], 1).repeat_interleave(wire.BLOCK, 1)[:, :channels]
     # half a step of 2^-3, and of the smallest numbers a step of their own, 448 / 2^-10 times below the largest
     assert y.dtype == dtype and bool(((y - x).abs() <= 0.0667 * x.abs() + largest / 448 / 2**10).all())
+    assert torch.equal(wire.unpack(packed[1:2], channels, dtype), y[1:2])
     assert bool((y[4] == 0).all()) and wire.pack(x[:0]).shape == (0, wire.width(channels))
 
 
