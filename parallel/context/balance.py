@@ -118,14 +118,15 @@ def _assign(documents: list[tuple[int, int]], size: int, tokens: int, long: int,
     return ranks
 
 
-def _merged(pieces: Pieces) -> Spans:
-    spans: list[tuple[int, int]] = []
-    for _, start, stop in sorted(pieces, key=lambda p: p[1]):
-        if spans and spans[-1][1] == start:
-            spans[-1] = spans[-1][0], stop
+def joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same numbers once each, in order: runs [start, stop) that touch or overlap as one."""
+    once: list[tuple[int, int]] = []
+    for start, stop in sorted(runs):
+        if once and start <= once[-1][1]:
+            once[-1] = once[-1][0], max(once[-1][1], stop)
         else:
-            spans.append((start, stop))
-    return tuple(spans)
+            once.append((start, stop))
+    return once
 
 
 @lru_cache(maxsize=KEPT)
@@ -139,4 +140,4 @@ def balance(cuts: tuple[int, ...], size: int, cost: Cost) -> Balance:
         pieces = _assign(documents, size, cuts[-1], long, cost)
         tried.append((*weigh(pieces, cost), pieces))
     work, rows, pieces = min(tried, key=lambda t: (max(t[0]) + KEYS * cost.key * t[1] / size, t[1]))
-    return Balance(tuple(_merged(p) for p in pieces), work, rows)
+    return Balance(tuple(tuple(joined([(start, stop) for _, start, stop in p])) for p in pieces), work, rows)

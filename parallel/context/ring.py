@@ -27,6 +27,7 @@ from torch import Tensor
 from ltrain.kernels.attention import Mask, Pair, Score, backward_pairs, forward_pairs, merge, seen, sinks_gradient, with_sinks
 from ltrain.model.sequence import Tape
 from ltrain.parallel.context import wire
+from ltrain.parallel.context.balance import joined
 from ltrain.parallel.context.layout import Plan, Segment
 from ltrain.parallel.context.messages import Messages, Silence, Transit
 
@@ -117,12 +118,7 @@ def _across(plan: Plan, reader: int, owner: int, mask: Mask, starts: Starts) -> 
 
 def _packed(rows: Rows) -> tuple[Rows, Callable[[int], int]]:
     """The same rows once each, in order, and where one of them lies when these are laid end to end."""
-    once: Rows = []
-    for start, stop in sorted(rows):
-        if once and start <= once[-1][1]:
-            once[-1] = once[-1][0], max(once[-1][1], stop)
-        else:
-            once.append((start, stop))
+    once = joined(rows)
     places = list(accumulate((stop - start for start, stop in once), initial=0))
     starts = [start for start, _ in once]
 
@@ -435,9 +431,12 @@ class RingAttention(torch.autograd.Function):
         scale: float,
         score: Score,
     ) -> Tensor:
-        carried, of = _travelling(k, v, latent, links)
-        expansion = Expansion(weight, expand, of)
-        out, lse = tape.keep(lambda: _forward(q, k, v, sinks, carried, expansion, plan, links, scale, score._replace(bias=bias)))
+
+        def attend() -> tuple[Tensor, Tensor]:
+            carried, of = _travelling(k, v, latent, links)
+            return _forward(q, k, v, sinks, carried, Expansion(weight, expand, of), plan, links, scale, score._replace(bias=bias))
+
+        out, lse = tape.keep(attend)
         ctx.save_for_backward(q, k, v, sinks, bias, latent, weight, out, lse)
         ctx.ring = expand, plan, links, scale, score._replace(bias=None)
         return out.detach()  # an own handle: autograd would tie the kept one to this graph

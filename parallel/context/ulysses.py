@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltrain.kernels.attention import Score
+from ltrain.parallel.context.balance import joined
 from ltrain.parallel.context.layout import ContextLayout
 from ltrain.parallel.context.messages import Messages, Silence
 from ltrain.schema import divides_heads
@@ -107,21 +108,10 @@ class Ulysses:
         return back.transpose(0, 1).flatten(1, 2)  # [T, members, heads, Dv] -> [T, H, Dv]
 
 
-def joined(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """The same runs of the stream in order, those that touch as one."""
-    once: list[tuple[int, int]] = []
-    for start, stop in sorted(spans):
-        if once and once[-1][1] == start:
-            once[-1] = once[-1][0], stop
-        else:
-            once.append((start, stop))
-    return tuple(once)
-
-
 def layout_over_groups(layout: ContextLayout, members: int) -> ContextLayout:
     """How a layout of one stream cuts it over groups of `members` neighbours."""
     groups = layout.size // members
-    spans = [joined([span for member in range(members) for span in layout.spans(group * members + member)]) for group in range(groups)]
+    spans = [tuple(joined([span for member in range(members) for span in layout.spans(group * members + member)])) for group in range(groups)]
     return ContextLayout(layout.tokens, layout.rank // members, groups, layout.kind, layout.cost, tuple(spans))
 
 
