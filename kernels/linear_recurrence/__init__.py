@@ -6,7 +6,7 @@
     o_t = scale S_t^T q_t.
 
 Backends: `reference` (token by token), `chunked` (matrix products over chunks of tokens, in torch) and `triton` (the same on a GPU, for
-no decay or one per head); `auto` takes triton wherever it runs, chunked elsewhere.
+keys and values of up to 256 channels); `auto` takes triton wherever it runs, chunked elsewhere.
 Source: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" and "Gated Delta Networks".
 """
 
@@ -101,7 +101,7 @@ def linear_recurrence(
     if wants_triton(backend, v):
         from ltrain.kernels.linear_recurrence import triton_chunked
 
-        if permitted(triton_chunked.refusal(q, k, v, decay, chunk), backend, "chunked or auto"):
+        if permitted(triton_chunked.refusal(q, k, v, chunk), backend, "chunked or auto"):
             output, final, maps = triton_chunked.linear_recurrence(q, k, v, decay, beta, bounds, scale, initial_state, return_segment_map)
             return Result(output, final if return_final_state else None, maps)
     output, final, maps = chunked.linear_recurrence(q, k, v, decay, beta, bounds, scale, initial_state, return_segment_map, chunk)

@@ -1,7 +1,8 @@
-"""The chunked recurrence with one decay per head, or none, on a GPU: autograd around the programs of `triton_kernels`.
+"""The chunked recurrence on a GPU: autograd around the programs of `triton_kernels`.
 
-Only the inputs are kept for the backward, which makes the states of the chunks again: a state per chunk is K V / C numbers per
-token and head, as much as q or v and more.
+The inputs are kept for the backward, and of pairs of tokens in a chunk the inverse T and per channel the scores, 64 numbers per token and head
+each, which take the most to compute. The states of the chunks are made again: they are K V / 64 numbers per token and head, as much as q or v
+and more.
 """
 
 import os
@@ -13,14 +14,16 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ltrain.kernels.linear_recurrence import triton_kernels as kernels
+from ltrain.kernels.linear_recurrence.triton_kernels import backward, forward
 
 CHUNK = 64
-WIDEST = 128  # of keys and values: what the accumulators of one program hold
+WIDEST = 256  # of keys and values: what the state of one program in `pass_states` holds
 WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
+LEVELS = CHUNK.bit_length() - 1
+NARROW = 16  # value columns of a program where chunks follow one another: few, so that there are many programs
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, chunk: int) -> str | None:
+def refusal(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> str | None:
     """Why the kernels do not take these tensors, or None."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not (v.is_cuda or interpreted):
@@ -29,18 +32,17 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, chunk: int) -
         return f"takes q, k and v in one type of bfloat16, float16 or float32, not {q.dtype}, {k.dtype} and {v.dtype}"
     if max(k.shape[2], v.shape[2]) > WIDEST:
         return f"takes heads of at most {WIDEST}, not {k.shape[2]} and {v.shape[2]}"
-    if decay is not None and decay.ndim == 3:
-        return "takes one decay per head, not per channel"
     if chunk != CHUNK:
         return f"has chunks of {CHUNK} tokens, not {chunk}"
     return None
 
 
 class Chunks(NamedTuple):
-    """On the device: first and last + 1 token of each chunk [chunks], and the chunks of each segment, bounds [N + 1]; int32."""
+    """On the device, int32: first and last + 1 token of each chunk [chunks]; the tokens and the chunks of each segment, cuts and bounds [N + 1]."""
 
     starts: Tensor
     stops: Tensor
+    cuts: Tensor
     bounds: Tensor
 
 
@@ -53,7 +55,11 @@ def _chunks(bounds: tuple[int, ...], device: torch.device) -> Chunks:
     segment = torch.repeat_interleave(torch.arange(len(lengths)), counts)
     starts = cuts[segment] + (torch.arange(len(segment)) - first[segment]) * CHUNK
     stops = torch.minimum(starts + CHUNK, cuts[segment + 1])
-    return Chunks(*(x.to(torch.int32).to(device, non_blocking=True) for x in (starts, stops, first)))
+    return Chunks(*(x.to(torch.int32).to(device, non_blocking=True) for x in (starts, stops, cuts, first)))
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
 
 
 class _Shapes(NamedTuple):
@@ -61,7 +67,7 @@ class _Shapes(NamedTuple):
     group: int
     key: int
     value: int
-    decay: bool
+    decay: int  # axes that decays have beside the tokens': none, per head or per channel
     delta: bool
     exact: bool  # float32 inputs
 
@@ -69,36 +75,73 @@ class _Shapes(NamedTuple):
     def numbers(self) -> tuple[int, int, int, int]:
         return self.heads, self.group, self.key, self.value
 
-    def options(self, block: int = 64) -> dict[str, Any]:
-        """Compile-time options; block: value columns at a time."""
-        width = max(16, triton.next_power_of_2(self.key))
-        value = min(block, max(16, triton.next_power_of_2(self.value)))
-        return {"C": CHUNK, "BK": width, "BV": value, "DECAY": self.decay, "DOT": "ieee" if self.exact else "tf32"}
+    def options(self, key: int = 128, value: int = 64, **more: Any) -> dict[str, Any]:
+        """Compile-time options; key, value: channels at a time, half as many of float32."""
+        key, value = (block // 2 if self.exact else block for block in (key, value))
+        blocks = {"C": CHUNK, "BK": min(key, _padded(self.key)), "BV": min(value, _padded(self.value))}
+        return {**blocks, "DECAY": self.decay, "DOT": "ieee" if self.exact else "tf32", "num_warps": WARPS, **more}
+
+    def narrow(self) -> dict[str, Any]:
+        """Options of the programs that go chunk by chunk."""
+        # What a stage loads ahead is W, K and Q of a chunk.
+        stages = 1 if self.exact or self.key > 128 else 3
+        return self.options() | {"BK": _padded(self.key), "BV": min(NARROW, _padded(self.value)), "DELTA": self.delta, "num_warps": 4, "num_stages": stages}
 
 
-PASS_BLOCK = 16  # value columns of one program where chunks follow one another: narrow, so that there are many programs
+class _Prepared(NamedTuple):
+    """What `forward.prepare` leaves; what a recurrence does without is None."""
+
+    scores: Tensor | None  # [T, H, C]
+    solve: Tensor | None  # [T, H, C]
+    w: Tensor | None  # [T, H, K]
+    u: Tensor  # [T, H, V]
+    reader: Tensor | None  # [T, H, K] or [T, H]
+    writer: Tensor | None
+    fade: Tensor | None  # [chunks, H, K] or [chunks, H]
 
 
 def _prepared(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, initial: Tensor, chunks: Chunks, shapes: _Shapes
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """W [T, H, K], U [T, H, V], T [T, H, C], the state before each chunk [chunks, H, K, V], final states [N, H, K, V]"""
-    count, heads = len(chunks.starts), shapes.heads
-    w = solve = k  # unused without the delta rule
-    u = v
-    if beta is not None:
-        w, u, solve = k.new_empty(len(v), heads, shapes.key), torch.empty_like(v), k.new_empty(len(v), heads, CHUNK)
-        if count:
-            kernels.prepare[(count, heads)](k, v, decay, beta, *chunks[:2], w, u, solve, *shapes.numbers, **shapes.options(), num_warps=WARPS)
-    states = k.new_empty(count, heads, shapes.key, shapes.value)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    chunks: Chunks,
+    shapes: _Shapes,
+    solved: tuple[Tensor | None, Tensor | None] | None = None,
+) -> _Prepared:
+    """solved: scores and T of an earlier call."""
+    count, (tokens, heads) = len(chunks.starts), v.shape[:2]
+    if decay is None and beta is None:
+        return _Prepared(None, None, None, v, None, None, None)
+    scores, solve = solved or (
+        k.new_empty(tokens, heads, CHUNK) if shapes.decay == 2 else None,
+        k.new_empty(tokens, heads, CHUNK) if shapes.delta else None,
+    )
+    w, u = (k.new_empty(tokens, heads, shapes.key), torch.empty_like(v)) if shapes.delta else (None, v)
+    reader = writer = fade = None
+    if shapes.decay == 2:
+        reader, writer = (k.new_empty(tokens, heads, shapes.key) for _ in range(2))
+        fade = k.new_empty(count, heads, shapes.key, dtype=torch.float32)
+    elif shapes.decay == 1:
+        reader, writer, fade = (k.new_empty(n, heads, dtype=torch.float32) for n in (tokens, tokens, count))
+    made = _Prepared(scores, solve, w, u, reader, writer, fade)
+    if count:
+        options = shapes.options(LEVELS=LEVELS, DELTA=shapes.delta, SOLVED=solved is not None, num_stages=1)
+        forward.prepare[count, heads](q, k, v, decay, beta, chunks.starts, chunks.stops, *made, *shapes.numbers, **options)
+    return made
+
+
+def _passed(k: Tensor, initial: Tensor, chunks: Chunks, shapes: _Shapes, made: _Prepared) -> tuple[Tensor, Tensor]:
+    """The state before each chunk [chunks, H, K, V], final states [N, H, K, V]; made.u turns from U0 to U."""
+    states = k.new_empty(len(chunks.starts), shapes.heads, shapes.key, shapes.value)
     final = torch.empty_like(initial)
     if len(initial):
-        options = shapes.options(PASS_BLOCK)
-        grid = (len(initial), heads, triton.cdiv(shapes.value, options["BV"]))
-        kernels.pass_states[grid](
-            k, decay, w, u, *chunks, initial, states, final, *shapes.numbers, **options, DELTA=shapes.delta, num_warps=4, num_stages=2
-        )
-    return w, u, solve, states, final
+        options = shapes.narrow()
+        grid = (len(initial), shapes.heads, triton.cdiv(shapes.value, options["BV"]))
+        args = k, made.w, made.u, made.writer, made.fade, chunks.cuts, chunks.bounds, initial, states, final
+        forward.pass_states[grid](*args, *shapes.numbers, **options)
+    return states, final
 
 
 class _Recurrence(torch.autograd.Function):
@@ -107,64 +150,58 @@ class _Recurrence(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, initial: Tensor, bounds: tuple[int, ...], scale: float
     ) -> tuple[Tensor, Tensor]:
         chunks = _chunks(bounds, v.device)
-        shapes = _Shapes(v.shape[1], v.shape[1] // k.shape[1], k.shape[2], v.shape[2], decay is not None, beta is not None, v.dtype == torch.float32)
-        _, u, _, states, final = _prepared(q, k, v, decay, beta, initial, chunks, shapes)
+        axes = 0 if decay is None else decay.ndim - 1
+        shapes = _Shapes(v.shape[1], v.shape[1] // k.shape[1], k.shape[2], v.shape[2], axes, beta is not None, v.dtype == torch.float32)
+        made = _prepared(q, k, v, decay, beta, chunks, shapes)
+        states, final = _passed(k, initial, chunks, shapes, made)
         output = torch.empty_like(v)
         if len(chunks.starts):
-            grid = (len(chunks.starts), shapes.heads)
-            kernels.read[grid](q, k, u, decay, states, *chunks[:2], output, scale, *shapes.numbers, **shapes.options(), num_warps=WARPS)
-        ctx.save_for_backward(q, k, v, decay, beta, initial)
+            args = q, k, made.u, decay, made.scores, made.reader, states, chunks.starts, chunks.stops, output, scale
+            forward.read[len(chunks.starts), shapes.heads](*args, *shapes.numbers, **shapes.options())
+        ctx.save_for_backward(q, k, v, decay, beta, initial, made.scores, made.solve)
         ctx.chunks, ctx.shapes, ctx.scale = chunks, shapes, scale
         return output, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, decay, beta, initial = ctx.saved_tensors
+        q, k, v, decay, beta, initial, scores, solve = ctx.saved_tensors
         chunks, shapes, scale = ctx.chunks, ctx.shapes, ctx.scale
         do, dfinal = (grad.contiguous() for grad in grads)
-        count, heads, wide = len(chunks.starts), shapes.heads, torch.float32
-        w, u, solve, states, _ = _prepared(q, k, v, decay, beta, initial, chunks, shapes)
-        du, dv, dinitial = torch.empty_like(v), torch.empty_like(v), torch.empty_like(initial)
-        dstates = torch.empty_like(states)
-        dq, dk = v.new_empty(len(v), heads, shapes.key, dtype=wide), v.new_empty(len(v), heads, shapes.key, dtype=wide)
-        on_reads = k.new_empty(len(v), heads, CHUNK)
-        erase = torch.empty_like(on_reads) if shapes.delta else on_reads
-        dg, dbeta, ddecay = (v.new_empty(len(v), heads, dtype=wide) for _ in range(3))
-        grid, numbers, options = (count, heads), shapes.numbers, shapes.options(32)
-        delta = {"DELTA": shapes.delta}
+        count, (tokens, heads), spans = len(chunks.starts), v.shape[:2], chunks[:2]
+        made = _prepared(q, k, v, decay, beta, chunks, shapes, (scores, solve))
+        states, _ = _passed(k, initial, chunks, shapes, made)
+        du, dinitial, dstates = torch.empty_like(v), torch.empty_like(initial), torch.empty_like(states)
         if count:
-            kernels.write_gradients[grid](q, k, do, decay, *chunks[:2], du, scale, *numbers, **shapes.options(), num_warps=WARPS)
+            args = q, k, do, decay, scores, *spans, du, scale
+            backward.write_gradients[count, heads](*args, *shapes.numbers, **shapes.options())
         if len(initial):
-            narrow = shapes.options(PASS_BLOCK)
-            kernels.pass_gradients[len(initial), heads, triton.cdiv(shapes.value, narrow["BV"])](
-                q, k, decay, w, do, du, *chunks, dfinal, dstates, dinitial, scale, *numbers, **narrow, **delta, num_warps=4, num_stages=2
-            )
+            options = shapes.narrow()
+            args = q, k, made.w, made.reader, made.writer, made.fade, do, du, chunks.cuts, chunks.bounds, dfinal, dstates, dinitial, scale
+            backward.pass_gradients[len(initial), heads, triton.cdiv(shapes.value, options["BV"])](*args, *shapes.numbers, **options)
+        u = made.u
+        del made  # W and the faded queries and keys are as large as the inputs
+        options = shapes.options(key=64, DELTA=shapes.delta, num_stages=1)
+        parts = triton.cdiv(shapes.key, options["BK"])
+        on_reads = k.new_empty(tokens, heads, CHUNK)
+        on_erases = torch.empty_like(on_reads) if shapes.delta else None
+        dv, direct = (torch.empty_like(v), v.new_empty(tokens, heads, dtype=torch.float32)) if shapes.delta else (du, None)
+        dq, dk = torch.empty_like(q), torch.empty_like(k)
+        dbeta = v.new_empty(parts, tokens, heads, dtype=torch.float32) if shapes.delta else None
+        ddecay = None
+        if shapes.decay == 1:
+            ddecay = v.new_empty(parts, tokens, heads, dtype=torch.float32)
+        elif shapes.decay == 2:
+            ddecay = torch.empty_like(decay)
         if count:
-            kernels.products[grid](
-                *(k, v, u, decay, beta, solve, do, du, states, dstates, *chunks[:2], on_reads, erase, dq, dk, dv, dg, dbeta, scale),
-                *numbers,
-                **options,
-                **delta,
-                num_warps=WARPS,
-                num_stages=1,
-            )
-            options.pop("BV")
-            kernels.token_gradients[grid](
-                q, k, decay, beta, on_reads, erase, *chunks[:2], dq, dk, dg, dbeta, ddecay, *numbers[:3], **options, **delta, num_warps=WARPS
-            )
-        if shapes.group > 1:
-            dq, dk = (x.unflatten(1, (-1, shapes.group)).sum(2) for x in (dq, dk))
-        return (
-            dq.to(q.dtype),
-            dk.to(k.dtype),
-            dv if shapes.delta else du,
-            None if decay is None else ddecay.to(decay.dtype),
-            None if beta is None else dbeta.to(beta.dtype),
-            dinitial,
-            None,
-            None,
-        )
+            narrow = {name: value for name, value in options.items() if name != "BK"}
+            args = v, u, decay, beta, solve, do, du, *spans, on_reads, on_erases, dv, direct, scale
+            backward.score_gradients[count, heads](*args, heads, shapes.value, **narrow)
+            args = q, k, u, decay, beta, solve, do, du, on_reads, on_erases, states, dstates, *spans, dq, dk, ddecay, dbeta, scale, tokens
+            backward.key_gradients[count * parts, heads // shapes.group](*args, *shapes.numbers, LEVELS=LEVELS, **options)
+        if ddecay is not None:
+            ddecay = (ddecay.sum(0) if shapes.decay == 1 else ddecay).to(decay.dtype)
+        return dq, dk, dv, ddecay, None if beta is None else dbeta.sum(0).add_(direct).to(beta.dtype), dinitial, None, None
 
 
 def linear_recurrence(

@@ -1,0 +1,23 @@
+"""The chunked recurrence on a GPU: what one program computes, for every decay and update. `triton_chunked` launches these.
+
+Notation as in `chunked`: a chunk holds C tokens, g_t is the sum of its log decays up to token t (of a head, or of each channel), S the
+state before it and U what its tokens write, so that S' = e^{g_C} S + sum_i (e^{g_C - g_i} k_i) u_i^T. Tokens meet in the scores
+R_ti = sum_c q_t k_i e^{g_t - g_i}, i <= t, and for the delta rule in A_ti = beta_t sum_c k_t k_i e^{g_t - g_i}, i < t, with which
+U = T (beta V - (beta e^g K) S), T = (I + A)^{-1}. Forward:
+
+    prepare         chunks at once: R (of decays per channel), T, W = T (beta e^g K), U0 = T (beta V), and the decays for the others
+    pass_states     chunk by chunk: S before each, and U = U0 - W S
+    read            chunks at once: O = scale ((e^g Q) S + R U)
+
+Backward, after prepare (from the T and R that were kept) and pass_states; with D = T^T dU, dA = -D U^T below the diagonal and the gradient of
+beta e^g K is -D S^T:
+
+    write_gradients     chunks at once: the part of dU that comes from O of its own chunk
+    pass_gradients      from the last chunk back: dS' after each, and dU
+    score_gradients     chunks at once: dV, dR and dA
+    key_gradients       chunks at once: dQ, dK, dbeta and the decays' gradients
+
+Only sums of decays are exponentiated, never a positive difference: see `tiles.pair_spans` for decays per channel. A product's result
+is never transposed for another product: Triton 3.4 to 3.7 computes that wrongly on Hopper. Rows past the end of a chunk load as
+zeros: no write, no decay.
+"""

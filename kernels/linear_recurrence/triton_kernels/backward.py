@@ -1,0 +1,310 @@
+"""The programs of the backward pass: see the package, and `forward` for the shapes of what prepare leaves."""
+
+import triton
+import triton.language as tl
+
+from ltrain.kernels.linear_recurrence.triton_kernels.forward import COUNTS
+from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
+    CHANNEL,
+    HEAD,
+    NONE,
+    add_rows,
+    decays,
+    fade_between,
+    last_of,
+    pair_spans,
+    pair_spans_transposed,
+    products_of_rows,
+    put,
+    rows_of,
+    split,
+    state_at,
+    state_transposed,
+    sums,
+    tile,
+    tile_transposed,
+)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def write_gradients(
+    q,
+    k,
+    do,
+    decay,
+    scores,
+    starts,
+    stops,
+    du,
+    scale,
+    H,
+    G,
+    K,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (chunks, H) -> du [T, H, V] = scale R^T dO"""
+    h = tl.program_id(1)
+    t, inside = rows_of(starts, stops, tl.program_id(0), C)
+    if DECAY == CHANNEL:
+        reads = tile_transposed(scores, t, inside, h, H, C, C, 0)  # [i, t]
+    else:
+        g = sums(decay, t, inside, h, H, DECAY, C)
+        rows = tl.arange(0, C)
+        later = rows[:, None] <= rows[None, :]
+        fade = tl.where(later, tl.exp(tl.where(later, g[None, :] - g[:, None], 0.0).to(tl.float32)), 0.0)
+        reads = (products_of_rows(k, q, t, inside, h // G, H // G, K, C, BK, DOT) * fade).to(q.dtype.element_ty)
+    for offset in range(0, V, BV):
+        put(du, tl.dot(reads, tile(do, t, inside, h, H, V, BV, offset), input_precision=DOT) * scale, t, inside, h, H, V, BV, offset)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def pass_gradients(
+    q,
+    k,
+    w,
+    reader,
+    writer,
+    fade,
+    do,
+    du,
+    cuts,
+    bounds,
+    dfinal,
+    dstates,
+    dinitial,
+    scale,
+    H,
+    G,
+    K,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    DELTA: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (segments, H, V / BV) -> dstates [chunks, H, K, V] after each chunk, dinitial [N, H, K, V]; adds to du what comes from there."""
+    segment, h, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
+    at, exists = state_at(dfinal, segment * H + h, K, V, BK, BV, 0, offset)
+    state = tl.load(at, mask=exists, other=0.0)
+    rows = tl.arange(0, C)
+    channels = tl.arange(0, BK)
+    begin, end = tl.load(cuts + segment).to(tl.int64), tl.load(cuts + segment + 1).to(tl.int64)
+    count = tl.load(bounds + segment + 1) - tl.load(bounds + segment)
+    first = tl.load(bounds + segment)
+    for back in range(count):
+        place = count - 1 - back
+        chunk = first + place
+        after, here = state_at(dstates, chunk * H + h, K, V, BK, BV, 0, offset)
+        low = state.to(k.dtype.element_ty)
+        tl.store(after, low, mask=here)
+        t = begin + place * C + rows
+        inside = t < end
+        out = tile(do, t, inside, h, H, V, BV, offset)
+        if DECAY == CHANNEL:
+            key, query = tile(writer, t, inside, h, H, K, BK, 0), tile_transposed(reader, t, inside, h, H, K, BK, 0)
+            state *= tl.load(fade + (chunk * H + h).to(tl.int64) * K + channels, mask=channels < K, other=0.0)[:, None]
+        else:
+            key, query = tile(k, t, inside, h // G, H // G, K, BK, 0), tile_transposed(q, t, inside, h // G, H // G, K, BK, 0)
+        stored = tl.dot(key, low, input_precision=DOT)
+        if DECAY == HEAD:
+            stored *= tl.load(writer + t * H + h, mask=inside, other=0.0)[:, None]
+            out = (out * tl.load(reader + t * H + h, mask=inside, other=0.0)[:, None]).to(k.dtype.element_ty)
+            state *= tl.load(fade + (chunk * H + h).to(tl.int64))
+        write = (tile(du, t, inside, h, H, V, BV, offset) + stored).to(k.dtype.element_ty)
+        put(du, write, t, inside, h, H, V, BV, offset)
+        state += tl.dot(query, out, input_precision=DOT) * scale
+        if DELTA:
+            state -= tl.dot(tile_transposed(w, t, inside, h, H, K, BK, 0), write, input_precision=DOT)
+    at, exists = state_at(dinitial, segment * H + h, K, V, BK, BV, 0, offset)
+    tl.store(at, state, mask=exists)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def score_gradients(
+    v,
+    u,
+    decay,
+    beta,
+    solve,
+    do,
+    du,
+    starts,
+    stops,
+    on_reads,
+    on_erases,
+    dv,
+    dbeta,
+    scale,
+    H,
+    V,
+    C: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    DELTA: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (chunks, H) -> of q_t . k_i: on_reads, and of beta_t k_t . k_i: on_erases [T, H, C] (per channel, of what all channels add up
+    to), the decay of a head in them; dv [T, H, V]; the part of dbeta [T, H] that comes through values."""
+    h = tl.program_id(1)
+    t, inside = rows_of(starts, stops, tl.program_id(0), C)
+    reads = tl.zeros((C, C), dtype=tl.float32)
+    erases = tl.zeros((C, C), dtype=tl.float32)
+    db = tl.zeros((C,), dtype=tl.float32)
+    if DELTA:
+        b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
+        inverse = tile_transposed(solve, t, inside, h, H, C, C, 0)
+    for offset in range(0, V, BV):
+        write = tile_transposed(u, t, inside, h, H, V, BV, offset)
+        reads += tl.dot(tile(do, t, inside, h, H, V, BV, offset), write, input_precision=DOT)
+        if DELTA:
+            wide = tl.dot(inverse, tile(du, t, inside, h, H, V, BV, offset), input_precision=DOT)  # D
+            db += tl.sum(wide * tile(v, t, inside, h, H, V, BV, offset), 1)
+            put(dv, wide * b[:, None], t, inside, h, H, V, BV, offset)
+            erases -= tl.dot(wide.to(u.dtype.element_ty), write, input_precision=DOT)
+    g = sums(decay, t, inside, h, H, DECAY, C)
+    put(on_reads, reads * fade_between(g, C, False) * scale, t, inside, h, H, C, C, 0)
+    if DELTA:
+        put(on_erases, erases * fade_between(g, C, True), t, inside, h, H, C, C, 0)
+        tl.store(dbeta + t * H + h, db, mask=inside)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def key_gradients(
+    q,
+    k,
+    u,
+    decay,
+    beta,
+    solve,
+    do,
+    du,
+    on_reads,
+    on_erases,
+    states,
+    dstates,
+    starts,
+    stops,
+    dq,
+    dk,
+    ddecay,
+    dbeta,
+    scale,
+    T,
+    H,
+    G,
+    K,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DECAY: tl.constexpr,
+    DELTA: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (chunks * K / BK, H / G) -> dq, dk [T, H / G, K]; ddecay [T, H, K], or per head what the channels of this program add to it,
+    [K / BK, T, H]; likewise dbeta [K / BK, T, H]."""
+    parts = tl.cdiv(K, BK)
+    chunk, part, source = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1)
+    here = part * BK
+    t, inside = rows_of(starts, stops, chunk, C)
+    rows = tl.arange(0, C)
+    dtype = k.dtype.element_ty
+    query, key = tile(q, t, inside, source, H // G, K, BK, here), tile(k, t, inside, source, H // G, K, BK, here)
+    dquery = tl.zeros((C, BK), dtype=tl.float32)
+    dkey = tl.zeros((C, BK), dtype=tl.float32)
+    for member in range(G):
+        h = source * G + member
+        # Through the states: of what reads S, is stored in S', and is erased from what S recalls.
+        reading = tl.zeros((C, BK), dtype=tl.float32)
+        storing = tl.zeros((C, BK), dtype=tl.float32)
+        erasing = tl.zeros((C, BK), dtype=tl.float32)
+        fading = tl.zeros((BK,), dtype=tl.float32)  # <dS', S>
+        for column in range(0, V, BV):
+            state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
+            dstate = state_transposed(dstates, chunk * H + h, K, V, BK, BV, here, column)
+            reading += tl.dot(tile(do, t, inside, h, H, V, BV, column), state, input_precision=DOT)
+            storing += tl.dot(tile(u, t, inside, h, H, V, BV, column), dstate, input_precision=DOT)
+            if DECAY != NONE:
+                fading += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
+            if DELTA:
+                inverse = tile_transposed(solve, t, inside, h, H, C, C, 0)
+                wide = tl.dot(inverse, tile(du, t, inside, h, H, V, BV, column), input_precision=DOT)  # D
+                erasing -= tl.dot(wide.to(dtype), state, input_precision=DOT)
+        if DECAY == HEAD:
+            g = sums(decay, t, inside, h, H, DECAY, C)
+            last = last_of(g, C)
+            from_start = tl.exp(g.to(tl.float32))[:, None]
+            reading *= from_start
+            storing *= tl.exp((last - g).to(tl.float32))[:, None]
+            erasing *= from_start
+            fading *= tl.exp(last.to(tl.float32))
+        if DECAY == CHANNEL:
+            high, low = split(decays(decay, t, inside, h, H, K, BK, here), DOT)
+            g_channels = add_rows(rows[:, None] >= rows[None, :], high, low, DOT)
+            from_start_channels = tl.exp(g_channels)
+            reading *= from_start_channels
+            storing *= tl.exp(add_rows(rows[:, None] < rows[None, :], high, low, DOT))
+            erasing *= from_start_channels
+            fading *= tl.exp(last_of(g_channels, C))
+        reading *= scale
+        dkey += storing
+        of_decay = reading * query - storing * key  # of g_t
+        of_chunk = fading + tl.sum(storing * key, 0)  # of g_C
+        if DELTA:
+            b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
+        # Through the scores. A token's own score does not decay.
+        on_read = tile(on_reads, t, inside, h, H, C, C, 0)
+        on_read_columns = tile_transposed(on_reads, t, inside, h, H, C, C, 0)
+        own = tl.sum(tl.where(rows[:, None] == rows[None, :], on_read, 0.0).to(tl.float32), 1)[:, None]
+        dquery += own * key
+        dkey += own * query
+        if DELTA:
+            on_erase = tile(on_erases, t, inside, h, H, C, C, 0)
+            on_erase_columns = tile_transposed(on_erases, t, inside, h, H, C, C, 0)
+        if DECAY == CHANNEL:
+            read_from = tl.zeros((C, BK), dtype=tl.float32)
+            as_key = tl.zeros((C, BK), dtype=tl.float32)
+            for level in range(LEVELS):
+                spans, pairs = pair_spans(level, C)
+                _, pairs_columns = pair_spans_transposed(level, C)
+                fade = tl.exp(add_rows(spans, high, low, DOT))
+                far_key = (key * fade).to(dtype)
+                read_from += fade * tl.dot(tl.where(pairs, on_read, 0.0).to(dtype), far_key, input_precision=DOT)
+                onto = tl.dot(tl.where(pairs_columns, on_read_columns, 0.0).to(dtype), (query * fade).to(dtype), input_precision=DOT)
+                if DELTA:
+                    erasing += fade * tl.dot(tl.where(pairs, on_erase, 0.0).to(dtype), far_key, input_precision=DOT)
+                    far_erase = (key * b[:, None] * fade).to(dtype)
+                    onto += tl.dot(tl.where(pairs_columns, on_erase_columns, 0.0).to(dtype), far_erase, input_precision=DOT)
+                as_key += fade * onto
+        else:
+            before, after = rows[:, None] > rows[None, :], rows[:, None] < rows[None, :]
+            read_from = tl.dot(tl.where(before, on_read, 0.0).to(dtype), key, input_precision=DOT)
+            as_key = tl.dot(tl.where(after, on_read_columns, 0.0).to(dtype), query, input_precision=DOT)
+            if DELTA:
+                erasing += tl.dot(on_erase, key, input_precision=DOT)
+                as_key += tl.dot(on_erase_columns, (key * b[:, None]).to(dtype), input_precision=DOT)
+        dquery += reading + read_from
+        dkey += as_key
+        of_decay += read_from * query - as_key * key
+        if DELTA:
+            dkey += erasing * b[:, None]
+            erased = erasing * key
+            of_decay += erased * b[:, None]
+            tl.store(dbeta + (part * T + t) * H + h, tl.sum(erased, 1), mask=inside)
+        # g_t is the sum of the decays up to t: a decay has the gradients of all sums from its own on.
+        if DECAY == HEAD:
+            total = tl.cumsum(tl.sum(of_decay, 1), 0, reverse=True) + tl.sum(of_chunk, 0)
+            tl.store(ddecay + (part * T + t) * H + h, total, mask=inside)
+        if DECAY == CHANNEL:
+            high, low = split(of_decay, DOT)
+            put(ddecay, add_rows(rows[:, None] <= rows[None, :], high, low, DOT) + of_chunk[None, :], t, inside, h, H, K, BK, here)
+    put(dq, dquery, t, inside, source, H // G, K, BK, here)
+    put(dk, dkey, t, inside, source, H // G, K, BK, here)

@@ -1,0 +1,245 @@
+"""The programs of the forward pass: see the package. q, k [T, H / G, K], v [T, H, V], beta [T, H], decay [T, H] or [T, H, K].
+
+For the programs that go chunk by chunk, prepare leaves what the decays make of queries and keys. Per channel: reader = e^{g_t} q_t and
+writer = e^{g_C - g_t} k_t [T, H, K]; per head the factors e^{g_t} and e^{g_C - g_t} alone [T, H]; fade = e^{g_C} [chunks, H, K] or [chunks, H].
+"""
+
+import triton
+import triton.language as tl
+
+from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
+    CHANNEL,
+    HEAD,
+    add_columns,
+    add_rows,
+    decays,
+    decays_transposed,
+    fade_between,
+    inverse_of,
+    last_of,
+    pair_spans,
+    pair_spans_transposed,
+    products_of_rows,
+    put,
+    rows_of,
+    split,
+    state_at,
+    sums,
+    tile,
+    tile_transposed,
+)
+
+COUNTS = ["H", "G"]  # no kernel is compiled anew for another number of heads
+
+
+@triton.jit
+def _scores_by_channel(
+    q, k, decay, t, inside, h, H, G, K, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr
+):
+    """R and sum_c k_t k_i e^{g_t - g_i} below the diagonal -> [C, C] each"""
+    rows = tl.arange(0, C)
+    reads = tl.zeros((C, C), dtype=tl.float32)
+    recalls = tl.zeros((C, C), dtype=tl.float32)
+    for offset in range(0, K, BK):
+        query, key = tile(q, t, inside, h // G, H // G, K, BK, offset), tile(k, t, inside, h // G, H // G, K, BK, offset)
+        key_columns = tile_transposed(k, t, inside, h // G, H // G, K, BK, offset)
+        high, low = split(decays(decay, t, inside, h, H, K, BK, offset), DOT)
+        high_columns, low_columns = split(decays_transposed(decay, t, inside, h, H, K, BK, offset), DOT)
+        itself = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)
+        reads += tl.where(rows[:, None] == rows[None, :], itself[:, None], 0.0)
+        for level in range(LEVELS):
+            spans, pairs = pair_spans(level, C)
+            spans_columns, _ = pair_spans_transposed(level, C)
+            fade = tl.exp(add_rows(spans, high, low, DOT))
+            far = (key_columns * tl.exp(add_columns(high_columns, low_columns, spans_columns, DOT))).to(k.dtype.element_ty)
+            reads += tl.where(pairs, tl.dot((query * fade).to(k.dtype.element_ty), far, input_precision=DOT), 0.0)
+            if DELTA:
+                recalls += tl.where(pairs, tl.dot((key * fade).to(k.dtype.element_ty), far, input_precision=DOT), 0.0)
+    return reads, recalls
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def prepare(
+    q,
+    k,
+    v,
+    decay,
+    beta,
+    starts,
+    stops,
+    scores,
+    solve,
+    w,
+    u,
+    reader,
+    writer,
+    fade,
+    H,
+    G,
+    K,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DECAY: tl.constexpr,
+    DELTA: tl.constexpr,
+    SOLVED: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (chunks, H) -> scores = R, solve = T [T, H, C] (read where SOLVED), w [T, H, K], u = U0 [T, H, V], reader, writer, fade"""
+    chunk, h = tl.program_id(0), tl.program_id(1)
+    t, inside = rows_of(starts, stops, chunk, C)
+    rows = tl.arange(0, C)
+    dtype = k.dtype.element_ty
+    if DECAY == HEAD:
+        g = sums(decay, t, inside, h, H, DECAY, C)
+        last = last_of(g, C)
+        from_start = tl.exp(g.to(tl.float32))
+        tl.store(reader + t * H + h, from_start, mask=inside)
+        tl.store(writer + t * H + h, tl.exp((last - g).to(tl.float32)), mask=inside)
+        tl.store(fade + (chunk * H + h).to(tl.int64), tl.exp(last.to(tl.float32)))
+    if DELTA:
+        b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
+    if not SOLVED:
+        if DECAY == CHANNEL:
+            reads, recalls = _scores_by_channel(q, k, decay, t, inside, h, H, G, K, C, BK, LEVELS, DELTA, DOT)
+            put(scores, reads, t, inside, h, H, C, C, 0)
+        if DELTA:
+            if DECAY == CHANNEL:
+                a = recalls
+            else:
+                a = products_of_rows(k, k, t, inside, h // G, H // G, K, C, BK, DOT) * fade_between(sums(decay, t, inside, h, H, DECAY, C), C, True)
+            inverse = inverse_of(a * b[:, None], C).to(dtype)
+            put(solve, inverse, t, inside, h, H, C, C, 0)
+    elif DELTA:
+        inverse = tile(solve, t, inside, h, H, C, C, 0)
+    if DELTA or DECAY == CHANNEL:
+        for offset in range(0, K, BK):
+            key = tile(k, t, inside, h // G, H // G, K, BK, offset)
+            if DECAY == CHANNEL:
+                high, low = split(decays(decay, t, inside, h, H, K, BK, offset), DOT)
+                g_channels = add_rows(rows[:, None] >= rows[None, :], high, low, DOT)
+                columns = offset + tl.arange(0, BK)
+                tl.store(fade + (chunk * H + h).to(tl.int64) * K + columns, tl.exp(last_of(g_channels, C)), mask=columns < K)
+                from_start_channels = tl.exp(g_channels)
+                query = tile(q, t, inside, h // G, H // G, K, BK, offset)
+                put(reader, query * from_start_channels, t, inside, h, H, K, BK, offset)
+                to_end = tl.exp(add_rows(rows[:, None] < rows[None, :], high, low, DOT))
+                put(writer, key * to_end, t, inside, h, H, K, BK, offset)
+            if DELTA:
+                faded = key * b[:, None]
+                if DECAY == HEAD:
+                    faded *= from_start[:, None]
+                if DECAY == CHANNEL:
+                    faded *= from_start_channels
+                put(w, tl.dot(inverse, faded.to(dtype), input_precision=DOT), t, inside, h, H, K, BK, offset)
+    if DELTA:
+        for offset in range(0, V, BV):
+            value = (tile(v, t, inside, h, H, V, BV, offset) * b[:, None]).to(dtype)
+            put(u, tl.dot(inverse, value, input_precision=DOT), t, inside, h, H, V, BV, offset)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def pass_states(
+    k,
+    w,
+    u,
+    writer,
+    fade,
+    cuts,
+    bounds,
+    initial,
+    states,
+    final,
+    H,
+    G,
+    K,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    DELTA: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (segments, H, V / BV) -> states [chunks, H, K, V] before each chunk, final [N, H, K, V]; turns u from U0 to U.
+
+    cuts [N + 1]: the tokens, bounds [N + 1]: the chunks of each segment; initial [N, H, K, V].
+    """
+    segment, h, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
+    at, exists = state_at(initial, segment * H + h, K, V, BK, BV, 0, offset)
+    state = tl.load(at, mask=exists, other=0.0)
+    rows = tl.arange(0, C)
+    channels = tl.arange(0, BK)
+    begin, end = tl.load(cuts + segment).to(tl.int64), tl.load(cuts + segment + 1).to(tl.int64)
+    first = tl.load(bounds + segment)
+    for chunk in range(first, tl.load(bounds + segment + 1)):
+        before, here = state_at(states, chunk * H + h, K, V, BK, BV, 0, offset)
+        low = state.to(k.dtype.element_ty)
+        tl.store(before, low, mask=here)
+        # No address is loaded, so that the tiles of the next chunk can be on their way.
+        t = begin + (chunk - first) * C + rows
+        inside = t < end
+        write = tile(u, t, inside, h, H, V, BV, offset)
+        if DELTA:
+            write = (write - tl.dot(tile(w, t, inside, h, H, K, BK, 0), low, input_precision=DOT)).to(k.dtype.element_ty)
+            put(u, write, t, inside, h, H, V, BV, offset)
+        if DECAY == CHANNEL:
+            key = tile_transposed(writer, t, inside, h, H, K, BK, 0)
+            state *= tl.load(fade + (chunk * H + h).to(tl.int64) * K + channels, mask=channels < K, other=0.0)[:, None]
+        else:
+            key = tile_transposed(k, t, inside, h // G, H // G, K, BK, 0)
+        if DECAY == HEAD:
+            write = (write * tl.load(writer + t * H + h, mask=inside, other=0.0)[:, None]).to(k.dtype.element_ty)
+            state *= tl.load(fade + (chunk * H + h).to(tl.int64))
+        state += tl.dot(key, write, input_precision=DOT)
+    at, exists = state_at(final, segment * H + h, K, V, BK, BV, 0, offset)
+    tl.store(at, state, mask=exists)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def read(
+    q,
+    k,
+    u,
+    decay,
+    scores,
+    reader,
+    states,
+    starts,
+    stops,
+    o,
+    scale,
+    H,
+    G,
+    K,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (chunks, H) -> o [T, H, V]"""
+    chunk, h = tl.program_id(0), tl.program_id(1)
+    t, inside = rows_of(starts, stops, chunk, C)
+    if DECAY == CHANNEL:
+        reads = tile(scores, t, inside, h, H, C, C, 0)
+    else:
+        g = sums(decay, t, inside, h, H, DECAY, C)
+        reads = (products_of_rows(q, k, t, inside, h // G, H // G, K, C, BK, DOT) * fade_between(g, C, False)).to(q.dtype.element_ty)
+        from_start = tl.exp(g.to(tl.float32))
+    for column in range(0, V, BV):
+        out = tl.zeros((C, BV), dtype=tl.float32)
+        for row in range(0, K, BK):
+            at, exists = state_at(states, chunk * H + h, K, V, BK, BV, row, column)
+            if DECAY == CHANNEL:
+                query = tile(reader, t, inside, h, H, K, BK, row)
+            else:
+                query = tile(q, t, inside, h // G, H // G, K, BK, row)
+            out += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
+        if DECAY == HEAD:
+            out *= from_start[:, None]
+        out += tl.dot(reads, tile(u, t, inside, h, H, V, BV, column), input_precision=DOT)
+        put(o, out * scale, t, inside, h, H, V, BV, column)

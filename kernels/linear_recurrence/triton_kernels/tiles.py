@@ -1,0 +1,184 @@
+"""What the programs are built of: rows of a chunk, tiles of tokens and states, decays between tokens, the triangular inverse."""
+
+import triton
+import triton.language as tl
+
+NONE = tl.constexpr(0)  # values of DECAY
+HEAD = tl.constexpr(1)
+CHANNEL = tl.constexpr(2)
+
+BLOCK = tl.constexpr(16)  # rows that the triangular system is solved in one by one
+LOWEST = tl.constexpr(-1e4)  # log decay per channel from which on it makes no difference: e^-1e4 is 0
+
+
+@triton.jit
+def rows_of(starts, stops, chunk, C: tl.constexpr):
+    """Token of each row of a chunk (int64), and which rows are inside it."""
+    start = tl.load(starts + chunk).to(tl.int64)
+    rows = tl.arange(0, C)
+    return start + rows, start + rows < tl.load(stops + chunk).to(tl.int64)
+
+
+@triton.jit
+def tile(x, t, inside, head, heads, WIDTH, B: tl.constexpr, offset):
+    """x[t, head, offset : offset + B] of [tokens, heads, WIDTH] -> [C, B]"""
+    columns = offset + tl.arange(0, B)
+    return tl.load(x + (t * heads + head)[:, None] * WIDTH + columns[None, :], mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def put(x, value, t, inside, head, heads, WIDTH, B: tl.constexpr, offset):
+    columns = offset + tl.arange(0, B)
+    at = x + (t * heads + head)[:, None] * WIDTH + columns[None, :]
+    tl.store(at, value.to(x.dtype.element_ty), mask=inside[:, None] & (columns < WIDTH)[None, :])
+
+
+@triton.jit
+def tile_transposed(x, t, inside, head, heads, WIDTH, B: tl.constexpr, offset):
+    """As tile -> [B, C]"""
+    columns = offset + tl.arange(0, B)
+    return tl.load(x + (t * heads + head)[None, :] * WIDTH + columns[:, None], mask=inside[None, :] & (columns < WIDTH)[:, None], other=0.0)
+
+
+@triton.jit
+def state_at(x, index, K, V, BK: tl.constexpr, BV: tl.constexpr, row, column):
+    """Pointers to x[index, row : row + BK, column : column + BV] of [states, K, V], and which exist -> [BK, BV]"""
+    rows, columns = row + tl.arange(0, BK), column + tl.arange(0, BV)
+    return x + index.to(tl.int64) * K * V + rows[:, None] * V + columns[None, :], (rows < K)[:, None] & (columns < V)[None, :]
+
+
+@triton.jit
+def state_transposed(x, index, K, V, BK: tl.constexpr, BV: tl.constexpr, row, column):
+    """x[index, row : row + BK, column : column + BV]^T -> [BV, BK]"""
+    rows, columns = row + tl.arange(0, BK), column + tl.arange(0, BV)
+    at = x + index.to(tl.int64) * K * V + rows[None, :] * V + columns[:, None]
+    return tl.load(at, mask=(rows < K)[None, :] & (columns < V)[:, None], other=0.0)
+
+
+@triton.jit
+def sums(decay, t, inside, h, H, DECAY: tl.constexpr, C: tl.constexpr):
+    """g [C] of a head in float64, where differences keep what float32 would lose; rows past the end repeat the last."""
+    if DECAY == HEAD:
+        return tl.cumsum(tl.load(decay + t * H + h, mask=inside, other=0.0).to(tl.float64), 0)
+    return tl.zeros((C,), dtype=tl.float64)
+
+
+@triton.jit
+def last_of(g, C: tl.constexpr):
+    """The last row of g [C] or [C, ...]."""
+    rows = tl.arange(0, C)
+    if len(g.shape) == 1:
+        return tl.sum(tl.where(rows == C - 1, g, 0.0), 0)
+    return tl.sum(tl.where((rows == C - 1)[:, None], g, 0.0), 0)
+
+
+@triton.jit
+def fade_between(g, C: tl.constexpr, STRICT: tl.constexpr):
+    """e^{g_t - g_i} [C, C] for i <= t (i < t where STRICT), else 0; g [C]."""
+    rows = tl.arange(0, C)
+    later = rows[:, None] > rows[None, :] if STRICT else rows[:, None] >= rows[None, :]
+    return tl.where(later, tl.exp(tl.where(later, g[:, None] - g[None, :], 0.0).to(tl.float32)), 0.0)
+
+
+@triton.jit
+def products_of_rows(x, y, t, inside, head, heads, K, C: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
+    """sum_c x_tc y_ic -> [C, C], for x and y [T, heads, K]"""
+    total = tl.zeros((C, C), dtype=tl.float32)
+    for offset in range(0, K, BK):
+        total += tl.dot(tile(x, t, inside, head, heads, K, BK, offset), tile_transposed(y, t, inside, head, heads, K, BK, offset), input_precision=DOT)
+    return total
+
+
+# Decays per channel. A sum over rows is a product with a matrix of zeros and ones, which the tensor cores do at once for all rows; a number
+# goes in as the sum of two bfloat16, which hold 16 of its bits: nothing cancels in a sum of decays, so that is its relative error.
+
+
+@triton.jit
+def split(x, DOT: tl.constexpr):
+    """x as two numbers that products take: high and low, or x and nothing where they are exact."""
+    if DOT == "ieee":
+        return x, x
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def add_rows(ones, high, low, DOT: tl.constexpr):
+    """sum_j ones_tj x_j -> float32; ones [C, C] booleans, x [C, B]."""
+    chosen = ones.to(high.dtype)
+    total = tl.dot(chosen, high, input_precision=DOT)
+    if DOT != "ieee":
+        total = tl.dot(chosen, low, total)
+    return total
+
+
+@triton.jit
+def add_columns(high, low, ones, DOT: tl.constexpr):
+    """sum_j x_j ones_jt -> float32; x [B, C]. The transpose of add_rows, which must not be transposed itself."""
+    chosen = ones.to(high.dtype)
+    total = tl.dot(high, chosen, input_precision=DOT)
+    if DOT != "ieee":
+        total = tl.dot(low, chosen, total)
+    return total
+
+
+@triton.jit
+def decays(decay, t, inside, h, H, K, B: tl.constexpr, offset):
+    return tl.maximum(tile(decay, t, inside, h, H, K, B, offset).to(tl.float32), LOWEST)
+
+
+@triton.jit
+def decays_transposed(decay, t, inside, h, H, K, B: tl.constexpr, offset):
+    return tl.maximum(tile_transposed(decay, t, inside, h, H, K, B, offset).to(tl.float32), LOWEST)
+
+
+@triton.jit
+def pair_spans(level, C: tl.constexpr):
+    """Which rows [C, C] to sum for e^{g_t - g_i} between rows of neighbouring blocks of 2^level rows, and between which [t, i].
+
+    e^{g_t - g_i} cannot be split into e^{g_t} e^{-g_i}, which overflows. But rows i < t that agree in all bits above `level` and differ in this
+    one lie on two sides of the point where t's block begins: what decays from i up to there, and from there to t, are two sums of decays,
+    each <= 0, one of t and one of i. Every pair is on one of log2(C) levels, so all decays between rows are exact, however strong.
+    """
+    rows = tl.arange(0, C)
+    t, j = rows[:, None], rows[None, :]
+    odd = ((t >> level) & 1) == 1
+    together = (t >> level) == (j >> level)
+    # of a row in an odd block from its beginning, of one in an even block what follows up to its end
+    spans = together & (odd == (j <= t))
+    return spans, odd & ((t >> level) == (j >> level) + 1)
+
+
+@triton.jit
+def pair_spans_transposed(level, C: tl.constexpr):
+    """As pair_spans: [j, t] and [i, t]"""
+    rows = tl.arange(0, C)
+    j, t = rows[:, None], rows[None, :]
+    odd = ((t >> level) & 1) == 1
+    together = (t >> level) == (j >> level)
+    return together & (odd == (j <= t)), odd & ((t >> level) == (j >> level) + 1)
+
+
+@triton.jit
+def inverse_of(a, C: tl.constexpr):
+    """(I + a)^{-1} for a strictly lower triangular a [C, C], float32.
+
+    Blocks of 16 on the diagonal are solved row by row. With their inverse D and the blocks L below the diagonal,
+    (I + a)^{-1} = (I + D L)^{-1} D, where M = D L has no more than C / 16 - 1 powers: (I - M)(I + M^2) for C = 64. Powers of a itself
+    would grow like binomial coefficients where keys repeat.
+    """
+    n: tl.constexpr = C // BLOCK
+    block = tl.arange(0, n)
+    diagonal = block[:, None, None, None] == block[None, None, :, None]
+    x = tl.sum(tl.where(diagonal, tl.reshape(-a, (n, BLOCK, n, BLOCK)), 0.0), axis=2)  # [n, 16, 16]
+    row_number = tl.arange(0, BLOCK)[None, :, None]
+    for i in range(1, BLOCK):
+        row = tl.sum(tl.where(row_number == i, x, 0.0), axis=1)  # [n, 16]
+        row += tl.sum(row[:, :, None] * x, axis=1)
+        x = tl.where(row_number == i, row[:, None, :], x)
+    rows = tl.arange(0, C)
+    d = tl.reshape(tl.where(diagonal, x[:, :, None, :], 0.0), (C, C)) + (rows[:, None] == rows[None, :]).to(tl.float32)
+    below = tl.where(rows[:, None] // BLOCK > rows[None, :] // BLOCK, a, 0.0)
+    m = tl.dot(d, below, input_precision="tf32x3")
+    y = d - tl.dot(m, d, input_precision="tf32x3")
+    return y + tl.dot(tl.dot(m, m, input_precision="tf32x3"), y, input_precision="tf32x3")
