@@ -19,7 +19,7 @@ from ltrain.kernels.linear_recurrence.triton_kernels import backward, forward
 CHUNK = 64
 WIDEST = 256  # of keys and values: what the state of one program in `pass_states` holds
 WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
-LEVELS = CHUNK.bit_length() - 1
+LEVELS = CHUNK.bit_length() - 1  # see tiles.pair_spans
 NARROW = 16  # value columns of a program where chunks follow one another: few, so that there are many programs
 
 
@@ -85,7 +85,13 @@ class _Shapes(NamedTuple):
         """Options of the programs that go chunk by chunk."""
         # What a stage loads ahead is W, K and Q of a chunk.
         stages = 1 if self.exact or self.key > 128 else 3
-        return self.options() | {"BK": _padded(self.key), "BV": min(NARROW, _padded(self.value)), "DELTA": self.delta, "num_warps": 4, "num_stages": stages}
+        return self.options() | {
+            "BK": _padded(self.key),
+            "BV": min(NARROW, _padded(self.value)),
+            "DELTA": self.delta,
+            "num_warps": 4,
+            "num_stages": stages,
+        }
 
 
 class _Prepared(NamedTuple):
@@ -127,8 +133,8 @@ def _prepared(
         reader, writer, fade = (k.new_empty(n, heads, dtype=torch.float32) for n in (tokens, tokens, count))
     made = _Prepared(scores, solve, w, u, reader, writer, fade)
     if count:
-        options = shapes.options(LEVELS=LEVELS, DELTA=shapes.delta, SOLVED=solved is not None, num_stages=1)
-        forward.prepare[count, heads](q, k, v, decay, beta, chunks.starts, chunks.stops, *made, *shapes.numbers, **options)
+        options = shapes.options(DELTA=shapes.delta, SOLVED=solved is not None, num_stages=1)
+        forward.prepare[count, heads](q, k, v, decay, beta, chunks.starts, chunks.stops, *made, *shapes.numbers, LEVELS, **options)
     return made
 
 
@@ -198,7 +204,7 @@ class _Recurrence(torch.autograd.Function):
             args = v, u, decay, beta, solve, do, du, *spans, on_reads, on_erases, dv, direct, scale
             backward.score_gradients[count, heads](*args, heads, shapes.value, **narrow)
             args = q, k, u, decay, beta, solve, do, du, on_reads, on_erases, states, dstates, *spans, dq, dk, ddecay, dbeta, scale, tokens
-            backward.key_gradients[count * parts, heads // shapes.group](*args, *shapes.numbers, LEVELS=LEVELS, **options)
+            backward.key_gradients[count * parts, heads // shapes.group](*args, *shapes.numbers, LEVELS, GROUPED=shapes.group > 1, **options)
         if ddecay is not None:
             ddecay = (ddecay.sum(0) if shapes.decay == 1 else ddecay).to(decay.dtype)
         return dq, dk, dv, ddecay, None if beta is None else dbeta.sum(0).add_(direct).to(beta.dtype), dinitial, None, None

@@ -175,6 +175,126 @@ def score_gradients(
         tl.store(dbeta + t * H + h, db, mask=inside)
 
 
+@triton.jit
+def _of_head(
+    q,
+    k,
+    u,
+    decay,
+    beta,
+    solve,
+    do,
+    du,
+    on_reads,
+    on_erases,
+    states,
+    dstates,
+    ddecay,
+    dbeta,
+    scale,
+    T,
+    H,
+    G,
+    K,
+    V,
+    levels,
+    chunk,
+    part,
+    h,
+    t,
+    inside,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    DELTA: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """What value head h adds to dQ and dK [C, BK]; stores its ddecay and dbeta."""
+    here = part * BK
+    rows = tl.arange(0, C)
+    dtype = k.dtype.element_ty
+    # Through the states: of what reads S, is stored in S', and is erased from what S recalls.
+    reading = tl.zeros((C, BK), dtype=tl.float32)
+    storing = tl.zeros((C, BK), dtype=tl.float32)
+    erasing = tl.zeros((C, BK), dtype=tl.float32)
+    fading = tl.zeros((BK,), dtype=tl.float32)  # <dS', S>
+    for column in range(0, V, BV):
+        state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
+        dstate = state_transposed(dstates, chunk * H + h, K, V, BK, BV, here, column)
+        reading += tl.dot(tile(do, t, inside, h, H, V, BV, column), state, input_precision=DOT)
+        storing += tl.dot(tile(u, t, inside, h, H, V, BV, column), dstate, input_precision=DOT)
+        if DECAY != NONE:
+            fading += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
+        if DELTA:
+            inverse = tile_transposed(solve, t, inside, h, H, C, C, 0)
+            wide = tl.dot(inverse, tile(du, t, inside, h, H, V, BV, column), input_precision=DOT)  # D
+            erasing -= tl.dot(wide.to(dtype), state, input_precision=DOT)
+    if DECAY == HEAD:
+        g = sums(decay, t, inside, h, H, DECAY, C)
+        last = tl.sum(tl.where(rows == C - 1, g, 0.0), 0)
+        from_start = tl.exp(g.to(tl.float32))[:, None]
+        reading *= from_start
+        storing *= tl.exp((last - g).to(tl.float32))[:, None]
+        erasing *= from_start
+        fading *= tl.exp(last.to(tl.float32))
+    if DECAY == CHANNEL:
+        high, low = split(decays(decay, t, inside, h, H, K, BK, here), DOT)
+        g_channels = add_rows(rows[:, None] >= rows[None, :], high, low, DOT)
+        from_start_channels = tl.exp(g_channels)
+        reading *= from_start_channels
+        storing *= tl.exp(add_rows(rows[:, None] < rows[None, :], high, low, DOT))
+        erasing *= from_start_channels
+        fading *= tl.exp(last_of(g_channels, C))
+    reading *= scale
+    query, key = tile(q, t, inside, h // G, H // G, K, BK, here), tile(k, t, inside, h // G, H // G, K, BK, here)
+    of_chunk = fading + tl.sum(storing * key, 0)  # of g_C
+    if DELTA:
+        b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
+    # Through the scores, added to the same three; but for a token's score with itself, which does not decay.
+    on_read = tile(on_reads, t, inside, h, H, C, C, 0)
+    on_read_columns = tile_transposed(on_reads, t, inside, h, H, C, C, 0)
+    own = tl.sum(tl.where(rows[:, None] == rows[None, :], on_read, 0.0).to(tl.float32), 1)[:, None]
+    if DELTA:
+        on_erase = tile(on_erases, t, inside, h, H, C, C, 0)
+        on_erase_columns = tile_transposed(on_erases, t, inside, h, H, C, C, 0)
+    if DECAY == CHANNEL:
+        for level in range(levels):
+            spans, pairs = pair_spans(level, C)
+            _, pairs_columns = pair_spans_transposed(level, C)
+            fade = tl.exp(add_rows(spans, high, low, DOT))
+            far_key = key * fade
+            reading += fade * tl.dot(tl.where(pairs, on_read, 0.0).to(dtype), far_key.to(dtype), input_precision=DOT)
+            onto = tl.dot(tl.where(pairs_columns, on_read_columns, 0.0).to(dtype), (query * fade).to(dtype), input_precision=DOT)
+            if DELTA:
+                erasing += fade * tl.dot(tl.where(pairs, on_erase, 0.0).to(dtype), far_key.to(dtype), input_precision=DOT)
+                far_erase = (far_key * b[:, None]).to(dtype)
+                onto += tl.dot(tl.where(pairs_columns, on_erase_columns, 0.0).to(dtype), far_erase, input_precision=DOT)
+            storing += fade * onto
+    else:
+        before, after = rows[:, None] > rows[None, :], rows[:, None] < rows[None, :]
+        reading += tl.dot(tl.where(before, on_read, 0.0).to(dtype), key, input_precision=DOT)
+        storing += tl.dot(tl.where(after, on_read_columns, 0.0).to(dtype), query, input_precision=DOT)
+        if DELTA:
+            erasing += tl.dot(on_erase, key, input_precision=DOT)
+            storing += tl.dot(on_erase_columns, (key * b[:, None]).to(dtype), input_precision=DOT)
+    dkey = storing + own * query
+    of_decay = reading * query - storing * key  # of g_t
+    if DELTA:
+        tl.store(dbeta + (part * T + t) * H + h, tl.sum(erasing * key, 1), mask=inside)
+        erasing *= b[:, None]
+        dkey += erasing
+        of_decay += erasing * key
+    # g_t is the sum of the decays up to t: a decay has the gradients of all sums from its own on.
+    if DECAY == HEAD:
+        total = tl.cumsum(tl.sum(of_decay, 1), 0, reverse=True) + tl.sum(of_chunk, 0)
+        tl.store(ddecay + (part * T + t) * H + h, total, mask=inside)
+    if DECAY == CHANNEL:
+        high, low = split(of_decay, DOT)
+        put(ddecay, add_rows(rows[:, None] <= rows[None, :], high, low, DOT) + of_chunk[None, :], t, inside, h, H, K, BK, here)
+    return reading + own * key, dkey
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def key_gradients(
     q,
@@ -201,12 +321,13 @@ def key_gradients(
     G,
     K,
     V,
+    levels,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    LEVELS: tl.constexpr,
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
+    GROUPED: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Grid (chunks * K / BK, H / G) -> dq, dk [T, H / G, K]; ddecay [T, H, K], or per head what the channels of this program add to it,
@@ -215,96 +336,80 @@ def key_gradients(
     chunk, part, source = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1)
     here = part * BK
     t, inside = rows_of(starts, stops, chunk, C)
-    rows = tl.arange(0, C)
-    dtype = k.dtype.element_ty
-    query, key = tile(q, t, inside, source, H // G, K, BK, here), tile(k, t, inside, source, H // G, K, BK, here)
-    dquery = tl.zeros((C, BK), dtype=tl.float32)
-    dkey = tl.zeros((C, BK), dtype=tl.float32)
-    for member in range(G):
-        h = source * G + member
-        # Through the states: of what reads S, is stored in S', and is erased from what S recalls.
-        reading = tl.zeros((C, BK), dtype=tl.float32)
-        storing = tl.zeros((C, BK), dtype=tl.float32)
-        erasing = tl.zeros((C, BK), dtype=tl.float32)
-        fading = tl.zeros((BK,), dtype=tl.float32)  # <dS', S>
-        for column in range(0, V, BV):
-            state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
-            dstate = state_transposed(dstates, chunk * H + h, K, V, BK, BV, here, column)
-            reading += tl.dot(tile(do, t, inside, h, H, V, BV, column), state, input_precision=DOT)
-            storing += tl.dot(tile(u, t, inside, h, H, V, BV, column), dstate, input_precision=DOT)
-            if DECAY != NONE:
-                fading += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
-            if DELTA:
-                inverse = tile_transposed(solve, t, inside, h, H, C, C, 0)
-                wide = tl.dot(inverse, tile(du, t, inside, h, H, V, BV, column), input_precision=DOT)  # D
-                erasing -= tl.dot(wide.to(dtype), state, input_precision=DOT)
-        if DECAY == HEAD:
-            g = sums(decay, t, inside, h, H, DECAY, C)
-            last = last_of(g, C)
-            from_start = tl.exp(g.to(tl.float32))[:, None]
-            reading *= from_start
-            storing *= tl.exp((last - g).to(tl.float32))[:, None]
-            erasing *= from_start
-            fading *= tl.exp(last.to(tl.float32))
-        if DECAY == CHANNEL:
-            high, low = split(decays(decay, t, inside, h, H, K, BK, here), DOT)
-            g_channels = add_rows(rows[:, None] >= rows[None, :], high, low, DOT)
-            from_start_channels = tl.exp(g_channels)
-            reading *= from_start_channels
-            storing *= tl.exp(add_rows(rows[:, None] < rows[None, :], high, low, DOT))
-            erasing *= from_start_channels
-            fading *= tl.exp(last_of(g_channels, C))
-        reading *= scale
-        dkey += storing
-        of_decay = reading * query - storing * key  # of g_t
-        of_chunk = fading + tl.sum(storing * key, 0)  # of g_C
-        if DELTA:
-            b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
-        # Through the scores. A token's own score does not decay.
-        on_read = tile(on_reads, t, inside, h, H, C, C, 0)
-        on_read_columns = tile_transposed(on_reads, t, inside, h, H, C, C, 0)
-        own = tl.sum(tl.where(rows[:, None] == rows[None, :], on_read, 0.0).to(tl.float32), 1)[:, None]
-        dquery += own * key
-        dkey += own * query
-        if DELTA:
-            on_erase = tile(on_erases, t, inside, h, H, C, C, 0)
-            on_erase_columns = tile_transposed(on_erases, t, inside, h, H, C, C, 0)
-        if DECAY == CHANNEL:
-            read_from = tl.zeros((C, BK), dtype=tl.float32)
-            as_key = tl.zeros((C, BK), dtype=tl.float32)
-            for level in range(LEVELS):
-                spans, pairs = pair_spans(level, C)
-                _, pairs_columns = pair_spans_transposed(level, C)
-                fade = tl.exp(add_rows(spans, high, low, DOT))
-                far_key = (key * fade).to(dtype)
-                read_from += fade * tl.dot(tl.where(pairs, on_read, 0.0).to(dtype), far_key, input_precision=DOT)
-                onto = tl.dot(tl.where(pairs_columns, on_read_columns, 0.0).to(dtype), (query * fade).to(dtype), input_precision=DOT)
-                if DELTA:
-                    erasing += fade * tl.dot(tl.where(pairs, on_erase, 0.0).to(dtype), far_key, input_precision=DOT)
-                    far_erase = (key * b[:, None] * fade).to(dtype)
-                    onto += tl.dot(tl.where(pairs_columns, on_erase_columns, 0.0).to(dtype), far_erase, input_precision=DOT)
-                as_key += fade * onto
-        else:
-            before, after = rows[:, None] > rows[None, :], rows[:, None] < rows[None, :]
-            read_from = tl.dot(tl.where(before, on_read, 0.0).to(dtype), key, input_precision=DOT)
-            as_key = tl.dot(tl.where(after, on_read_columns, 0.0).to(dtype), query, input_precision=DOT)
-            if DELTA:
-                erasing += tl.dot(on_erase, key, input_precision=DOT)
-                as_key += tl.dot(on_erase_columns, (key * b[:, None]).to(dtype), input_precision=DOT)
-        dquery += reading + read_from
-        dkey += as_key
-        of_decay += read_from * query - as_key * key
-        if DELTA:
-            dkey += erasing * b[:, None]
-            erased = erasing * key
-            of_decay += erased * b[:, None]
-            tl.store(dbeta + (part * T + t) * H + h, tl.sum(erased, 1), mask=inside)
-        # g_t is the sum of the decays up to t: a decay has the gradients of all sums from its own on.
-        if DECAY == HEAD:
-            total = tl.cumsum(tl.sum(of_decay, 1), 0, reverse=True) + tl.sum(of_chunk, 0)
-            tl.store(ddecay + (part * T + t) * H + h, total, mask=inside)
-        if DECAY == CHANNEL:
-            high, low = split(of_decay, DOT)
-            put(ddecay, add_rows(rows[:, None] <= rows[None, :], high, low, DOT) + of_chunk[None, :], t, inside, h, H, K, BK, here)
+    if GROUPED:
+        dquery = tl.zeros((C, BK), dtype=tl.float32)
+        dkey = tl.zeros((C, BK), dtype=tl.float32)
+        for member in range(G):
+            of_query, of_key = _of_head(
+                q,
+                k,
+                u,
+                decay,
+                beta,
+                solve,
+                do,
+                du,
+                on_reads,
+                on_erases,
+                states,
+                dstates,
+                ddecay,
+                dbeta,
+                scale,
+                T,
+                H,
+                G,
+                K,
+                V,
+                levels,
+                chunk,
+                part,
+                source * G + member,
+                t,
+                inside,
+                C,
+                BK,
+                BV,
+                DECAY,
+                DELTA,
+                DOT,
+            )
+            dquery += of_query
+            dkey += of_key
+    else:
+        dquery, dkey = _of_head(
+            q,
+            k,
+            u,
+            decay,
+            beta,
+            solve,
+            do,
+            du,
+            on_reads,
+            on_erases,
+            states,
+            dstates,
+            ddecay,
+            dbeta,
+            scale,
+            T,
+            H,
+            G,
+            K,
+            V,
+            levels,
+            chunk,
+            part,
+            source * G,
+            t,
+            inside,
+            C,
+            BK,
+            BV,
+            DECAY,
+            DELTA,
+            DOT,
+        )
     put(dq, dquery, t, inside, source, H // G, K, BK, here)
     put(dk, dkey, t, inside, source, H // G, K, BK, here)

@@ -29,13 +29,12 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     tile_transposed,
 )
 
-COUNTS = ["H", "G"]  # no kernel is compiled anew for another number of heads
+# No kernel is compiled anew for another number of heads; and a loop over a constant number of levels would be unrolled, beyond all registers.
+COUNTS = ["H", "G", "levels"]
 
 
 @triton.jit
-def _scores_by_channel(
-    q, k, decay, t, inside, h, H, G, K, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr
-):
+def _scores_by_channel(q, k, decay, t, inside, h, H, G, K, levels, C: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr):
     """R and sum_c k_t k_i e^{g_t - g_i} below the diagonal -> [C, C] each"""
     rows = tl.arange(0, C)
     reads = tl.zeros((C, C), dtype=tl.float32)
@@ -47,7 +46,7 @@ def _scores_by_channel(
         high_columns, low_columns = split(decays_transposed(decay, t, inside, h, H, K, BK, offset), DOT)
         itself = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)
         reads += tl.where(rows[:, None] == rows[None, :], itself[:, None], 0.0)
-        for level in range(LEVELS):
+        for level in range(levels):
             spans, pairs = pair_spans(level, C)
             spans_columns, _ = pair_spans_transposed(level, C)
             fade = tl.exp(add_rows(spans, high, low, DOT))
@@ -78,10 +77,10 @@ def prepare(
     G,
     K,
     V,
+    levels,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    LEVELS: tl.constexpr,
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
     SOLVED: tl.constexpr,
@@ -94,7 +93,7 @@ def prepare(
     dtype = k.dtype.element_ty
     if DECAY == HEAD:
         g = sums(decay, t, inside, h, H, DECAY, C)
-        last = last_of(g, C)
+        last = tl.sum(tl.where(rows == C - 1, g, 0.0), 0)
         from_start = tl.exp(g.to(tl.float32))
         tl.store(reader + t * H + h, from_start, mask=inside)
         tl.store(writer + t * H + h, tl.exp((last - g).to(tl.float32)), mask=inside)
@@ -103,7 +102,7 @@ def prepare(
         b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
     if not SOLVED:
         if DECAY == CHANNEL:
-            reads, recalls = _scores_by_channel(q, k, decay, t, inside, h, H, G, K, C, BK, LEVELS, DELTA, DOT)
+            reads, recalls = _scores_by_channel(q, k, decay, t, inside, h, H, G, K, levels, C, BK, DELTA, DOT)
             put(scores, reads, t, inside, h, H, C, C, 0)
         if DELTA:
             if DECAY == CHANNEL:

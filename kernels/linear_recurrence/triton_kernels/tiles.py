@@ -65,11 +65,8 @@ def sums(decay, t, inside, h, H, DECAY: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def last_of(g, C: tl.constexpr):
-    """The last row of g [C] or [C, ...]."""
-    rows = tl.arange(0, C)
-    if len(g.shape) == 1:
-        return tl.sum(tl.where(rows == C - 1, g, 0.0), 0)
-    return tl.sum(tl.where((rows == C - 1)[:, None], g, 0.0), 0)
+    """The last row of g [C, B]."""
+    return tl.sum(tl.where((tl.arange(0, C) == C - 1)[:, None], g, 0.0), 0)
 
 
 @triton.jit
@@ -85,7 +82,9 @@ def products_of_rows(x, y, t, inside, head, heads, K, C: tl.constexpr, BK: tl.co
     """sum_c x_tc y_ic -> [C, C], for x and y [T, heads, K]"""
     total = tl.zeros((C, C), dtype=tl.float32)
     for offset in range(0, K, BK):
-        total += tl.dot(tile(x, t, inside, head, heads, K, BK, offset), tile_transposed(y, t, inside, head, heads, K, BK, offset), input_precision=DOT)
+        total += tl.dot(
+            tile(x, t, inside, head, heads, K, BK, offset), tile_transposed(y, t, inside, head, heads, K, BK, offset), input_precision=DOT
+        )
     return total
 
 
