@@ -252,32 +252,33 @@ def _of_head(
     if DELTA:
         b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
     # Through the scores, added to the same three; but for a token's score with itself, which does not decay.
-    on_read = tile(on_reads, t, inside, h, H, C, C, 0)
-    on_read_columns = tile_transposed(on_reads, t, inside, h, H, C, C, 0)
-    own = tl.sum(tl.where(rows[:, None] == rows[None, :], on_read, 0.0).to(tl.float32), 1)[:, None]
-    if DELTA:
-        on_erase = tile(on_erases, t, inside, h, H, C, C, 0)
-        on_erase_columns = tile_transposed(on_erases, t, inside, h, H, C, C, 0)
+    own = tl.load(on_reads + (t * H + h) * C + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
     if DECAY == CHANNEL:
         for level in range(levels):
             spans, pairs = pair_spans(level, C)
             _, pairs_columns = pair_spans_transposed(level, C)
             fade = tl.exp(add_rows(spans, high, low, DOT))
             far_key = key * fade
-            reading += fade * tl.dot(tl.where(pairs, on_read, 0.0).to(dtype), far_key.to(dtype), input_precision=DOT)
-            onto = tl.dot(tl.where(pairs_columns, on_read_columns, 0.0).to(dtype), (query * fade).to(dtype), input_precision=DOT)
+            on_read = tl.where(pairs, tile(on_reads, t, inside, h, H, C, C, 0), 0.0).to(dtype)
+            reading += fade * tl.dot(on_read, far_key.to(dtype), input_precision=DOT)
+            on_read = tl.where(pairs_columns, tile_transposed(on_reads, t, inside, h, H, C, C, 0), 0.0).to(dtype)
+            onto = tl.dot(on_read, (query * fade).to(dtype), input_precision=DOT)
             if DELTA:
-                erasing += fade * tl.dot(tl.where(pairs, on_erase, 0.0).to(dtype), far_key.to(dtype), input_precision=DOT)
-                far_erase = (far_key * b[:, None]).to(dtype)
-                onto += tl.dot(tl.where(pairs_columns, on_erase_columns, 0.0).to(dtype), far_erase, input_precision=DOT)
+                on_erase = tl.where(pairs, tile(on_erases, t, inside, h, H, C, C, 0), 0.0).to(dtype)
+                erasing += fade * tl.dot(on_erase, far_key.to(dtype), input_precision=DOT)
+                on_erase = tl.where(pairs_columns, tile_transposed(on_erases, t, inside, h, H, C, C, 0), 0.0).to(dtype)
+                onto += tl.dot(on_erase, (far_key * b[:, None]).to(dtype), input_precision=DOT)
             storing += fade * onto
     else:
+        on_read = tile(on_reads, t, inside, h, H, C, C, 0)
+        on_read_columns = tile_transposed(on_reads, t, inside, h, H, C, C, 0)
         before, after = rows[:, None] > rows[None, :], rows[:, None] < rows[None, :]
         reading += tl.dot(tl.where(before, on_read, 0.0).to(dtype), key, input_precision=DOT)
         storing += tl.dot(tl.where(after, on_read_columns, 0.0).to(dtype), query, input_precision=DOT)
         if DELTA:
-            erasing += tl.dot(on_erase, key, input_precision=DOT)
-            storing += tl.dot(on_erase_columns, (key * b[:, None]).to(dtype), input_precision=DOT)
+            erasing += tl.dot(tile(on_erases, t, inside, h, H, C, C, 0), key, input_precision=DOT)
+            erased = tile_transposed(on_erases, t, inside, h, H, C, C, 0)
+            storing += tl.dot(erased, (key * b[:, None]).to(dtype), input_precision=DOT)
     dkey = storing + own * query
     of_decay = reading * query - storing * key  # of g_t
     if DELTA:
