@@ -11,6 +11,8 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     add_rows,
     decays,
     fade_between,
+    first_level,
+    from_middle,
     last_of,
     pair_spans,
     pair_spans_transposed,
@@ -23,6 +25,7 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     sums,
     tile,
     tile_transposed,
+    to_middle,
 )
 
 
@@ -239,7 +242,8 @@ def _of_head(
         erasing *= from_start
         fading *= tl.exp(last.to(tl.float32))
     if DECAY == CHANNEL:
-        high, low = split(decays(decay, t, inside, h, H, K, BK, here), DOT)
+        decayed = decays(decay, t, inside, h, H, K, BK, here)
+        high, low = split(decayed, DOT)
         g_channels = add_rows(rows[:, None] >= rows[None, :], high, low, DOT)
         from_start_channels = tl.exp(g_channels)
         reading *= from_start_channels
@@ -254,21 +258,24 @@ def _of_head(
     # Through the scores, added to the same three; but for a token's score with itself, which does not decay.
     own = tl.load(on_reads + (t * H + h) * C + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
     if DECAY == CHANNEL:
-        for level in range(levels):
-            spans, pairs = pair_spans(level, C)
-            _, pairs_columns = pair_spans_transposed(level, C)
-            fade = tl.exp(add_rows(spans, high, low, DOT))
-            far_key = key * fade
+        first, all_pairs = first_level(decayed, dtype, C)
+        for level in range(first, levels):
+            spans, odd, pairs = pair_spans(level, all_pairs, C)
+            _, _, pairs_columns = pair_spans_transposed(level, all_pairs, C)
+            span = add_rows(spans, high, low, DOT)
+            later, earlier = from_middle(span, odd, all_pairs), to_middle(span, odd, all_pairs)
+            all_pairs = level < 0
+            far = (key * earlier).to(dtype)
             on_read = tl.where(pairs, tile(on_reads, t, inside, h, H, C, C, 0), 0.0).to(dtype)
-            reading += fade * tl.dot(on_read, far_key.to(dtype), input_precision=DOT)
+            reading += later * tl.dot(on_read, far, input_precision=DOT)
             on_read = tl.where(pairs_columns, tile_transposed(on_reads, t, inside, h, H, C, C, 0), 0.0).to(dtype)
-            onto = tl.dot(on_read, (query * fade).to(dtype), input_precision=DOT)
+            onto = tl.dot(on_read, (query * later).to(dtype), input_precision=DOT)
             if DELTA:
                 on_erase = tl.where(pairs, tile(on_erases, t, inside, h, H, C, C, 0), 0.0).to(dtype)
-                erasing += fade * tl.dot(on_erase, far_key.to(dtype), input_precision=DOT)
+                erasing += later * tl.dot(on_erase, far, input_precision=DOT)
                 on_erase = tl.where(pairs_columns, tile_transposed(on_erases, t, inside, h, H, C, C, 0), 0.0).to(dtype)
-                onto += tl.dot(on_erase, (far_key * b[:, None]).to(dtype), input_precision=DOT)
-            storing += fade * onto
+                onto += tl.dot(on_erase, (key * later * b[:, None]).to(dtype), input_precision=DOT)
+            storing += earlier * onto
     else:
         on_read = tile(on_reads, t, inside, h, H, C, C, 0)
         on_read_columns = tile_transposed(on_reads, t, inside, h, H, C, C, 0)

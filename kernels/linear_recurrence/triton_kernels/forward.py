@@ -15,6 +15,8 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     decays,
     decays_transposed,
     fade_between,
+    first_level,
+    from_middle,
     inverse_of,
     last_of,
     pair_spans,
@@ -27,6 +29,7 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     sums,
     tile,
     tile_transposed,
+    to_middle,
 )
 
 # No kernel is compiled anew for another number of heads; and a loop over a constant number of levels would be unrolled, beyond all registers.
@@ -42,18 +45,22 @@ def _scores_by_channel(q, k, decay, t, inside, h, H, G, K, levels, C: tl.constex
     for offset in range(0, K, BK):
         query, key = tile(q, t, inside, h // G, H // G, K, BK, offset), tile(k, t, inside, h // G, H // G, K, BK, offset)
         key_columns = tile_transposed(k, t, inside, h // G, H // G, K, BK, offset)
-        high, low = split(decays(decay, t, inside, h, H, K, BK, offset), DOT)
+        decayed = decays(decay, t, inside, h, H, K, BK, offset)
+        high, low = split(decayed, DOT)
         high_columns, low_columns = split(decays_transposed(decay, t, inside, h, H, K, BK, offset), DOT)
         itself = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)
         reads += tl.where(rows[:, None] == rows[None, :], itself[:, None], 0.0)
-        for level in range(levels):
-            spans, pairs = pair_spans(level, C)
-            spans_columns, _ = pair_spans_transposed(level, C)
-            fade = tl.exp(add_rows(spans, high, low, DOT))
-            far = (key_columns * tl.exp(add_columns(high_columns, low_columns, spans_columns, DOT))).to(k.dtype.element_ty)
-            reads += tl.where(pairs, tl.dot((query * fade).to(k.dtype.element_ty), far, input_precision=DOT), 0.0)
+        first, all_pairs = first_level(decayed, k.dtype.element_ty, C)
+        for level in range(first, levels):
+            spans, odd, pairs = pair_spans(level, all_pairs, C)
+            later = from_middle(add_rows(spans, high, low, DOT), odd, all_pairs)
+            spans, odd, _ = pair_spans_transposed(level, all_pairs, C)
+            earlier = key_columns * to_middle(add_columns(high_columns, low_columns, spans, DOT), odd, all_pairs)
+            earlier = earlier.to(k.dtype.element_ty)
+            reads += tl.where(pairs, tl.dot((query * later).to(k.dtype.element_ty), earlier, input_precision=DOT), 0.0)
             if DELTA:
-                recalls += tl.where(pairs, tl.dot((key * fade).to(k.dtype.element_ty), far, input_precision=DOT), 0.0)
+                recalls += tl.where(pairs, tl.dot((key * later).to(k.dtype.element_ty), earlier, input_precision=DOT), 0.0)
+            all_pairs = level < 0
     return reads, recalls
 
 

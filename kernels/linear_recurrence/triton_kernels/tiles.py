@@ -132,30 +132,62 @@ def decays_transposed(decay, t, inside, h, H, K, B: tl.constexpr, offset):
 
 
 @triton.jit
-def pair_spans(level, C: tl.constexpr):
-    """Which rows [C, C] to sum for e^{g_t - g_i} between rows of neighbouring blocks of 2^level rows, and between which [t, i].
+def first_level(x, dtype, C: tl.constexpr):
+    """The level that pairs start from, and whether they start with all pairs of its blocks (see pair_spans); decays x [C, B].
 
-    e^{g_t - g_i} cannot be split into e^{g_t} e^{-g_i}, which overflows. But rows i < t that agree in all bits above `level` and differ in this
-    one lie on two sides of the point where t's block begins: what decays from i up to there, and from there to t, are two sums of decays,
-    each <= 0, one of t and one of i. Every pair is on one of log2(C) levels, so all decays between rows are exact, however strong.
+    dtype: of the products. Their numbers may be e^bound times as large or as small as they come.
+    """
+    # float32 has the range of bfloat16, but is to keep more of an exponent; float16 has little range.
+    bound: tl.constexpr = 60.0 if dtype == tl.bfloat16 else 16.0 if dtype == tl.float32 else 4.0
+    by_8 = tl.sum(tl.reshape(x, (C // 8, 8, x.shape[1])), 1)
+    by_16 = tl.sum(tl.reshape(by_8, (C // 16, 2, x.shape[1])), 1)
+    by_32 = tl.sum(tl.reshape(by_16, (C // 32, 2, x.shape[1])), 1)
+    level = tl.where(tl.min(tl.min(by_8, 1), 0) > -bound, 3, 0)
+    level = tl.where(tl.min(tl.min(by_16, 1), 0) > -bound, 4, level)
+    level = tl.where(tl.min(tl.min(by_32, 1), 0) > -bound, 5, level)
+    return level, level > 0
+
+
+@triton.jit
+def pair_spans(level, all_pairs, C: tl.constexpr):
+    """What e^{g_t - g_i} is made of between rows i < t of one block of 2^(level + 1), and between which it is right [t, i].
+
+    It cannot be split into e^{g_t} e^{-g_i}, which overflows. But what decays from i up to the middle of the block, and from there to t, are
+    sums of decays <= 0 where the middle lies between the two: there the split is exact, however strong the decays. Every pair has a middle
+    between its rows on one of log2(C) levels. And with `all_pairs` the others of the block are right too, though one exponent is then
+    positive: where the decays of half a block add up to a number whose exponential is well inside a type's range, as most do.
+
+    Returns which rows j to sum for row t [t, j], whether t comes after the middle [t, 1], and the pairs.
     """
     rows = tl.arange(0, C)
     t, j = rows[:, None], rows[None, :]
     odd = ((t >> level) & 1) == 1
-    together = (t >> level) == (j >> level)
-    # of a row in an odd block from its beginning, of one in an even block what follows up to its end
-    spans = together & (odd == (j <= t))
-    return spans, odd & ((t >> level) == (j >> level) + 1)
+    spans = ((t >> level) == (j >> level)) & (odd == (j <= t))
+    pairs = ((t >> (level + 1)) == (j >> (level + 1))) & (j < t) & (all_pairs | (odd & ((t >> level) != (j >> level))))
+    return spans, odd, pairs
 
 
 @triton.jit
-def pair_spans_transposed(level, C: tl.constexpr):
-    """As pair_spans: [j, t] and [i, t]"""
+def pair_spans_transposed(level, all_pairs, C: tl.constexpr):
+    """As pair_spans: [j, t], [1, t] and [i, t]"""
     rows = tl.arange(0, C)
     j, t = rows[:, None], rows[None, :]
     odd = ((t >> level) & 1) == 1
-    together = (t >> level) == (j >> level)
-    return together & (odd == (j <= t)), odd & ((t >> level) == (j >> level) + 1)
+    spans = ((t >> level) == (j >> level)) & (odd == (j <= t))
+    pairs = ((t >> (level + 1)) == (j >> (level + 1))) & (j < t) & (all_pairs | (odd & ((t >> level) != (j >> level))))
+    return spans, odd, pairs
+
+
+@triton.jit
+def from_middle(span, odd, all_pairs):
+    """The factor of a row as the later of a pair, from what decays between it and the middle; 0 where it is never that."""
+    return tl.exp(tl.where(odd, span, tl.where(all_pairs, -span, LOWEST)))
+
+
+@triton.jit
+def to_middle(span, odd, all_pairs):
+    """As from_middle, as the earlier."""
+    return tl.exp(tl.where(odd, tl.where(all_pairs, -span, LOWEST), span))
 
 
 @triton.jit
