@@ -99,6 +99,7 @@ class _Prepared(NamedTuple):
 
     scores: Tensor | None  # [T, H, C]
     solve: Tensor | None  # [T, H, C]
+    firsts: Tensor | None  # [chunks, H]
     w: Tensor | None  # [T, H, K]
     u: Tensor  # [T, H, V]
     reader: Tensor | None  # [T, H, K] or [T, H]
@@ -114,15 +115,16 @@ def _prepared(
     beta: Tensor | None,
     chunks: Chunks,
     shapes: _Shapes,
-    solved: tuple[Tensor | None, Tensor | None] | None = None,
+    solved: tuple[Tensor | None, ...] | None = None,
 ) -> _Prepared:
-    """solved: scores and T of an earlier call."""
+    """solved: the first three of an earlier call."""
     count, (tokens, heads) = len(chunks.starts), v.shape[:2]
     if decay is None and beta is None:
-        return _Prepared(None, None, None, v, None, None, None)
-    scores, solve = solved or (
+        return _Prepared(None, None, None, None, v, None, None, None)
+    scores, solve, firsts = solved or (
         k.new_empty(tokens, heads, CHUNK) if shapes.decay == 2 else None,
         k.new_empty(tokens, heads, CHUNK) if shapes.delta else None,
+        k.new_empty(count, heads, dtype=torch.int32) if shapes.decay == 2 else None,
     )
     w, u = (k.new_empty(tokens, heads, shapes.key), torch.empty_like(v)) if shapes.delta else (None, v)
     reader = writer = fade = None
@@ -131,7 +133,7 @@ def _prepared(
         fade = k.new_empty(count, heads, shapes.key, dtype=torch.float32)
     elif shapes.decay == 1:
         reader, writer, fade = (k.new_empty(n, heads, dtype=torch.float32) for n in (tokens, tokens, count))
-    made = _Prepared(scores, solve, w, u, reader, writer, fade)
+    made = _Prepared(scores, solve, firsts, w, u, reader, writer, fade)
     if count:
         options = shapes.options(DELTA=shapes.delta, SOLVED=solved is not None, num_stages=1)
         forward.prepare[count, heads](q, k, v, decay, beta, chunks.starts, chunks.stops, *made, *shapes.numbers, LEVELS, **options)
@@ -164,18 +166,18 @@ class _Recurrence(torch.autograd.Function):
         if len(chunks.starts):
             args = q, k, made.u, decay, made.scores, made.reader, states, chunks.starts, chunks.stops, output, scale
             forward.read[len(chunks.starts), shapes.heads](*args, *shapes.numbers, **shapes.options())
-        ctx.save_for_backward(q, k, v, decay, beta, initial, made.scores, made.solve)
+        ctx.save_for_backward(q, k, v, decay, beta, initial, *made[:3])
         ctx.chunks, ctx.shapes, ctx.scale = chunks, shapes, scale
         return output, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, decay, beta, initial, scores, solve = ctx.saved_tensors
+        q, k, v, decay, beta, initial, scores, solve, firsts = ctx.saved_tensors
         chunks, shapes, scale = ctx.chunks, ctx.shapes, ctx.scale
         do, dfinal = (grad.contiguous() for grad in grads)
         count, (tokens, heads), spans = len(chunks.starts), v.shape[:2], chunks[:2]
-        made = _prepared(q, k, v, decay, beta, chunks, shapes, (scores, solve))
+        made = _prepared(q, k, v, decay, beta, chunks, shapes, (scores, solve, firsts))
         states, _ = _passed(k, initial, chunks, shapes, made)
         du, dinitial, dstates = torch.empty_like(v), torch.empty_like(initial), torch.empty_like(states)
         if count:
@@ -185,7 +187,7 @@ class _Recurrence(torch.autograd.Function):
             options = shapes.narrow()
             args = q, k, made.w, made.reader, made.writer, made.fade, do, du, chunks.cuts, chunks.bounds, dfinal, dstates, dinitial, scale
             backward.pass_gradients[len(initial), heads, triton.cdiv(shapes.value, options["BV"])](*args, *shapes.numbers, **options)
-        u = made.u
+        u, fade = made.u, made.fade
         del made  # W and the faded queries and keys are as large as the inputs
         options = shapes.options(key=64, DELTA=shapes.delta, num_stages=1)
         parts = triton.cdiv(shapes.key, options["BK"])
@@ -203,7 +205,29 @@ class _Recurrence(torch.autograd.Function):
             narrow = {name: value for name, value in options.items() if name != "BK"}
             args = v, u, decay, beta, solve, do, du, *spans, on_reads, on_erases, dv, direct, scale
             backward.score_gradients[count, heads](*args, heads, shapes.value, **narrow)
-            args = q, k, u, decay, beta, solve, do, du, on_reads, on_erases, states, dstates, *spans, dq, dk, ddecay, dbeta, scale, tokens
+            args = (
+                q,
+                k,
+                u,
+                decay,
+                beta,
+                solve,
+                firsts,
+                fade,
+                do,
+                du,
+                on_reads,
+                on_erases,
+                states,
+                dstates,
+                *spans,
+                dq,
+                dk,
+                ddecay,
+                dbeta,
+                scale,
+                tokens,
+            )
             backward.key_gradients[count * parts, heads // shapes.group](*args, *shapes.numbers, LEVELS, GROUPED=shapes.group > 1, **options)
         if ddecay is not None:
             ddecay = (ddecay.sum(0) if shapes.decay == 1 else ddecay).to(decay.dtype)

@@ -11,9 +11,7 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     add_rows,
     decays,
     fade_between,
-    first_level,
     from_middle,
-    last_of,
     pair_spans,
     pair_spans_transposed,
     products_of_rows,
@@ -186,6 +184,8 @@ def _of_head(
     decay,
     beta,
     solve,
+    firsts,
+    fade,
     do,
     du,
     on_reads,
@@ -242,14 +242,13 @@ def _of_head(
         erasing *= from_start
         fading *= tl.exp(last.to(tl.float32))
     if DECAY == CHANNEL:
-        decayed = decays(decay, t, inside, h, H, K, BK, here)
-        high, low = split(decayed, DOT)
-        g_channels = add_rows(rows[:, None] >= rows[None, :], high, low, DOT)
-        from_start_channels = tl.exp(g_channels)
+        high, low = split(decays(decay, t, inside, h, H, K, BK, here), DOT)
+        from_start_channels = tl.exp(add_rows(rows[:, None] >= rows[None, :], high, low, DOT))
         reading *= from_start_channels
         storing *= tl.exp(add_rows(rows[:, None] < rows[None, :], high, low, DOT))
         erasing *= from_start_channels
-        fading *= tl.exp(last_of(g_channels, C))
+        channels = here + tl.arange(0, BK)
+        fading *= tl.load(fade + (chunk * H + h).to(tl.int64) * K + channels, mask=channels < K, other=0.0)
     reading *= scale
     query, key = tile(q, t, inside, h // G, H // G, K, BK, here), tile(k, t, inside, h // G, H // G, K, BK, here)
     of_chunk = fading + tl.sum(storing * key, 0)  # of g_C
@@ -258,7 +257,8 @@ def _of_head(
     # Through the scores, added to the same three; but for a token's score with itself, which does not decay.
     own = tl.load(on_reads + (t * H + h) * C + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
     if DECAY == CHANNEL:
-        first, all_pairs = first_level(decayed, dtype, C)
+        first = tl.load(firsts + chunk * H + h)
+        all_pairs = first > 0
         for level in range(first, levels):
             spans, odd, pairs = pair_spans(level, all_pairs, C)
             _, _, pairs_columns = pair_spans_transposed(level, all_pairs, C)
@@ -311,6 +311,8 @@ def key_gradients(
     decay,
     beta,
     solve,
+    firsts,
+    fade,
     do,
     du,
     on_reads,
@@ -355,6 +357,8 @@ def key_gradients(
                 decay,
                 beta,
                 solve,
+                firsts,
+                fade,
                 do,
                 du,
                 on_reads,
@@ -392,6 +396,8 @@ def key_gradients(
             decay,
             beta,
             solve,
+            firsts,
+            fade,
             do,
             du,
             on_reads,

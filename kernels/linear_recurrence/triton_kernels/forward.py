@@ -37,7 +37,7 @@ COUNTS = ["H", "G", "levels"]
 
 
 @triton.jit
-def _scores_by_channel(q, k, decay, t, inside, h, H, G, K, levels, C: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr):
+def _scores_by_channel(q, k, decay, t, inside, h, H, G, K, first, levels, C: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr):
     """R and sum_c k_t k_i e^{g_t - g_i} below the diagonal -> [C, C] each"""
     rows = tl.arange(0, C)
     reads = tl.zeros((C, C), dtype=tl.float32)
@@ -45,12 +45,11 @@ def _scores_by_channel(q, k, decay, t, inside, h, H, G, K, levels, C: tl.constex
     for offset in range(0, K, BK):
         query, key = tile(q, t, inside, h // G, H // G, K, BK, offset), tile(k, t, inside, h // G, H // G, K, BK, offset)
         key_columns = tile_transposed(k, t, inside, h // G, H // G, K, BK, offset)
-        decayed = decays(decay, t, inside, h, H, K, BK, offset)
-        high, low = split(decayed, DOT)
+        high, low = split(decays(decay, t, inside, h, H, K, BK, offset), DOT)
         high_columns, low_columns = split(decays_transposed(decay, t, inside, h, H, K, BK, offset), DOT)
         itself = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)
         reads += tl.where(rows[:, None] == rows[None, :], itself[:, None], 0.0)
-        first, all_pairs = first_level(decayed, k.dtype.element_ty, C)
+        all_pairs = first > 0
         for level in range(first, levels):
             spans, odd, pairs = pair_spans(level, all_pairs, C)
             later = from_middle(add_rows(spans, high, low, DOT), odd, all_pairs)
@@ -75,6 +74,7 @@ def prepare(
     stops,
     scores,
     solve,
+    firsts,
     w,
     u,
     reader,
@@ -93,7 +93,8 @@ def prepare(
     SOLVED: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (chunks, H) -> scores = R, solve = T [T, H, C] (read where SOLVED), w [T, H, K], u = U0 [T, H, V], reader, writer, fade"""
+    """Grid (chunks, H) -> scores = R, solve = T [T, H, C], firsts [chunks, H] (int32, of
+    tiles.first_level), which are there already where SOLVED; w [T, H, K], u = U0 [T, H, V], reader, writer, fade"""
     chunk, h = tl.program_id(0), tl.program_id(1)
     t, inside = rows_of(starts, stops, chunk, C)
     rows = tl.arange(0, C)
@@ -109,7 +110,11 @@ def prepare(
         b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
     if not SOLVED:
         if DECAY == CHANNEL:
-            reads, recalls = _scores_by_channel(q, k, decay, t, inside, h, H, G, K, levels, C, BK, DELTA, DOT)
+            first = levels - 1
+            for offset in range(0, K, BK):
+                first = tl.minimum(first, first_level(decays(decay, t, inside, h, H, K, BK, offset), dtype, C))
+            tl.store(firsts + chunk * H + h, first)
+            reads, recalls = _scores_by_channel(q, k, decay, t, inside, h, H, G, K, first, levels, C, BK, DELTA, DOT)
             put(scores, reads, t, inside, h, H, C, C, 0)
         if DELTA:
             if DECAY == CHANNEL:

@@ -105,9 +105,12 @@ def split(x, DOT: tl.constexpr):
 def add_rows(ones, high, low, DOT: tl.constexpr):
     """sum_j ones_tj x_j -> float32; ones [C, C] booleans, x [C, B]."""
     chosen = ones.to(high.dtype)
-    total = tl.dot(chosen, high, input_precision=DOT)
-    if DOT != "ieee":
-        total = tl.dot(chosen, low, total)
+    if DOT == "ieee":
+        return tl.dot(chosen, high, input_precision=DOT)
+    total = tl.zeros(high.shape, dtype=tl.float32)
+    # In a loop: Triton 3.6 lays out a product that it sees go into another one for a tile of twice the rows, and every number is held twice.
+    for part in range(2):
+        total += tl.dot(chosen, tl.where(part == 0, high, low))
     return total
 
 
@@ -115,9 +118,11 @@ def add_rows(ones, high, low, DOT: tl.constexpr):
 def add_columns(high, low, ones, DOT: tl.constexpr):
     """sum_j x_j ones_jt -> float32; x [B, C]. The transpose of add_rows, which must not be transposed itself."""
     chosen = ones.to(high.dtype)
-    total = tl.dot(high, chosen, input_precision=DOT)
-    if DOT != "ieee":
-        total = tl.dot(low, chosen, total)
+    if DOT == "ieee":
+        return tl.dot(high, chosen, input_precision=DOT)
+    total = tl.zeros(high.shape, dtype=tl.float32)
+    for part in range(2):
+        total += tl.dot(tl.where(part == 0, high, low), chosen)
     return total
 
 
@@ -133,7 +138,7 @@ def decays_transposed(decay, t, inside, h, H, K, B: tl.constexpr, offset):
 
 @triton.jit
 def first_level(x, dtype, C: tl.constexpr):
-    """The level that pairs start from, and whether they start with all pairs of its blocks (see pair_spans); decays x [C, B].
+    """The level that pairs start from (see pair_spans): above 0 with all pairs of its blocks; decays x [C, B].
 
     dtype: of the products. Their numbers may be e^bound times as large or as small as they come.
     """
@@ -144,8 +149,7 @@ def first_level(x, dtype, C: tl.constexpr):
     by_32 = tl.sum(tl.reshape(by_16, (C // 32, 2, x.shape[1])), 1)
     level = tl.where(tl.min(tl.min(by_8, 1), 0) > -bound, 3, 0)
     level = tl.where(tl.min(tl.min(by_16, 1), 0) > -bound, 4, level)
-    level = tl.where(tl.min(tl.min(by_32, 1), 0) > -bound, 5, level)
-    return level, level > 0
+    return tl.where(tl.min(tl.min(by_32, 1), 0) > -bound, 5, level)
 
 
 @triton.jit
