@@ -135,7 +135,7 @@ def _prepared(
         reader, writer, fade = (k.new_empty(n, heads, dtype=torch.float32) for n in (tokens, tokens, count))
     made = _Prepared(scores, solve, firsts, w, u, reader, writer, fade)
     if count:
-        options = shapes.options(DELTA=shapes.delta, SOLVED=solved is not None, num_stages=1)
+        options = shapes.options(key=64, DELTA=shapes.delta, SOLVED=solved is not None, num_stages=1)
         forward.prepare[count, heads](q, k, v, decay, beta, chunks.starts, chunks.stops, *made, *shapes.numbers, LEVELS, **options)
     return made
 

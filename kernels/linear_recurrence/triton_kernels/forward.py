@@ -121,7 +121,7 @@ def prepare(
                 a = recalls
             else:
                 a = products_of_rows(k, k, t, inside, h // G, H // G, K, C, BK, DOT) * fade_between(sums(decay, t, inside, h, H, DECAY, C), C, True)
-            inverse = inverse_of(a * b[:, None], C).to(dtype)
+            inverse = inverse_of(a * b[:, None], C, DOT).to(dtype)
             put(solve, inverse, t, inside, h, H, C, C, 0)
     elif DELTA:
         inverse = tile(solve, t, inside, h, H, C, C, 0)

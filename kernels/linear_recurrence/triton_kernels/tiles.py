@@ -195,13 +195,14 @@ def to_middle(span, odd, all_pairs):
 
 
 @triton.jit
-def inverse_of(a, C: tl.constexpr):
+def inverse_of(a, C: tl.constexpr, DOT: tl.constexpr):
     """(I + a)^{-1} for a strictly lower triangular a [C, C], float32.
 
     Blocks of 16 on the diagonal are solved row by row. With their inverse D and the blocks L below the diagonal,
     (I + a)^{-1} = (I + D L)^{-1} D, where M = D L has no more than C / 16 - 1 powers: (I - M)(I + M^2) for C = 64. Powers of a itself
-    would grow like binomial coefficients where keys repeat.
+    would grow like binomial coefficients where keys repeat. What is rounded to 16 bits next needs no more than TF32.
     """
+    precision: tl.constexpr = "tf32x3" if DOT == "ieee" else DOT
     n: tl.constexpr = C // BLOCK
     block = tl.arange(0, n)
     diagonal = block[:, None, None, None] == block[None, None, :, None]
@@ -214,6 +215,6 @@ def inverse_of(a, C: tl.constexpr):
     rows = tl.arange(0, C)
     d = tl.reshape(tl.where(diagonal, x[:, :, None, :], 0.0), (C, C)) + (rows[:, None] == rows[None, :]).to(tl.float32)
     below = tl.where(rows[:, None] // BLOCK > rows[None, :] // BLOCK, a, 0.0)
-    m = tl.dot(d, below, input_precision="tf32x3")
-    y = d - tl.dot(m, d, input_precision="tf32x3")
-    return y + tl.dot(tl.dot(m, m, input_precision="tf32x3"), y, input_precision="tf32x3")
+    m = tl.dot(d, below, input_precision=precision)
+    y = d - tl.dot(m, d, input_precision=precision)
+    return y + tl.dot(tl.dot(m, m, input_precision=precision), y, input_precision=precision)
