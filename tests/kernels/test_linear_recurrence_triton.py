@@ -7,12 +7,14 @@ import torch
 
 from ltrain.kernels.linear_recurrence import linear_recurrence
 from tests.kernels.interpreter import DEVICE, GPU, on_gpu, runs
-from tests.kernels.test_linear_recurrence import cu, inputs
+from tests.kernels.test_linear_recurrence import BOTH, cu, inputs
 
 
-def compare(lengths, tolerance, *, dtype=torch.float32, with_map=False, **kwargs):
+def compare(lengths, tolerance, *, dtype=torch.float32, with_map=False, reset=(), **kwargs):
     """Output, final state and every gradient, relative RMS below `tolerance`, of the same rounded inputs."""
     x = inputs(lengths, dtype=dtype, **kwargs)
+    for token in reset:
+        x[3].data[token] = -1e9
     x[3:] = [None if t is None else t.detach().float().requires_grad_() for t in x[3:]]
     x = [None if t is None else t.detach().to(DEVICE).requires_grad_() for t in x]
     wide = [None if t is None else t.detach().double().requires_grad_() for t in x]
@@ -35,11 +37,17 @@ def compare(lengths, tolerance, *, dtype=torch.float32, with_map=False, **kwargs
         assert error < tolerance, f"{name}: relative error {error:.2e}"
 
 
+def expected_level(decay):
+    """The level of `tiles.first_level` for float32, for one chunk [64, H, K]."""
+    sums = [decay.unflatten(0, (-1, size)).sum(1).min() for size in (32, 16, 8)]
+    return next((level for level, total in zip((5, 4, 3), sums, strict=True) if total > -16), 0)
+
+
 MIXED = [64, 0, 65, 1, 63]
 
 
 @runs
-@pytest.mark.parametrize(("decay", "delta"), [("head", True), ("none", True), ("head", False), ("none", False)])
+@pytest.mark.parametrize(("decay", "delta"), BOTH)
 def test_updates_and_decays(decay, delta):
     compare([65, 2], 1e-5, heads=1, group=2, width=16, value_width=16, decay=decay, delta=delta)
 
@@ -51,18 +59,43 @@ def test_decay_levels(level):
 
 
 @runs
-def test_widths_that_are_no_powers_of_two_and_empty_segments():
-    compare(MIXED, 1e-5, heads=1, group=2, width=20, value_width=40)
+@pytest.mark.parametrize(("level", "first"), [(-1e-6, 5), (-0.7, 5), (-1.4, 4), (-2.5, 3), (-5.0, 0), (-40.0, 0), (-1000.0, 0), (None, 0)])
+def test_decay_levels_per_channel(level, first):
+    """Every level that pairs of tokens may start from,."""
+    x = inputs([64], heads=1, width=16, value_width=16, decay="channel", level=level)[3]
+    assert expected_level(x.detach()) == first
+    compare([64], 1e-5, heads=1, width=16, value_width=16, decay="channel", level=level)
 
 
 @runs
-def test_half_precision():
-    compare([130], 5e-3, heads=1, width=16, value_width=16, dtype=torch.float16)
+@pytest.mark.parametrize("delta", [True, False])
+def test_tokens_that_are_reset_per_channel(delta):
+    """Decays of -1e9 between decays near 0: what is left of an exponent after them is exact."""
+    compare([66, 3], 1e-5, heads=1, width=16, value_width=16, decay="channel", level=-0.5, delta=delta, reset=(5, 6, 40, 63))
 
 
 @runs
-def test_segment_map():
-    compare([65, 3], 1e-5, heads=1, width=16, value_width=24, with_map=True)
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_widths_that_are_no_powers_of_two_and_empty_segments(decay):
+    compare(MIXED, 1e-5, heads=1, group=2, width=20, value_width=40, decay=decay)
+
+
+@runs
+@pytest.mark.parametrize(("width", "value_width"), [(256, 16), (16, 256)])
+def test_wide_heads(width, value_width):
+    compare([66], 1e-5, heads=1, width=width, value_width=value_width, decay="channel")
+
+
+@runs
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_half_precision(decay):
+    compare([130], 5e-3, heads=1, width=16, value_width=16, dtype=torch.float16, decay=decay)
+
+
+@runs
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_segment_map(decay):
+    compare([65, 3], 1e-5, heads=1, width=16, value_width=24, with_map=True, decay=decay)
 
 
 @runs
@@ -84,8 +117,7 @@ def test_repeated_keys():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"v": torch.zeros(10, 4, 130)}, "at most 128"),
-        ({"decay": torch.zeros(10, 4, 8)}, "not per channel"),
+        ({"v": torch.zeros(10, 4, 257)}, "at most 256"),
         ({"q": torch.zeros(10, 2, 8).half()}, "one type"),
         ({"chunk": 32}, "chunks of 64"),
     ],
@@ -98,11 +130,14 @@ def test_refusals(change, words):
 
 
 @on_gpu
-@pytest.mark.parametrize(("width", "value_width"), [(16, 16), (32, 48), (60, 60), (64, 64), (64, 128), (128, 64), (128, 128)])
+@pytest.mark.parametrize(("decay", "delta"), BOTH)
+@pytest.mark.parametrize(
+    ("width", "value_width"), [(16, 16), (32, 48), (60, 60), (64, 64), (64, 128), (128, 64), (128, 128), (192, 96), (128, 256), (256, 256)]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
-def test_every_shape_on_the_gpu(width, value_width, dtype, tolerance):
-    for lengths, group, level in itertools.product([[500], MIXED, [1] * 70], [1, 8], [-1e-3, -5.0, None]):
-        compare(lengths, tolerance, heads=2, group=group, width=width, value_width=value_width, dtype=dtype, level=level)
+def test_every_shape_on_the_gpu(width, value_width, dtype, tolerance, decay, delta):
+    for lengths, group, level in itertools.product([[500], MIXED, [1] * 70], [1, 8], [-1e-3, -1.0, -5.0, None]):
+        compare(lengths, tolerance, heads=2, group=group, width=width, value_width=value_width, dtype=dtype, level=level, decay=decay, delta=delta)
 
 
 @on_gpu

@@ -242,7 +242,7 @@ def _of_head(
         erasing *= from_start
         fading *= tl.exp(last.to(tl.float32))
     if DECAY == CHANNEL:
-        high, low = split(decays(decay, t, inside, h, H, K, BK, here), DOT)
+        high, low = split(decays(decay, t, inside, h, H, K, BK, here), k.dtype.element_ty)
         from_start_channels = tl.exp(add_rows(rows[:, None] >= rows[None, :], high, low, DOT))
         reading *= from_start_channels
         storing *= tl.exp(add_rows(rows[:, None] < rows[None, :], high, low, DOT))
@@ -298,7 +298,7 @@ def _of_head(
         total = tl.cumsum(tl.sum(of_decay, 1), 0, reverse=True) + tl.sum(of_chunk, 0)
         tl.store(ddecay + (part * T + t) * H + h, total, mask=inside)
     if DECAY == CHANNEL:
-        high, low = split(of_decay, DOT)
+        high, low = split(of_decay, k.dtype.element_ty)
         put(ddecay, add_rows(rows[:, None] <= rows[None, :], high, low, DOT) + of_chunk[None, :], t, inside, h, H, K, BK, here)
     return reading + own * key, dkey
 

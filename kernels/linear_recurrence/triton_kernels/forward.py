@@ -45,8 +45,8 @@ def _scores_by_channel(q, k, decay, t, inside, h, H, G, K, first, levels, C: tl.
     for offset in range(0, K, BK):
         query, key = tile(q, t, inside, h // G, H // G, K, BK, offset), tile(k, t, inside, h // G, H // G, K, BK, offset)
         key_columns = tile_transposed(k, t, inside, h // G, H // G, K, BK, offset)
-        high, low = split(decays(decay, t, inside, h, H, K, BK, offset), DOT)
-        high_columns, low_columns = split(decays_transposed(decay, t, inside, h, H, K, BK, offset), DOT)
+        high, low = split(decays(decay, t, inside, h, H, K, BK, offset), k.dtype.element_ty)
+        high_columns, low_columns = split(decays_transposed(decay, t, inside, h, H, K, BK, offset), k.dtype.element_ty)
         itself = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)
         reads += tl.where(rows[:, None] == rows[None, :], itself[:, None], 0.0)
         all_pairs = first > 0
@@ -129,7 +129,7 @@ def prepare(
         for offset in range(0, K, BK):
             key = tile(k, t, inside, h // G, H // G, K, BK, offset)
             if DECAY == CHANNEL:
-                high, low = split(decays(decay, t, inside, h, H, K, BK, offset), DOT)
+                high, low = split(decays(decay, t, inside, h, H, K, BK, offset), k.dtype.element_ty)
                 g_channels = add_rows(rows[:, None] >= rows[None, :], high, low, DOT)
                 columns = offset + tl.arange(0, BK)
                 tl.store(fade + (chunk * H + h).to(tl.int64) * K + columns, tl.exp(last_of(g_channels, C)), mask=columns < K)

@@ -88,29 +88,33 @@ def products_of_rows(x, y, t, inside, head, heads, K, C: tl.constexpr, BK: tl.co
     return total
 
 
-# Decays per channel. A sum over rows is a product with a matrix of zeros and ones, which the tensor cores do at once for all rows; a number
-# goes in as the sum of two bfloat16, which hold 16 of its bits: nothing cancels in a sum of decays, so that is its relative error.
+# Decays per channel. A sum over rows is a product with a matrix of zeros and ones, which the tensor cores do at once for all rows. Beside
+# bfloat16 a number goes in as the sum of two, which hold 16 of its bits: nothing cancels in a sum of decays, so that is its relative error.
 
 
 @triton.jit
-def split(x, DOT: tl.constexpr):
-    """x as two numbers that products take: high and low, or x and nothing where they are exact."""
-    if DOT == "ieee":
-        return x, x
-    high = x.to(tl.bfloat16)
-    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+def split(x, dtype):
+    """x, float32, as what add_rows takes; dtype: of the inputs."""
+    if dtype == tl.bfloat16:
+        high = x.to(tl.bfloat16)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    else:
+        high = x
+        low = x  # unused
+    return high, low
 
 
 @triton.jit
 def add_rows(ones, high, low, DOT: tl.constexpr):
     """sum_j ones_tj x_j -> float32; ones [C, C] booleans, x [C, B]."""
     chosen = ones.to(high.dtype)
-    if DOT == "ieee":
-        return tl.dot(chosen, high, input_precision=DOT)
     total = tl.zeros(high.shape, dtype=tl.float32)
-    # In a loop: Triton 3.6 lays out a product that it sees go into another one for a tile of twice the rows, and every number is held twice.
-    for part in range(2):
-        total += tl.dot(chosen, tl.where(part == 0, high, low))
+    if high.dtype == tl.bfloat16:
+        # In a loop: Triton 3.6 lays out a product that it sees go into another one for a tile of twice the rows, and every number is held twice.
+        for part in range(2):
+            total += tl.dot(chosen, tl.where(part == 0, high, low))
+    else:
+        total += tl.dot(chosen, high, input_precision="ieee" if DOT == "ieee" else "tf32x3")
     return total
 
 
@@ -118,11 +122,12 @@ def add_rows(ones, high, low, DOT: tl.constexpr):
 def add_columns(high, low, ones, DOT: tl.constexpr):
     """sum_j x_j ones_jt -> float32; x [B, C]. The transpose of add_rows, which must not be transposed itself."""
     chosen = ones.to(high.dtype)
-    if DOT == "ieee":
-        return tl.dot(high, chosen, input_precision=DOT)
     total = tl.zeros(high.shape, dtype=tl.float32)
-    for part in range(2):
-        total += tl.dot(tl.where(part == 0, high, low), chosen)
+    if high.dtype == tl.bfloat16:
+        for part in range(2):
+            total += tl.dot(tl.where(part == 0, high, low), chosen)
+    else:
+        total += tl.dot(high, chosen, input_precision="ieee" if DOT == "ieee" else "tf32x3")
     return total
 
 
