@@ -20,7 +20,7 @@ CHUNK = 64
 WIDEST = 256  # of keys and values: what the state of one program in `pass_states` holds
 WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
 LEVELS = CHUNK.bit_length() - 1  # see tiles.pair_spans
-NARROW = 16  # value columns of a program where chunks follow one another: few, so that there are many programs
+PROGRAMS = 128  # about as many as an H100 has processors
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> str | None:
@@ -81,17 +81,14 @@ class _Shapes(NamedTuple):
         blocks = {"C": CHUNK, "BK": min(key, _padded(self.key)), "BV": min(value, _padded(self.value))}
         return {**blocks, "DECAY": self.decay, "DOT": "ieee" if self.exact else "tf32", "num_warps": WARPS, **more}
 
-    def narrow(self) -> dict[str, Any]:
-        """Options of the programs that go chunk by chunk."""
-        # What a stage loads ahead is W, K and Q of a chunk.
-        stages = 1 if self.exact or self.key > 128 else 3
-        return self.options() | {
-            "BK": _padded(self.key),
-            "BV": min(NARROW, _padded(self.value)),
-            "DELTA": self.delta,
-            "num_warps": 4,
-            "num_stages": stages,
-        }
+    def narrow(self, segments: int) -> dict[str, Any]:
+        """Options of the programs that go chunk by chunk. Each loads all of W, K and Q for its few columns of the state: few, so that there
+        are programs for all processors, but no fewer."""
+        widest = 16 if self.exact else 32 if self.key > 128 else 64
+        columns = next((n for n in (64, 32) if n <= widest and segments * self.heads * triton.cdiv(self.value, n) >= PROGRAMS), 16)
+        # What a stage loads ahead is W, K and Q of a chunk: 48 KiB of 16-bit numbers for K = 128.
+        pipeline = {"num_warps": 4 if columns == 16 else WARPS, "num_stages": 1 if self.exact else 2 if self.key > 128 else 3}
+        return self.options() | {"BK": _padded(self.key), "BV": min(columns, _padded(self.value)), "DELTA": self.delta} | pipeline
 
 
 class _Prepared(NamedTuple):
@@ -145,7 +142,7 @@ def _passed(k: Tensor, initial: Tensor, chunks: Chunks, shapes: _Shapes, made: _
     states = k.new_empty(len(chunks.starts), shapes.heads, shapes.key, shapes.value)
     final = torch.empty_like(initial)
     if len(initial):
-        options = shapes.narrow()
+        options = shapes.narrow(len(initial))
         grid = (len(initial), shapes.heads, triton.cdiv(shapes.value, options["BV"]))
         args = k, made.w, made.u, made.writer, made.fade, chunks.cuts, chunks.bounds, initial, states, final
         forward.pass_states[grid](*args, *shapes.numbers, **options)
@@ -184,54 +181,45 @@ class _Recurrence(torch.autograd.Function):
             args = q, k, do, decay, scores, *spans, du, scale
             backward.write_gradients[count, heads](*args, *shapes.numbers, **shapes.options())
         if len(initial):
-            options = shapes.narrow()
-            args = q, k, made.w, made.reader, made.writer, made.fade, do, du, chunks.cuts, chunks.bounds, dfinal, dstates, dinitial, scale
-            backward.pass_gradients[len(initial), heads, triton.cdiv(shapes.value, options["BV"])](*args, *shapes.numbers, **options)
+            options = shapes.narrow(len(initial))
+            backward.pass_gradients[len(initial), heads, triton.cdiv(shapes.value, options["BV"])](
+                *(q, k, made.w, made.reader, made.writer, made.fade, do, du, chunks.cuts, chunks.bounds, dfinal, dstates, dinitial, scale),
+                *shapes.numbers,
+                **options,
+            )
         u, fade = made.u, made.fade
         del made  # W and the faded queries and keys are as large as the inputs
         options = shapes.options(key=64, DELTA=shapes.delta, num_stages=1)
         parts = triton.cdiv(shapes.key, options["BK"])
         on_reads = k.new_empty(tokens, heads, CHUNK)
-        on_erases = torch.empty_like(on_reads) if shapes.delta else None
-        dv, direct = (torch.empty_like(v), v.new_empty(tokens, heads, dtype=torch.float32)) if shapes.delta else (du, None)
-        dq, dk = torch.empty_like(q), torch.empty_like(k)
-        dbeta = v.new_empty(parts, tokens, heads, dtype=torch.float32) if shapes.delta else None
-        ddecay = None
-        if shapes.decay == 1:
-            ddecay = v.new_empty(parts, tokens, heads, dtype=torch.float32)
-        elif shapes.decay == 2:
-            ddecay = torch.empty_like(decay)
+        on_erases, dv, direct, dbeta = None, du, None, None
+        if shapes.delta:
+            on_erases, dv, direct = torch.empty_like(on_reads), torch.empty_like(v), v.new_empty(tokens, heads, dtype=torch.float32)
+            dbeta = v.new_empty(parts, tokens, heads, dtype=torch.float32)
         if count:
             narrow = {name: value for name, value in options.items() if name != "BK"}
-            args = v, u, decay, beta, solve, do, du, *spans, on_reads, on_erases, dv, direct, scale
-            backward.score_gradients[count, heads](*args, heads, shapes.value, **narrow)
-            args = (
-                q,
-                k,
-                u,
-                decay,
-                beta,
-                solve,
-                firsts,
-                fade,
-                do,
-                du,
-                on_reads,
-                on_erases,
-                states,
-                dstates,
-                *spans,
-                dq,
-                dk,
-                ddecay,
-                dbeta,
-                scale,
-                tokens,
+            backward.score_gradients[count, heads](
+                *(v, u, decay, solve, do, du, *spans, on_reads, on_erases, dv, direct, scale, heads, shapes.value), **narrow
             )
-            backward.key_gradients[count * parts, heads // shapes.group](*args, *shapes.numbers, LEVELS, GROUPED=shapes.group > 1, **options)
+        del du
+        dq, dk = torch.empty_like(q), torch.empty_like(k)
+        ddecay = None
+        if decay is not None:
+            ddecay = torch.empty_like(decay) if shapes.decay == 2 else v.new_empty(parts, tokens, heads, dtype=torch.float32)
+        if count:
+            backward.key_gradients[count * parts, heads // shapes.group](
+                *(q, k, u, decay, beta, dv, firsts, fade, do, on_reads, on_erases, states, dstates, *spans, dq, dk, ddecay, dbeta, scale, tokens),
+                *shapes.numbers,
+                LEVELS,
+                GROUPED=shapes.group > 1,
+                **options,
+            )
         if ddecay is not None:
             ddecay = (ddecay.sum(0) if shapes.decay == 1 else ddecay).to(decay.dtype)
-        return dq, dk, dv, ddecay, None if beta is None else dbeta.sum(0).add_(direct).to(beta.dtype), dinitial, None, None
+        if dbeta is not None:
+            dbeta = dbeta.sum(0).add_(direct).to(beta.dtype)
+            dv.mul_(beta.unsqueeze(-1))
+        return dq, dk, dv, ddecay, dbeta, dinitial, None, None
 
 
 def linear_recurrence(

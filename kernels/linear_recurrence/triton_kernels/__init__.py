@@ -14,7 +14,7 @@ beta e^g K is -D S^T:
 
     write_gradients     chunks at once: the part of dU that comes from O of its own chunk
     pass_gradients      from the last chunk back: dS' after each, and dU
-    score_gradients     chunks at once: dV, dR and dA
+    score_gradients     chunks at once: D (dV is beta D), dR and dA
     key_gradients       chunks at once: dQ, dK, dbeta and the decays' gradients
 
 Only sums of decays are exponentiated, never a positive difference: see `tiles.pair_spans` for decays per channel. A product's result

@@ -11,6 +11,7 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     add_rows,
     decays,
     fade_between,
+    fade_of,
     from_middle,
     pair_spans,
     pair_spans_transposed,
@@ -95,10 +96,10 @@ def pass_gradients(
     at, exists = state_at(dfinal, segment * H + h, K, V, BK, BV, 0, offset)
     state = tl.load(at, mask=exists, other=0.0)
     rows = tl.arange(0, C)
-    channels = tl.arange(0, BK)
     begin, end = tl.load(cuts + segment).to(tl.int64), tl.load(cuts + segment + 1).to(tl.int64)
     count = tl.load(bounds + segment + 1) - tl.load(bounds + segment)
     first = tl.load(bounds + segment)
+    following = fade_of(fade, first + count - 1, count > 0, h, H, K, DECAY, BK)
     for back in range(count):
         place = count - 1 - back
         chunk = first + place
@@ -110,16 +111,17 @@ def pass_gradients(
         out = tile(do, t, inside, h, H, V, BV, offset)
         if DECAY == CHANNEL:
             key, query = tile(writer, t, inside, h, H, K, BK, 0), tile_transposed(reader, t, inside, h, H, K, BK, 0)
-            state *= tl.load(fade + (chunk * H + h).to(tl.int64) * K + channels, mask=channels < K, other=0.0)[:, None]
         else:
             key, query = tile(k, t, inside, h // G, H // G, K, BK, 0), tile_transposed(q, t, inside, h // G, H // G, K, BK, 0)
         stored = tl.dot(key, low, input_precision=DOT)
         if DECAY == HEAD:
             stored *= tl.load(writer + t * H + h, mask=inside, other=0.0)[:, None]
             out = (out * tl.load(reader + t * H + h, mask=inside, other=0.0)[:, None]).to(k.dtype.element_ty)
-            state *= tl.load(fade + (chunk * H + h).to(tl.int64))
         write = (tile(du, t, inside, h, H, V, BV, offset) + stored).to(k.dtype.element_ty)
         put(du, write, t, inside, h, H, V, BV, offset)
+        if DECAY != NONE:
+            state *= following
+            following = fade_of(fade, chunk - 1, place > 0, h, H, K, DECAY, BK)
         state += tl.dot(query, out, input_precision=DOT) * scale
         if DELTA:
             state -= tl.dot(tile_transposed(w, t, inside, h, H, K, BK, 0), write, input_precision=DOT)
@@ -132,7 +134,6 @@ def score_gradients(
     v,
     u,
     decay,
-    beta,
     solve,
     do,
     du,
@@ -140,7 +141,7 @@ def score_gradients(
     stops,
     on_reads,
     on_erases,
-    dv,
+    wide,
     dbeta,
     scale,
     H,
@@ -152,23 +153,22 @@ def score_gradients(
     DOT: tl.constexpr,
 ):
     """Grid (chunks, H) -> of q_t . k_i: on_reads, and of beta_t k_t . k_i: on_erases [T, H, C] (per channel, of what all channels add up
-    to), the decay of a head in them; dv [T, H, V]; the part of dbeta [T, H] that comes through values."""
+    to), the decay of a head in them; wide = D [T, H, V]; the part of dbeta [T, H] that comes through values."""
     h = tl.program_id(1)
     t, inside = rows_of(starts, stops, tl.program_id(0), C)
     reads = tl.zeros((C, C), dtype=tl.float32)
     erases = tl.zeros((C, C), dtype=tl.float32)
     db = tl.zeros((C,), dtype=tl.float32)
     if DELTA:
-        b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
         inverse = tile_transposed(solve, t, inside, h, H, C, C, 0)
     for offset in range(0, V, BV):
         write = tile_transposed(u, t, inside, h, H, V, BV, offset)
         reads += tl.dot(tile(do, t, inside, h, H, V, BV, offset), write, input_precision=DOT)
         if DELTA:
-            wide = tl.dot(inverse, tile(du, t, inside, h, H, V, BV, offset), input_precision=DOT)  # D
-            db += tl.sum(wide * tile(v, t, inside, h, H, V, BV, offset), 1)
-            put(dv, wide * b[:, None], t, inside, h, H, V, BV, offset)
-            erases -= tl.dot(wide.to(u.dtype.element_ty), write, input_precision=DOT)
+            d = tl.dot(inverse, tile(du, t, inside, h, H, V, BV, offset), input_precision=DOT)
+            db += tl.sum(d * tile(v, t, inside, h, H, V, BV, offset), 1)
+            put(wide, d, t, inside, h, H, V, BV, offset)
+            erases -= tl.dot(d.to(u.dtype.element_ty), write, input_precision=DOT)
     g = sums(decay, t, inside, h, H, DECAY, C)
     put(on_reads, reads * fade_between(g, C, False) * scale, t, inside, h, H, C, C, 0)
     if DELTA:
@@ -183,11 +183,10 @@ def _of_head(
     u,
     decay,
     beta,
-    solve,
+    wide,
     firsts,
     fade,
     do,
-    du,
     on_reads,
     on_erases,
     states,
@@ -230,9 +229,7 @@ def _of_head(
         if DECAY != NONE:
             fading += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
         if DELTA:
-            inverse = tile_transposed(solve, t, inside, h, H, C, C, 0)
-            wide = tl.dot(inverse, tile(du, t, inside, h, H, V, BV, column), input_precision=DOT)  # D
-            erasing -= tl.dot(wide.to(dtype), state, input_precision=DOT)
+            erasing -= tl.dot(tile(wide, t, inside, h, H, V, BV, column), state, input_precision=DOT)
     if DECAY == HEAD:
         g = sums(decay, t, inside, h, H, DECAY, C)
         last = tl.sum(tl.where(rows == C - 1, g, 0.0), 0)
@@ -310,11 +307,10 @@ def key_gradients(
     u,
     decay,
     beta,
-    solve,
+    wide,
     firsts,
     fade,
     do,
-    du,
     on_reads,
     on_erases,
     states,
@@ -356,11 +352,10 @@ def key_gradients(
                 u,
                 decay,
                 beta,
-                solve,
+                wide,
                 firsts,
                 fade,
                 do,
-                du,
                 on_reads,
                 on_erases,
                 states,
@@ -395,11 +390,10 @@ def key_gradients(
             u,
             decay,
             beta,
-            solve,
+            wide,
             firsts,
             fade,
             do,
-            du,
             on_reads,
             on_erases,
             states,

@@ -10,11 +10,13 @@ import triton.language as tl
 from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     CHANNEL,
     HEAD,
+    NONE,
     add_columns,
     add_rows,
     decays,
     decays_transposed,
     fade_between,
+    fade_of,
     first_level,
     from_middle,
     inverse_of,
@@ -33,7 +35,7 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
 )
 
 # No kernel is compiled anew for another number of heads; and a loop over a constant number of levels would be unrolled, beyond all registers.
-COUNTS = ["H", "G", "levels"]
+COUNTS = ["T", "H", "G", "levels"]
 
 
 @triton.jit
@@ -182,10 +184,11 @@ def pass_states(
     at, exists = state_at(initial, segment * H + h, K, V, BK, BV, 0, offset)
     state = tl.load(at, mask=exists, other=0.0)
     rows = tl.arange(0, C)
-    channels = tl.arange(0, BK)
     begin, end = tl.load(cuts + segment).to(tl.int64), tl.load(cuts + segment + 1).to(tl.int64)
-    first = tl.load(bounds + segment)
-    for chunk in range(first, tl.load(bounds + segment + 1)):
+    first, stop = tl.load(bounds + segment), tl.load(bounds + segment + 1)
+    # What is not part of a product is not loaded ahead unless written so, and a chunk would wait for it.
+    following = fade_of(fade, first, first < stop, h, H, K, DECAY, BK)
+    for chunk in range(first, stop):
         before, here = state_at(states, chunk * H + h, K, V, BK, BV, 0, offset)
         low = state.to(k.dtype.element_ty)
         tl.store(before, low, mask=here)
@@ -198,12 +201,13 @@ def pass_states(
             put(u, write, t, inside, h, H, V, BV, offset)
         if DECAY == CHANNEL:
             key = tile_transposed(writer, t, inside, h, H, K, BK, 0)
-            state *= tl.load(fade + (chunk * H + h).to(tl.int64) * K + channels, mask=channels < K, other=0.0)[:, None]
         else:
             key = tile_transposed(k, t, inside, h // G, H // G, K, BK, 0)
         if DECAY == HEAD:
             write = (write * tl.load(writer + t * H + h, mask=inside, other=0.0)[:, None]).to(k.dtype.element_ty)
-            state *= tl.load(fade + (chunk * H + h).to(tl.int64))
+        if DECAY != NONE:
+            state *= following
+            following = fade_of(fade, chunk + 1, chunk + 1 < stop, h, H, K, DECAY, BK)
         state += tl.dot(key, write, input_precision=DOT)
     at, exists = state_at(final, segment * H + h, K, V, BK, BV, 0, offset)
     tl.store(at, state, mask=exists)

@@ -64,6 +64,19 @@ def sums(decay, t, inside, h, H, DECAY: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def fade_of(fade, chunk, exists, h, H, K, DECAY: tl.constexpr, BK: tl.constexpr):
+    """What a chunk leaves of the state before it: [BK, 1] per channel, or a number."""
+    if DECAY == CHANNEL:
+        channels = tl.arange(0, BK)
+        found = tl.load(fade + (chunk * H + h).to(tl.int64) * K + channels, mask=(channels < K) & exists, other=0.0)[:, None]
+    elif DECAY == HEAD:
+        found = tl.load(fade + (chunk * H + h).to(tl.int64), mask=exists, other=0.0)
+    else:
+        found = 1.0
+    return found
+
+
+@triton.jit
 def last_of(g, C: tl.constexpr):
     """The last row of g [C, B]."""
     return tl.sum(tl.where((tl.arange(0, C) == C - 1)[:, None], g, 0.0), 0)
