@@ -75,11 +75,13 @@ class _Shapes(NamedTuple):
     def numbers(self) -> tuple[int, int, int, int]:
         return self.heads, self.group, self.key, self.value
 
-    def options(self, key: int = 128, value: int = 64, **more: Any) -> dict[str, Any]:
-        """Compile-time options; key, value: channels at a time, half as many of float32."""
+    def options(self, key: int = 128, value: int = 64, two: bool = False, **more: Any) -> dict[str, Any]:
+        """Compile-time options; key, value: channels at a time, half as many of float32; two: programs at once on a processor, which takes
+        half of its registers for each, and sooner spills some than waits for memory."""
         key, value = (block // 2 if self.exact else block for block in (key, value))
         blocks = {"C": CHUNK, "BK": min(key, _padded(self.key)), "BV": min(value, _padded(self.value))}
-        return {**blocks, "DECAY": self.decay, "DOT": "ieee" if self.exact else "tf32", "num_warps": WARPS, **more}
+        registers = {"maxnreg": 65536 // (64 * WARPS)} if two and not self.exact else {}
+        return {**blocks, "DECAY": self.decay, "DOT": "ieee" if self.exact else "tf32", "num_warps": WARPS, **registers, **more}
 
     def narrow(self, segments: int) -> dict[str, Any]:
         """Options of the programs that go chunk by chunk. Each loads all of W, K and Q for its few columns of the state: few, so that there
@@ -132,7 +134,7 @@ def _prepared(
         reader, writer, fade = (k.new_empty(n, heads, dtype=torch.float32) for n in (tokens, tokens, count))
     made = _Prepared(scores, solve, firsts, w, u, reader, writer, fade)
     if count:
-        options = shapes.options(key=64, DELTA=shapes.delta, SOLVED=solved is not None, num_stages=1)
+        options = shapes.options(32, 64, two=True, DELTA=shapes.delta, SOLVED=solved is not None, num_stages=1)
         forward.prepare[count, heads](q, k, v, decay, beta, chunks.starts, chunks.stops, *made, *shapes.numbers, LEVELS, **options)
     return made
 
@@ -189,7 +191,7 @@ class _Recurrence(torch.autograd.Function):
             )
         u, fade = made.u, made.fade
         del made  # W and the faded queries and keys are as large as the inputs
-        options = shapes.options(key=64, DELTA=shapes.delta, num_stages=1)
+        options = shapes.options(64, two=shapes.decay < 2, DELTA=shapes.delta, num_stages=1)
         parts = triton.cdiv(shapes.key, options["BK"])
         on_reads = k.new_empty(tokens, heads, CHUNK)
         on_erases, dv, direct, dbeta = None, du, None, None
@@ -197,7 +199,7 @@ class _Recurrence(torch.autograd.Function):
             on_erases, dv, direct = torch.empty_like(on_reads), torch.empty_like(v), v.new_empty(tokens, heads, dtype=torch.float32)
             dbeta = v.new_empty(parts, tokens, heads, dtype=torch.float32)
         if count:
-            narrow = {name: value for name, value in options.items() if name != "BK"}
+            narrow = {name: x for name, x in shapes.options(value=32, two=True, DELTA=shapes.delta, num_stages=1).items() if name != "BK"}
             backward.score_gradients[count, heads](
                 *(v, u, decay, solve, do, du, *spans, on_reads, on_erases, dv, direct, scale, heads, shapes.value), **narrow
             )
