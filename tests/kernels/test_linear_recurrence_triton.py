@@ -141,6 +141,13 @@ def test_every_shape_on_the_gpu(width, value_width, dtype, tolerance, decay, del
 
 
 @on_gpu
+@pytest.mark.parametrize("delta", [True, False])
+@pytest.mark.parametrize("level", [-0.5, -5.0, None])
+def test_resets_in_bfloat16(level, delta):
+    compare([500, 65], 0.02, width=128, value_width=128, dtype=torch.bfloat16, decay="channel", level=level, delta=delta, reset=range(5, 500, 37))
+
+
+@on_gpu
 def test_the_same_twice():
     x = [
         t.detach().to("cuda", torch.bfloat16 if i < 3 else torch.float32).requires_grad_()
