@@ -1,0 +1,107 @@
+"""The Triton kernels of attention over selected latents against float64."""
+
+import pytest
+import torch
+
+from ltrain.kernels.sparse_attention import triton_latent
+from ltrain.kernels.sparse_attention.latent import latent_attention
+from tests.kernels.interpreter import DEVICE, on_gpu, runs
+
+
+def selection(lengths: list[int], slots: int, *, holes: bool, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """[T, slots]: for each query some keys of its document up to itself, in no order; with holes, -1s among them and one query without any."""
+    g, rows, start = torch.Generator().manual_seed(2), [], 0
+    for length in lengths:
+        for t in range(length):
+            keys = torch.randperm(t + 1, generator=g)[: torch.randint(1, slots + 1, (), generator=g) if holes else slots] + start
+            row = torch.cat((keys, keys.new_full((slots - len(keys),), -1)))
+            rows.append(row[torch.randperm(slots, generator=g)] if holes else row)
+        start += length
+    found = torch.stack(rows).to(dtype)
+    if holes:
+        found[len(found) // 2] = -1
+    return found
+
+
+def compare(lengths, heads, width, rest, slots, tolerance, *, holes=False, dtype=torch.float32, index_dtype=torch.int32):
+    """Output, log-sum-exp and both gradients, through both, relative RMS below `tolerance`, of the same rounded inputs."""
+    g, tokens = torch.Generator().manual_seed(0), sum(lengths)
+    given = [torch.randn(shape, generator=g).to(DEVICE, dtype).requires_grad_() for shape in ((tokens, heads, width + rest), (tokens, width + rest))]
+    wide = [x.detach().cpu().double().requires_grad_() for x in given]
+    indices, found = selection(lengths, slots, holes=holes, dtype=index_dtype), []
+    weights = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((tokens, heads, width), (tokens, heads))]
+    for (q, latent), backend in ((given, "triton"), (wide, "reference")):
+        out, lse = latent_attention(q, latent, indices.to(q.device), width=width, scale=0.3, backend=backend)
+        loss = (out * weights[0].to(out)).sum() + (lse.masked_fill(lse == -torch.inf, 0.0) * weights[1].to(lse)).sum()
+        found.append([out, lse, *torch.autograd.grad(loss, (q, latent))])
+    for name, got, expected in zip(("out", "lse", "dq", "dlatent"), *found, strict=True):
+        got, finite = got.cpu().double(), expected.isfinite()
+        assert torch.equal(got.isfinite(), finite), name
+        error = (got - expected)[finite].norm() / expected[finite].norm()
+        assert error < tolerance, f"{name}: relative error {error:.2e}"
+    if holes:
+        for x in (found[0][0], found[0][2]):
+            assert not x[tokens // 2].any()
+        assert (found[0][1][tokens // 2] == -torch.inf).all()
+
+
+@runs
+@pytest.mark.parametrize(
+    ("lengths", "heads", "width", "rest", "slots", "holes"),
+    [
+        ([1, 7, 1, 4], 3, 16, 16, 7, False),  # fewer tokens than slots
+        ([24], 1, 20, 6, 21, True),
+        ([1, 1, 14], 16, 32, 0, 12, True),  # keys that are values
+        ([11], 20, 8, 4, 18, False),
+    ],
+)
+def test_against_the_reference(lengths, heads, width, rest, slots, holes):
+    compare(lengths, heads, width, rest, slots, 2e-6, holes=holes)
+
+
+@runs
+def test_half_precision_and_several_blocks_of_heads_and_queries(monkeypatch):
+    monkeypatch.setattr(triton_latent, "PAIRS", 400)  # some queries at a time
+    compare([12], 70, 16, 16, 70, 2e-3, dtype=torch.float16, holes=True, index_dtype=torch.int64)
+
+
+@runs
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"width": 520}, "at most 512 .* not 520 and 10"),
+        ({"width": 400}, "at most 512 .* not 400 and 130"),
+        ({"latent": torch.zeros(4, 530).half()}, "one type"),
+        ({"q": torch.zeros(4, 2, 530).double()}, "one type"),
+    ],
+)
+def test_refusals(change, words):
+    args = {"q": torch.zeros(4, 2, 530), "latent": torch.zeros(4, 530), "indices": torch.zeros(4, 1, dtype=torch.int32), "width": 500, **change}
+    args = {name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in args.items()}
+    with pytest.raises(ValueError, match=f"backend='triton' .*{words}"):
+        latent_attention(**args, scale=1.0, backend="triton")
+
+
+@on_gpu
+@pytest.mark.parametrize("heads", [1, 3, 16, 20, 64, 128])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
+def test_every_shape_on_the_gpu(heads, dtype, tolerance):
+    for lengths, (width, rest), slots in (
+        ([300], (512, 64), 128),
+        ([1, 200, 1, 63], (512, 64), 200),
+        ([1] * 70, (128, 32), 64),
+        ([129], (96, 0), 33),
+    ):
+        compare(lengths, heads, width, rest, slots, tolerance, dtype=dtype, holes=slots != 128)
+
+
+@on_gpu
+def test_the_same_twice():
+    indices, g = selection([2000], 256, holes=False).cuda(), torch.Generator("cuda").manual_seed(0)
+    q, latent = (torch.randn(2000, *shape, generator=g, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in ((16, 576), (576,)))
+
+    def once():
+        out, lse = latent_attention(q, latent, indices, width=512, scale=0.05, backend="triton")
+        return [out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), (q, latent))]
+
+    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
