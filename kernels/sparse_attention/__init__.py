@@ -1,7 +1,8 @@
 """Softmax attention over the keys that a lightning indexer selects for each query, inside the documents of a packed stream.
 
-Plain torch, by blocks of queries: memory is linear in the stream, and every score of a block is made before most are dropped. Source:
-DeepSeek Sparse Attention (DeepSeek-AI 2025, DeepSeek-V3.2 report, section 2).
+By blocks of queries: memory is linear in the stream, and every score of a block is made before most are dropped. Plain torch, but for the
+selection, which has kernels of its own on a GPU; `latent` has the attention and the loss on latents. Source: DeepSeek Sparse Attention
+(DeepSeek-AI 2025, DeepSeek-V3.2 report, section 2).
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ltrain.kernels.segments import Part, accumulator
+from ltrain.kernels.segments import Part, accumulator, choose, permitted, wants_triton
 
 __all__ = ["index_loss", "index_scores", "select", "selected_attention"]
 
@@ -46,7 +47,7 @@ def blocks(parts: Iterable[Part], heads: int) -> Iterator[Block]:
 
 def _chosen(indices: Tensor, keys: slice) -> Tensor:
     """indices [R, K] (-1: none) -> [R, keys], whether a key is among them."""
-    there = (indices >= 0).to(torch.int32)
+    indices, there = indices.long(), (indices >= 0).to(torch.int32)
     counts = torch.zeros(len(indices), keys.stop - keys.start, dtype=torch.int32, device=indices.device)
     return counts.scatter_add_(1, (indices - keys.start).clamp(min=0), there) > 0
 
@@ -58,22 +59,34 @@ def index_scores(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int) -> Tensor:
+def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int, *, backend: str = "auto") -> Tensor:
     """The top_k keys of highest index score for each query, among those of its document up to itself.
 
     Args:
         q: [T, H, D]; k: [n, D]; weights: [T, H], of the indexer.
         parts: which queries belong to which keys.
+        top_k: at least 1.
+        backend: auto | reference (torch) | triton (on a GPU); auto takes triton wherever it runs. Of keys with equal scores triton takes the
+            first, torch any.
 
     Returns:
-        [T, top_k] int64 numbers of keys, -1 where there are fewer.
+        [T, top_k] int32 numbers of keys in no particular order, the last -1 where there are fewer.
+
+    Raises:
+        ValueError: backend does not exist, or is triton, which does not take these tensors.
     """
-    found = torch.full((len(q), top_k), -1, dtype=torch.int64, device=q.device)
+    choose(backend, ("reference", "triton"))
+    if len(q) and wants_triton(backend, q):
+        from ltrain.kernels.sparse_attention import triton_select
+
+        if permitted(triton_select.refusal(q, k), backend, "reference or auto"):
+            return triton_select.select(q, k, weights, parts, top_k)
+    found = torch.full((len(q), top_k), -1, dtype=torch.int32, device=q.device)
     for block in blocks(parts, q.shape[1]):
         rows, keys, _ = block
         scores = index_scores(q[rows], k[keys], weights[rows]).masked_fill_(block.later(q.device), -torch.inf)
         best = scores.topk(min(top_k, scores.shape[1]), dim=-1)
-        found[rows, : best.indices.shape[1]] = (best.indices + keys.start).masked_fill(best.values == -torch.inf, -1)
+        found[rows, : best.indices.shape[1]] = (best.indices + keys.start).masked_fill(best.values == -torch.inf, -1).int()
     return found
 
 

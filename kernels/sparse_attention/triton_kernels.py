@@ -1,4 +1,4 @@
-"""Attention over selected latents on a GPU: what one program computes. `triton_latent` launches these.
+"""Attention over selected latents, and their selection, on a GPU: what one program computes. `triton_latent` and `triton_select` launch these.
 
 All heads of a query see the same keys, so that a query's heads are the rows of its matrix products and the latents of its keys, gathered
 once, serve them all. The first R numbers of a latent are key and value, the rest of D is key alone. Forward: `attend`. Backward, in which
@@ -92,10 +92,9 @@ def attend(
         total = total * fade + tl.sum(p, 1)
         sums = tl.dot(p.to(value.dtype), value, sums * fade[:, None], input_precision=DOT)
         highest = new
-    some = total > 0
-    divisor = tl.where(some, total, 1.0)
+    divisor = tl.where(total > 0, total, 1.0)
     _put(out, sums / divisor[:, None], rows, there, R, 0, R, BR)
-    tl.store(lse + rows, tl.where(some, highest / LOG2E + tl.log(divisor), float("-inf")), mask=there)
+    tl.store(lse + rows, highest / LOG2E + tl.log(divisor), mask=there)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "first"])
@@ -199,3 +198,88 @@ def add_parts(parts, order, bounds, total, W: tl.constexpr, BW: tl.constexpr, B:
             sums += tl.sum(_tile(parts, rows, places < stop, W, 0, W, BW).to(tl.float32), 0)
         where = total + key * W + columns
         tl.store(where, tl.load(where, mask=columns < W, other=0.0) + sums, mask=columns < W)
+
+
+@triton.jit(do_not_specialize=["K"])
+def everything(begins, counts, found, K, BK: tl.constexpr):
+    """Grid (T): found [T, K], the first keys of each query that has counts [T] of them from begins [T] on, and -1 behind them."""
+    t = tl.program_id(0).to(tl.int64)
+    begin, count = tl.load(begins + t), tl.load(counts + t)
+    for at in range(0, K, BK):
+        slots = at + tl.arange(0, BK)
+        tl.store(found + t * K + slots, tl.where(slots < count, begin + slots, -1), mask=slots < K)
+
+
+@triton.jit(do_not_specialize=["rows", "keys", "place", "H"])
+def index_scores(
+    q,
+    k,
+    weights,
+    scores,
+    rows,
+    keys,
+    stride,
+    place,
+    H,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (blocks of BN keys, blocks of BM queries): scores [rows, stride], sum_h w_h relu(q_h . k) in float32, of the blocks that have a key
+    which one of their queries sees: query i sees keys up to place + i."""
+    m, n = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    if tl.program_id(0) * BN <= place + tl.minimum(tl.program_id(1) * BM + BM, rows) - 1:
+        there = m < rows
+        key = _tile(k, n.to(tl.int64), n < keys, D, 0, D, BD)
+        total = tl.zeros((BM, BN), tl.float32)
+        for h in range(H):
+            at = m.to(tl.int64) * H + h
+            products = tl.dot(_tile(q, at, there, D, 0, D, BD), tl.trans(key), input_precision=DOT)
+            total += tl.maximum(products, 0.0) * tl.load(weights + at, mask=there, other=0.0).to(tl.float32)[:, None]
+        tl.store(scores + m.to(tl.int64)[:, None] * stride + n[None, :], total, mask=there[:, None] & (n < keys)[None, :])
+
+
+@triton.jit
+def _ranks(scores, place, inside):
+    """uint32 numbers in the order of scores [place], the two zeros being one"""
+    x = tl.load(scores + place, mask=inside, other=0.0)
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit(do_not_specialize=["place", "begin", "K"])
+def best_keys(scores, found, stride, place, begin, K, B: tl.constexpr):
+    """Grid (rows): found [rows, K], the keys of the K highest scores [rows, stride] in the order of their places, the first of equals. begin:
+    the number of the first key. Query i sees keys up to place + i, and has no fewer than K.
+
+    The K-th highest score is found 8 bits at a time, from the highest on, by counting.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    count = place + tl.program_id(0) + 1
+    scores += row * stride
+    bins = tl.arange(0, 256)
+    threshold, need = tl.zeros((), tl.uint32), K  # bits of the score so far, and how many of those that begin with them are taken
+    for digit in tl.static_range(4):
+        counts = tl.zeros((256,), tl.int32)
+        for at in range(0, count, B):
+            slots = at + tl.arange(0, B)
+            rank, inside = _ranks(scores, slots, slots < count), slots < count
+            if digit > 0:
+                inside = inside & ((rank >> (32 - 8 * digit)) == threshold)
+            counts += tl.histogram(((rank >> (24 - 8 * digit)) & 255).to(tl.int32), 256, mask=inside)
+        last = tl.max(tl.where(tl.cumsum(counts, 0, reverse=True) >= need, bins, 0), 0)
+        need -= tl.sum(tl.where(bins > last, counts, 0), 0)
+        threshold = (threshold << 8) | last.to(tl.uint32)
+    equal, written = 0, 0
+    for at in range(0, count, B):
+        slots = at + tl.arange(0, B)
+        inside = slots < count
+        rank = _ranks(scores, slots, inside)
+        ties = (inside & (rank == threshold)).to(tl.int32)
+        taken = (inside & (rank > threshold)) | ((ties > 0) & (equal + tl.cumsum(ties, 0) <= need))
+        to = written + tl.cumsum(taken.to(tl.int32), 0) - 1
+        tl.store(found + row * K + to, begin + slots, mask=taken)
+        equal += tl.sum(ties, 0)
+        written += tl.sum(taken.to(tl.int32), 0)

@@ -9,7 +9,8 @@ from tests.kernels.interpreter import DEVICE, on_gpu, runs
 
 
 def selection(lengths: list[int], slots: int, *, holes: bool, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    """[T, slots]: for each query some keys of its document up to itself, in no order; with holes, -1s among them and one query without any."""
+    """[T, slots]: for each query some keys of its document up to itself, in no order; with holes, -1s among them, one query
+    without any and one whose only key is in its last slot."""
     g, rows, start = torch.Generator().manual_seed(2), [], 0
     for length in lengths:
         for t in range(length):
@@ -20,6 +21,7 @@ def selection(lengths: list[int], slots: int, *, holes: bool, dtype: torch.dtype
     found = torch.stack(rows).to(dtype)
     if holes:
         found[len(found) // 2] = -1
+        found[3] = torch.tensor([-1] * (slots - 1) + [int(found[3].max())])
     return found
 
 

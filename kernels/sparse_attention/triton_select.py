@@ -1,0 +1,68 @@
+"""The lightning indexer's selection on a GPU: launches of the programs of `triton_kernels`.
+
+Scores of a block of queries, at most SCORES, are made by matrix products and read by the selection while they are in the cache or near it.
+Making them again for each of its passes would cost more: a score of 64 heads of 128 is 16384 operations, and 4 bytes to read again.
+"""
+
+import os
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from ltrain.kernels.segments import Part
+from ltrain.kernels.sparse_attention import blocks
+from ltrain.kernels.sparse_attention import triton_kernels as kernels
+
+WIDEST = 128  # of the indexer's heads
+TILE, EXACT_TILE = (64, 256), (32, 32)  # queries and keys; of float32
+BLOCK = 4096  # scores that the selection reads at a time
+
+
+def refusal(q: Tensor, k: Tensor) -> str | None:
+    """Why the kernels do not take these tensors, or None."""
+    if not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"runs on CUDA, not on {q.device.type}"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or q.dtype != k.dtype:
+        return f"takes q and k in one type of bfloat16, float16 or float32, not {q.dtype} and {k.dtype}"
+    if q.shape[2] > WIDEST:
+        return f"takes heads of at most {WIDEST}, not {q.shape[2]}"
+    return None
+
+
+@lru_cache(maxsize=64)  # all layers of a micro-batch share it
+def _ranges(parts: tuple[Part, ...], tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first key that each query sees and how many, [T] int32; a query of no part sees none."""
+    begins, counts = torch.zeros(2, tokens, dtype=torch.int32)
+    for part in parts:
+        begins[part.start : part.stop] = part.begin
+        before = part.first - part.begin
+        counts[part.start : part.stop] = torch.arange(before + 1, before + 1 + part.stop - part.start)
+    return begins.to(device, non_blocking=True), counts.to(device, non_blocking=True)
+
+
+def _beyond(part: Part, top_k: int) -> Part:
+    """The queries of a part that see more than top_k keys."""
+    few = min(max(top_k - (part.first - part.begin), 0), part.stop - part.start)
+    return Part(part.start + few, part.stop, part.begin, part.first + few)
+
+
+def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int) -> Tensor:
+    """-> [T, top_k] int32, in the keys' order"""
+    q, k, weights = q.contiguous(), k.contiguous(), weights.contiguous()
+    tokens, heads, width = q.shape
+    found = torch.empty(tokens, top_k, dtype=torch.int32, device=q.device)
+    kernels.everything[(tokens,)](*_ranges(tuple(parts), tokens, q.device), found, top_k, BK=1024, num_warps=4)
+    exact = q.dtype == torch.float32
+    queries, keys = EXACT_TILE if exact else TILE
+    options = {"D": width, "BD": max(16, triton.next_power_of_2(width)), "BM": queries, "BN": keys, "DOT": "ieee" if exact else "tf32"}
+    for block in blocks((_beyond(part, top_k) for part in parts), 1):
+        rows, seen = block.rows.stop - block.rows.start, block.keys.stop - block.keys.start
+        stride = triton.cdiv(seen, 16) * 16
+        scores = torch.empty(rows, stride, dtype=torch.float32, device=q.device)
+        grid = triton.cdiv(seen, keys), triton.cdiv(rows, queries)
+        args = (q[block.rows], k[block.keys], weights[block.rows], scores, rows, seen, stride, block.first, heads)
+        kernels.index_scores[grid](*args, **options, num_warps=8, num_stages=2)
+        kernels.best_keys[(rows,)](scores, found[block.rows], stride, block.first, block.keys.start, top_k, B=BLOCK, num_warps=8)
+    return found

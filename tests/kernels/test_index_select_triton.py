@@ -1,0 +1,85 @@
+"""The Triton kernels of the lightning indexer's selection against scores in float64."""
+
+import pytest
+import torch
+
+from ltrain.kernels import sparse_attention
+from ltrain.kernels.segments import Part, parts
+from ltrain.kernels.sparse_attention import index_scores, select, triton_select
+from tests.kernels.interpreter import DEVICE, on_gpu, runs
+
+
+def whole(lengths: list[int]) -> list[Part]:
+    return parts(torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32), sum(lengths))
+
+
+def index(tokens: int, keys: int, heads: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Small whole numbers, of which all products and sums are exact in every type, and many scores are equal."""
+    g = torch.Generator().manual_seed(0)
+    return [torch.randint(-2, 3, shape, generator=g).to(DEVICE, dtype) for shape in ((tokens, heads, width), (keys, width), (tokens, heads))]
+
+
+def compare(which: list[Part], keys: int, heads: int, width: int, top_k: int, dtype: torch.dtype) -> None:
+    """Each row: the first of the highest, and all where there are fewer."""
+    tokens = max(part.stop for part in which)
+    given = index(tokens, keys, heads, width, dtype)
+    found = select(*given, which, top_k, backend="triton").cpu()
+    q, k, weights = (x.cpu().double() for x in given)
+    expected = torch.full((tokens, top_k), -1, dtype=torch.int32)
+    for part in which:
+        for t in range(part.start, part.stop):
+            seen = slice(part.begin, part.first + t - part.start + 1)
+            best = index_scores(q[t : t + 1], k[seen], weights[t : t + 1])[0].sort(descending=True, stable=True).indices[:top_k]
+            expected[t, : len(best)] = best.sort().values + part.begin
+    assert torch.equal(found, expected)
+
+
+@runs
+@pytest.mark.parametrize(("heads", "width", "top_k", "dtype"), [(3, 6, 7, torch.float32), (1, 16, 1, torch.float16), (20, 20, 5, torch.float32)])
+def test_packed_documents(heads, width, top_k, dtype, monkeypatch):
+    monkeypatch.setattr(sparse_attention, "SCORES", 500)  # several blocks of queries
+    monkeypatch.setattr(triton_select, "BLOCK", 16)
+    monkeypatch.setattr(triton_select, "TILE", (16, 16))
+    monkeypatch.setattr(triton_select, "EXACT_TILE", (16, 32))
+    compare(whole([1, 34, 1, top_k, top_k + 1]), 37 + 2 * top_k, heads, width, top_k, dtype)
+
+
+@runs
+def test_queries_behind_keys_that_other_ranks_hold(monkeypatch):
+    monkeypatch.setattr(triton_select, "BLOCK", 16)
+    compare([Part(0, 5, 10, 33), Part(5, 9, 40, 42), Part(9, 15, 40, 56)], 62, 2, 8, 6, torch.float32)
+
+
+@runs
+def test_scores_of_either_sign_and_size(monkeypatch):
+    """One head of width 1 makes any score: subnormals, both zeros and infinities keep their order."""
+    monkeypatch.setattr(triton_select, "BLOCK", 16)
+    some = [1e-40, -1e-40, 0.0, -0.0, 1.0, -1.0, 1.0000001, -1.0000001, 3e38, -3e38, torch.inf, -torch.inf, 2e-38, 300.0, -300.0, 1e-20]
+    wanted = torch.tensor(some)[torch.randperm(40, generator=torch.Generator().manual_seed(0)) % len(some)]
+    # heads of weight 1 and -1 pass on the positive and the negative part of a key
+    q = torch.tensor([1.0, -1.0]).view(1, 2, 1).expand(40, 2, 1).to(DEVICE)
+    found = select(q, wanted.view(40, 1).to(DEVICE), torch.tensor([[1.0, -1.0]]).expand(40, 2).to(DEVICE), whole([40]), 20, backend="triton").cpu()
+    for t in range(40):
+        best = wanted[: t + 1].sort(descending=True, stable=True).indices[:20].sort().values.tolist()
+        assert found[t].tolist() == best + [-1] * (20 - len(best))
+
+
+@runs
+@pytest.mark.parametrize(
+    ("q", "k", "words"),
+    [
+        (torch.zeros(4, 2, 130), torch.zeros(4, 130), "at most 128"),
+        (torch.zeros(4, 2, 8).half(), torch.zeros(4, 8), "one type"),
+    ],
+)
+def test_refusals(q, k, words):
+    with pytest.raises(ValueError, match=f"backend='triton' .*{words}"):
+        select(q.to(DEVICE), k.to(DEVICE), torch.zeros(4, 2, device=DEVICE), whole([4]), 2, backend="triton")
+
+
+@on_gpu
+@pytest.mark.parametrize(("heads", "width"), [(1, 16), (4, 60), (64, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_shape_on_the_gpu(heads, width, dtype):
+    for lengths, top_k in (([1500], 100), ([1, 700, 64, 65, 1], 64), ([300], 2048)):
+        compare(whole(lengths), sum(lengths), heads, width, top_k, dtype)
