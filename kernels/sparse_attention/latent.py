@@ -1,7 +1,8 @@
-"""Attention over selected latents: multi-head latent attention in its absorbed form, where all heads share one key and value per token.
+"""Attention over selected latents, and the loss of the indexer that selects them.
 
-A query that the expansion of keys has been multiplied into meets latents themselves, and gets a sum of latents, which the expansion of
-values turns into the head's output: what is gathered for each selected key is one latent, not keys and values of every head.
+This is multi-head latent attention in its absorbed form, where all heads share one key and value per token: a query that the expansion of
+keys has been multiplied into meets latents themselves, and gets a sum of latents, which the expansion of values turns into the head's
+output. What is gathered for each selected key is one latent, not keys and values of every head.
 
 Backends: `reference` (torch, by blocks of queries) and `triton` (on a GPU, deterministic); `auto` takes triton wherever it runs.
 Source: DeepSeek Sparse Attention (DeepSeek-AI 2025, DeepSeek-V3.2 report, section 2).
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ltrain.kernels import sparse_attention
 from ltrain.kernels.segments import accumulator, choose, permitted, wants_triton
 
-__all__ = ["latent_attention"]
+__all__ = ["latent_attention", "latent_index_loss"]
 
 
 def _check(q: Tensor, latent: Tensor, indices: Tensor) -> None:
@@ -82,3 +83,63 @@ def latent_attention(q: Tensor, latent: Tensor, indices: Tensor, *, width: int, 
         outs.append(out)
         sums.append(lse)
     return torch.cat(outs), torch.cat(sums)
+
+
+def _cross_entropy(target: Tensor, q: Tensor, k: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """target [R, K], k [n, D] -> -sum target ln softmax(index scores of the slots)"""
+    there = indices >= 0
+    scores = sparse_attention.index_scores(q, k[indices.clamp(min=0)], weights).masked_fill(~there, torch.finfo(target.dtype).min)
+    return -(target * scores.log_softmax(-1).masked_fill(~there, 0.0)).sum()
+
+
+def latent_index_loss(
+    q: Tensor,
+    latent: Tensor,
+    lse: Tensor,
+    index: tuple[Tensor, Tensor, Tensor],
+    indices: Tensor,
+    *,
+    scale: float,
+    heads: int,
+    backend: str = "auto",
+) -> Tensor:
+    """What trains the indexer in its sparse stage, as `index_loss` in the absorbed form: over each query's selected keys the cross entropy of
+    the indexer's softmax with the mean attention of all heads, summed over queries. Differentiable in the indexer's tensors alone.
+
+    Args:
+        q, latent, scale: of `latent_attention`, where values are the first numbers of a latent.
+        lse: [T, H], the log-sum-exp that it returned.
+        index: q [T, Hi, Di], k [n, Di] and weights [T, Hi] of the indexer.
+        indices: [T, K] int32 or int64, -1: none.
+        heads: query heads of the whole attention, of which q may hold a part: the losses of the parts add up to the whole's.
+        backend: auto | reference | triton.
+
+    Returns:
+        [] in float32 or wider.
+
+    Raises:
+        ValueError: shapes, types or backend do not fit.
+    """
+    _check(q, latent, indices)
+    iq, ik, weights = index
+    if lse.shape != q.shape[:2]:
+        raise ValueError(f"lse must be {list(q.shape[:2])}, but is {list(lse.shape)}")
+    if iq.ndim != 3 or ik.ndim != 2 or len(iq) != len(q) or len(ik) != len(latent) or iq.shape[2] != ik.shape[1] or weights.shape != iq.shape[:2]:
+        raise ValueError(
+            f"the indexer's q is [{len(q)}, Hi, Di], k [{len(latent)}, Di] and weights [{len(q)}, Hi], but the shapes are {list(iq.shape)}, "
+            f"{list(ik.shape)} and {list(weights.shape)}"
+        )
+    choose(backend, ("reference", "triton"))
+    if q.numel() and iq.numel() and indices.numel() and wants_triton(backend, q):
+        from ltrain.kernels.sparse_attention import triton_latent
+
+        if permitted(triton_latent.index_refusal(q, latent, index), backend, "reference or auto"):
+            return triton_latent.latent_index_loss(q, latent, lse, index, indices, scale, 1 / heads)
+    total = torch.zeros((), dtype=accumulator(q.dtype), device=q.device)
+    for rows in _blocks(indices, q.shape[1] + q.shape[2] + iq.shape[1] + iq.shape[2]):
+        with torch.no_grad():
+            scores, _ = _scores(q[rows], latent, indices[rows], scale)
+            target = (scores - lse[rows].masked_fill(lse[rows] == -torch.inf, 0.0).unsqueeze(-1)).exp().sum(1) / heads
+        args = (target, iq[rows], ik, weights[rows], indices[rows])
+        total = total + checkpoint(_cross_entropy, *args, use_reentrant=False, preserve_rng_state=False)
+    return total

@@ -8,9 +8,12 @@ each product is as large as in a dense backward and none is made twice but the s
     query_gradients     per query and block of heads: dQ = dS K
     add_parts           per key: the sum of what the queries that selected it add, in their order
 
-The last takes the place of atomic additions: a part costs one store and one load in the inputs' type, and sums do not depend on which
+`add_parts` takes the place of atomic additions: a part costs one store and one load in the inputs' type, and sums do not depend on which
 program comes first. A product's result is never transposed for another product: Triton 3.4 to 3.7 computes that wrongly on Hopper.
-A slot without a key holds -1: its latent loads as zeros and its weight is zero.
+A slot without a key holds -1 and loads as zeros.
+
+The indexer: `everything`, `index_scores` and `best_keys` select, `index_terms`, `index_query_gradients` and `index_key_parts` are of its loss
+over what is selected.
 """
 
 import triton
@@ -135,11 +138,10 @@ def key_parts(
             there, rows = heads < H, t * H + heads
             query, query_rest = _tile(q, rows, there, D, 0, R, BR), _tile(q, rows, there, D, R, D, BP)
             grad = _tile(dout, rows, there, R, 0, R, BR)
-            seen = held[:, None] & there[None, :]
             scores = tl.dot(rest, tl.trans(query_rest), input_precision=DOT)
             scores = tl.dot(value, tl.trans(query), scores, input_precision=DOT)
             level = tl.load(lse + rows, mask=there, other=0.0) * LOG2E
-            p = tl.exp2(tl.where(seen, scores * (scale * LOG2E) - level[None, :], float("-inf")))
+            p = tl.exp2(scores * (scale * LOG2E) - level[None, :])  # slots without a key are not read, and heads past H are zeros
             dp = tl.dot(value, tl.trans(grad), input_precision=DOT)
             back = (p * (dp - tl.load(delta + rows, mask=there, other=0.0)[None, :]) * scale).to(query.dtype)
             tl.store(ds + (row * K + slots)[:, None] * H + heads[None, :], back, mask=(slots < K)[:, None] & there[None, :])
@@ -283,3 +285,134 @@ def best_keys(scores, found, stride, place, begin, K, B: tl.constexpr):
         tl.store(found + row * K + to, begin + slots, mask=taken)
         equal += tl.sum(ties, 0)
         written += tl.sum(taken.to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=[*COUNTS, "HI", "first"])
+def index_terms(
+    q,
+    latent,
+    lse,
+    iq,
+    ik,
+    weights,
+    indices,
+    stops,
+    target,
+    scores,
+    first,
+    scale,
+    share,
+    H,
+    K,
+    HI,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+    BH: tl.constexpr,
+    BK: tl.constexpr,
+    DI: tl.constexpr,
+    BD: tl.constexpr,
+    BI: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (queries from first on, blocks of BK slots), for each of their slots that holds a key: target [queries, K], share times the sum of
+    the heads' attention, and scores [queries, K] of the indexer."""
+    row = tl.program_id(0).to(tl.int64)
+    t, at = row + first, tl.program_id(1) * BK
+    if at < tl.load(stops + t):
+        slots, keys, held = _slots(indices, t, at, K, BK)
+        value, rest = _tile(latent, keys, held, D, 0, R, BR), _tile(latent, keys, held, D, R, D, BP)
+        attention = tl.zeros((BK,), tl.float32)
+        for h in range(0, H, BH):
+            heads = h + tl.arange(0, BH)
+            there, rows = heads < H, t * H + heads
+            products = tl.dot(rest, tl.trans(_tile(q, rows, there, D, R, D, BP)), input_precision=DOT)
+            products = tl.dot(value, tl.trans(_tile(q, rows, there, D, 0, R, BR)), products, input_precision=DOT)
+            level = tl.load(lse + rows, mask=there, other=float("inf")) * LOG2E
+            attention += tl.sum(tl.exp2(products * (scale * LOG2E) - level[None, :]), 1)
+        tl.store(target + row * K + slots, attention * share, mask=held)
+        key = _tile(ik, keys, held, DI, 0, DI, BD)
+        score = tl.zeros((BK,), tl.float32)
+        for h in range(0, HI, BI):
+            heads = h + tl.arange(0, BI)
+            there, rows = heads < HI, t * HI + heads
+            products = tl.dot(key, tl.trans(_tile(iq, rows, there, DI, 0, DI, BD)), input_precision=DOT)
+            weight = tl.load(weights + rows, mask=there, other=0.0).to(tl.float32)
+            score += tl.sum(tl.maximum(products, 0.0) * weight[None, :], 1)
+        tl.store(scores + row * K + slots, score, mask=held)
+
+
+@triton.jit(do_not_specialize=["HI", "K"])
+def index_query_gradients(
+    iq,
+    ik,
+    weights,
+    indices,
+    stops,
+    dscores,
+    factor,
+    diq,
+    dweights,
+    HI,
+    K,
+    DI: tl.constexpr,
+    BD: tl.constexpr,
+    BI: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (T, blocks of BI heads): diq [T, HI, DI] and dweights [T, HI], from dscores [T, K] times factor []."""
+    t = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * BI + tl.arange(0, BI)
+    there, rows = heads < HI, t * HI + heads
+    query = _tile(iq, rows, there, DI, 0, DI, BD)
+    sums, of_weights = tl.zeros((BI, BD), tl.float32), tl.zeros((BI,), tl.float32)
+    for at in range(0, tl.load(stops + t), BK):
+        slots, keys, held = _slots(indices, t, at, K, BK)
+        key = _tile(ik, keys, held, DI, 0, DI, BD)
+        products = tl.dot(query, tl.trans(key), input_precision=DOT)
+        back = tl.where(products > 0, tl.load(dscores + t * K + slots, mask=held, other=0.0)[None, :], 0.0)
+        of_weights += tl.sum(back * products, 1)
+        sums = tl.dot(back.to(key.dtype), key, sums, input_precision=DOT)
+    times = tl.load(factor)
+    weight = tl.load(weights + rows, mask=there, other=0.0).to(tl.float32)
+    _put(diq, sums * (weight * times)[:, None], rows, there, DI, 0, DI, BD)
+    tl.store(dweights + rows, (of_weights * times).to(dweights.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["HI", "K", "first"])
+def index_key_parts(
+    iq,
+    ik,
+    weights,
+    indices,
+    stops,
+    dscores,
+    parts,
+    first,
+    HI,
+    K,
+    DI: tl.constexpr,
+    BD: tl.constexpr,
+    BI: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (queries from first on, blocks of BK slots): parts [queries, K, DI] of the gradient of ik, up to the stops."""
+    row = tl.program_id(0).to(tl.int64)
+    t, at = row + first, tl.program_id(1) * BK
+    if at < tl.load(stops + t):
+        slots, keys, held = _slots(indices, t, at, K, BK)
+        key = _tile(ik, keys, held, DI, 0, DI, BD)
+        dscore = tl.load(dscores + t * K + slots, mask=held, other=0.0)
+        sums = tl.zeros((BK, BD), tl.float32)
+        for h in range(0, HI, BI):
+            heads = h + tl.arange(0, BI)
+            there, rows = heads < HI, t * HI + heads
+            query = _tile(iq, rows, there, DI, 0, DI, BD)
+            weight = tl.load(weights + rows, mask=there, other=0.0).to(tl.float32)
+            products = tl.dot(key, tl.trans(query), input_precision=DOT)
+            back = tl.where(products > 0, dscore[:, None] * weight[None, :], 0.0)
+            sums = tl.dot(back.to(query.dtype), query, sums, input_precision=DOT)
+        _put(parts, sums, row * K + slots, held, DI, 0, DI, BD)

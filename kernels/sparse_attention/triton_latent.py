@@ -1,4 +1,4 @@
-"""Attention over selected latents on a GPU: autograd around the programs of `triton_kernels`.
+"""Attention over selected latents, and the indexer's loss, on a GPU: autograd around the programs of `triton_kernels`.
 
 The backward goes through the queries so many at a time that what they add to their keys' gradients, D numbers for each query and slot,
 stays below PAIRS rows: memory is linear in the stream.
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from ltrain.kernels.sparse_attention import triton_kernels as kernels
 
 WIDEST, WIDEST_REST = 512, 128  # of values, and of what keys have beyond them: what the accumulators of one program hold
+WIDEST_INDEX = 128  # of the indexer's heads
 PAIRS = 1 << 20  # of queries and slots at a time in the backward: 1.2 GB of parts for 576 numbers in bfloat16
 WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
 
@@ -29,6 +30,16 @@ def refusal(q: Tensor, latent: Tensor, width: int) -> str | None:
     if width > WIDEST or q.shape[2] - width > WIDEST_REST:
         return f"takes values of at most {WIDEST} numbers and keys of at most {WIDEST_REST} more, not {width} and {q.shape[2] - width}"
     return None
+
+
+def index_refusal(q: Tensor, latent: Tensor, index: tuple[Tensor, Tensor, Tensor]) -> str | None:
+    """Why the kernels do not take these tensors for the indexer's loss, or None."""
+    why = refusal(q, latent, min(q.shape[2], WIDEST))
+    if why is None and not q.dtype == index[0].dtype == index[1].dtype:
+        why = f"takes the indexer's q and k in the attention's {q.dtype}, not {index[0].dtype} and {index[1].dtype}"
+    if why is None and index[0].shape[2] > WIDEST_INDEX:
+        why = f"takes indexers with heads of at most {WIDEST_INDEX}, not {index[0].shape[2]}"
+    return why
 
 
 def power(number: int, most: int) -> int:
@@ -53,10 +64,21 @@ def _options(q: Tensor, width: int, heads: int, slots: int) -> dict[str, Any]:
     }
 
 
+def _index_options(q: Tensor, heads: int, slots: int) -> dict[str, Any]:
+    """Of the indexer's queries [T, Hi, Di]; heads, slots: of a tile."""
+    exact = q.dtype == torch.float32
+    if exact:
+        heads = slots = 16
+    width = q.shape[2]
+    return {"DI": width, "BD": power(width, WIDEST_INDEX), "BI": power(q.shape[1], heads), "BK": slots, "DOT": "ieee" if exact else "tf32"}
+
+
 # (heads, slots) of a tile, and how many loads are under way, of each kernel
 ATTEND = (64, 64), 1
 KEY_PARTS = (32, 64), 1
 QUERY_GRADIENTS = (64, 32), 2
+INDEX_TERMS = (64, 64), 1
+INDEX_GRADIENTS = (64, 64), 2
 
 
 def stops(indices: Tensor) -> Tensor:
@@ -123,3 +145,62 @@ def latent_attention(q: Tensor, latent: Tensor, indices: Tensor, width: int, sca
     """-> out [T, H, width] in q's type, lse [T, H] float32"""
     out, lse = _Attention.apply(q.contiguous(), latent.contiguous(), indices.contiguous(), width, scale)
     return out, lse
+
+
+class _IndexLoss(torch.autograd.Function):
+    """Keeps the gradients of the indexer's scores, [T, K] like the indices: making them again takes the attention of all heads."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, iq: Tensor, ik: Tensor, weights: Tensor, q: Tensor, latent: Tensor, lse: Tensor, indices: Tensor, scale: float, share: float
+    ) -> Tensor:
+        heads, slots, last = q.shape[1], indices.shape[1], stops(indices)
+        tile, stages = INDEX_TERMS
+        of_index = _index_options(iq, *tile)
+        options = {**_options(q, min(q.shape[2], WIDEST), *tile), **of_index}  # where values end does not matter here
+        loss = torch.zeros((), dtype=torch.float32, device=q.device)
+        dscores = torch.empty(indices.shape, dtype=torch.float32, device=q.device) if any(ctx.needs_input_grad) else None
+        for some in chunks(indices):
+            rows = some.stop - some.start
+            target = q.new_zeros(rows, slots, dtype=torch.float32)
+            scores = torch.full_like(target, -torch.inf)
+            kernels.index_terms[rows, triton.cdiv(slots, options["BK"])](
+                *(q, latent, lse, iq, ik, weights, indices, last, target, scores, some.start, scale, share, heads, slots, iq.shape[1]),
+                **options,
+                num_stages=stages,
+            )
+            log_p = scores - scores.logsumexp(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+            loss -= torch.linalg.vecdot(target, log_p.masked_fill(scores == -torch.inf, 0.0)).sum()
+            if dscores is not None:
+                torch.addcmul(-target, log_p.exp(), target.sum(1, keepdim=True), out=dscores[some])
+        ctx.save_for_backward(iq, ik, weights, indices, last, dscores)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        iq, ik, weights, indices, last, dscores = ctx.saved_tensors
+        (rows, heads, width), slots = iq.shape, indices.shape[1]
+        tile, stages = INDEX_GRADIENTS
+        options = _index_options(iq, *tile) | {"num_warps": WARPS, "num_stages": stages}
+        diq, dweights, dik = torch.empty_like(iq), torch.empty_like(weights), torch.zeros_like(ik, dtype=torch.float32)
+        factor = grads[0].to(torch.float32)
+        kernels.index_query_gradients[rows, triton.cdiv(heads, options["BI"])](
+            iq, ik, weights, indices, last, dscores, factor, diq, dweights, heads, slots, **options
+        )
+        for some in chunks(indices):
+            parts = iq.new_empty(some.stop - some.start, slots, width)
+            kernels.index_key_parts[len(parts), triton.cdiv(slots, options["BK"])](
+                iq, ik, weights, indices, last, dscores, parts, some.start, heads, slots, **options
+            )
+            add_parts(parts, indices[some], dik)
+        return diq, (dik * factor).to(ik.dtype), dweights, *[None] * 6
+
+
+def latent_index_loss(
+    q: Tensor, latent: Tensor, lse: Tensor, index: tuple[Tensor, Tensor, Tensor], indices: Tensor, scale: float, share: float
+) -> Tensor:
+    """-> the loss [] in float32; share: what the heads' attention is multiplied with"""
+    rest = (x.detach().contiguous() for x in (q, latent, lse.float(), indices))
+    loss: Tensor = _IndexLoss.apply(*(x.contiguous() for x in index), *rest, scale, share)
+    return loss

@@ -6,6 +6,7 @@ import torch
 from ltrain.kernels import sparse_attention as kernels
 from ltrain.kernels.segments import Part, parts
 from ltrain.kernels.sparse_attention import block_index
+from ltrain.kernels.sparse_attention import latent as latents
 from ltrain.kernels.sparse_attention.block_means import block_attention
 from ltrain.kernels.sparse_attention.native import Shape, native_attention
 
@@ -67,6 +68,49 @@ def test_selection_attention_and_loss(stage: str, block: int, monkeypatch: pytes
     # the halves of the heads add up to the whole
     parts = [kernels.index_loss(q[:, h : h + 2], k[:, h // 2 : h // 2 + 1], (iq, ik, iw), indices, whole(), scale=SCALE, heads=4) for h in (0, 2)]
     torch.testing.assert_close(parts[0] + parts[1], mine, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("block", [300, 1 << 24])
+def test_latents_are_one_key_for_all_heads(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its first numbers for the value: the attention and the loss are those of keys and values, whatever order slots are in."""
+    monkeypatch.setattr(kernels, "SCORES", block)
+    tokens = sum(LENGTHS)
+    q, latent, iq, ik, iw = tensors((tokens, 4, 6), (tokens, 6), (tokens, 8, 3), (tokens, 3), (tokens, 8))
+    indices = kernels.select(iq.detach(), ik.detach(), iw.detach(), whole(), TOP)
+    expected = kernels.selected_attention(q, latent.unsqueeze(1), latent[:, None, :5], indices, whole(), scale=SCALE)
+    y, lse = latents.latent_attention(q, latent, indices.flip(1), width=5, scale=SCALE)
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+    weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(*(torch.autograd.grad((out * weight).sum(), (q, latent)) for out in (y, expected)), rtol=1e-9, atol=1e-11)
+    for t in (0, 17, tokens - 1):
+        seen = indices[t][indices[t] >= 0]
+        torch.testing.assert_close(lse[t], (q[t] @ latent[seen].T * SCALE).logsumexp(-1))
+    loss = kernels.index_loss(q.detach(), latent.detach().unsqueeze(1), (iq, ik, iw), indices, whole(), scale=SCALE, heads=4)
+    mine = latents.latent_index_loss(q, latent, lse, (iq, ik, iw), indices.flip(1), scale=SCALE, heads=4)
+    torch.testing.assert_close(mine, loss, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(x, (iq, ik, iw)) for x in (mine, loss)), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"latent": torch.zeros(3, 5)}, r"\[T, H, D\]"),
+        ({"indices": torch.zeros(2, 2).long()}, r"indices must be \[3, K\]"),
+        ({"indices": torch.zeros(3, 2)}, "int32 or int64"),
+        ({"width": 7}, "width=7"),
+        ({"backend": "fast"}, "backend='fast'"),
+        ({"lse": torch.zeros(3, 1)}, r"lse must be \[3, 2\]"),
+        ({"index": (torch.zeros(3, 2, 4), torch.zeros(3, 3), torch.zeros(3, 2))}, "the indexer's q"),
+    ],
+)
+def test_latents_that_do_not_fit(change: dict[str, object], words: str) -> None:
+    args = {"q": torch.zeros(3, 2, 6), "latent": torch.zeros(3, 6), "indices": torch.zeros(3, 2).long(), "scale": 1.0, "backend": "auto"}
+    loss = {"lse": torch.zeros(3, 2), "index": (torch.zeros(3, 2, 4), torch.zeros(3, 4), torch.zeros(3, 2)), "heads": 2}
+    with pytest.raises(ValueError, match=words):
+        if "lse" in change or "index" in change:
+            latents.latent_index_loss(**{**args, **loss, **change})
+        else:
+            latents.latent_attention(**{"width": 5, **args, **change})
 
 
 @pytest.mark.parametrize("scores", [64, 1 << 24])

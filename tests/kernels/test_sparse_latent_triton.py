@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ltrain.kernels.sparse_attention import triton_latent
-from ltrain.kernels.sparse_attention.latent import latent_attention
+from ltrain.kernels.sparse_attention.latent import latent_attention, latent_index_loss
 from tests.kernels.interpreter import DEVICE, on_gpu, runs
 
 
@@ -67,6 +67,59 @@ def test_half_precision_and_several_blocks_of_heads_and_queries(monkeypatch):
     compare([12], 70, 16, 16, 70, 2e-3, dtype=torch.float16, holes=True, index_dtype=torch.int64)
 
 
+def compare_loss(lengths, heads, width, index_heads, index_width, slots, tolerance, *, holes=False, dtype=torch.float32):
+    """The indexer's loss and its gradients, relative RMS below `tolerance`, of the same rounded inputs."""
+    g, tokens = torch.Generator().manual_seed(0), sum(lengths)
+    shapes = (tokens, heads, width), (tokens, width), (tokens, index_heads, index_width), (tokens, index_width), (tokens, index_heads)
+    q, latent, *given = [torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in shapes]
+    given[2] = given[2].float() * index_width**-0.5
+    indices, found = selection(lengths, slots, holes=holes), []
+    for change, backend in ((lambda x: x.detach(), "triton"), (lambda x: x.detach().cpu().double(), "reference")):
+        index = tuple(change(x).requires_grad_() for x in given)
+        at, chosen = (change(q), change(latent)), indices.to(change(q).device)
+        _, lse = latent_attention(*at, chosen, width=width, scale=0.3, backend=backend)
+        loss = latent_index_loss(*at, lse, index, chosen, scale=0.3, heads=heads + 2, backend=backend)
+        found.append([loss, *torch.autograd.grad(loss * 1.5, index)])
+    for name, got, expected in zip(("loss", "dq", "dk", "dweights"), *found, strict=True):
+        error = (got.cpu().double() - expected).norm() / expected.norm()
+        assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+@runs
+@pytest.mark.parametrize(
+    ("lengths", "heads", "width", "index_heads", "index_width", "slots", "holes"),
+    [
+        ([1, 7, 1, 4], 3, 20, 20, 8, 7, False),
+        ([14], 20, 16, 3, 18, 21, True),
+    ],
+)
+def test_loss_against_the_reference(lengths, heads, width, index_heads, index_width, slots, holes):
+    compare_loss(lengths, heads, width, index_heads, index_width, slots, 2e-6, holes=holes)
+
+
+@runs
+def test_loss_in_half_precision_and_several_blocks(monkeypatch):
+    monkeypatch.setattr(triton_latent, "PAIRS", 400)
+    compare_loss([12], 70, 16, 70, 16, 70, 2e-3, dtype=torch.float16, holes=True)
+
+
+@runs
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"index": (torch.zeros(4, 2, 130), torch.zeros(4, 130), torch.zeros(4, 2))}, "heads of at most 128, not 130"),
+        ({"index": (torch.zeros(4, 2, 8).half(), torch.zeros(4, 8), torch.zeros(4, 2))}, "in the attention's torch.float32"),
+        ({"q": torch.zeros(4, 2, 16).half()}, "one type"),
+    ],
+)
+def test_loss_refusals(change, words):
+    args = {"q": torch.zeros(4, 2, 16), "latent": torch.zeros(4, 16), "lse": torch.zeros(4, 2), "indices": torch.zeros(4, 1).long(), **change}
+    args = {name: t.to(DEVICE) if isinstance(t, torch.Tensor) else tuple(x.to(DEVICE) for x in t) for name, t in args.items()}
+    args.setdefault("index", tuple(torch.zeros(4, *shape, device=DEVICE) for shape in ((2, 8), (8,), (2,))))
+    with pytest.raises(ValueError, match=f"backend='triton' .*{words}"):
+        latent_index_loss(**args, scale=1.0, heads=2, backend="triton")
+
+
 @runs
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -95,6 +148,14 @@ def test_every_shape_on_the_gpu(heads, dtype, tolerance):
         ([129], (96, 0), 33),
     ):
         compare(lengths, heads, width, rest, slots, tolerance, dtype=dtype, holes=slots != 128)
+
+
+@on_gpu
+@pytest.mark.parametrize(("heads", "index_heads"), [(1, 64), (20, 3), (128, 64)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
+def test_every_shape_of_the_loss_on_the_gpu(heads, index_heads, dtype, tolerance):
+    for lengths, width, index_width, slots in (([300], 576, 128, 128), ([1, 200, 1, 63], 160, 64, 200), ([129], 96, 40, 33)):
+        compare_loss(lengths, heads, width, index_heads, index_width, slots, tolerance, dtype=dtype, holes=slots != 128)
 
 
 @on_gpu
