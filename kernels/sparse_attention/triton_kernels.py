@@ -1,15 +1,12 @@
 """Attention over selected latents, and their selection, on a GPU: what one program computes. `triton_latent` and `triton_select` launch these.
 
 All heads of a query see the same keys, so that a query's heads are the rows of its matrix products and the latents of its keys, gathered
-once, serve them all. The first R numbers of a latent are key and value, the rest of D is key alone. Forward: `attend`. Backward, in which
-each product is as large as in a dense backward and none is made twice but the scores:
+once, serve them all. The first R numbers of a latent are key and value, the rest of D is key alone. `attend` is the forward,
+`score_gradients` the backward of scores and queries. What a query adds to the gradient of a key is a product over its heads of what the
+latter stores, one matrix product for all of its keys; `add_parts` sums for each key what its queries add, in their order: in the place of
+atomic additions, a part costs one store and one load in the inputs' type, and sums do not depend on which program comes first.
 
-    key_parts           per query and block of its keys: dS to memory, and what the query adds to the gradient of each of its keys
-    query_gradients     per query and block of heads: dQ = dS K
-    add_parts           per key: the sum of what the queries that selected it add, in their order
-
-`add_parts` takes the place of atomic additions: a part costs one store and one load in the inputs' type, and sums do not depend on which
-program comes first. A product's result is never transposed for another product: Triton 3.4 to 3.7 computes that wrongly on Hopper.
+A product's result is never transposed for another product: Triton 3.4 to 3.7 computes that wrongly on Hopper.
 A slot without a key holds -1 and loads as zeros.
 
 The indexer: `everything`, `index_scores` and `best_keys` select, `index_terms`, `index_query_gradients` and `index_key_parts` are of its loss
@@ -101,7 +98,7 @@ def attend(
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "first"])
-def key_parts(
+def score_gradients(
     q,
     latent,
     indices,
@@ -109,8 +106,8 @@ def key_parts(
     lse,
     delta,
     dout,
-    ds,
-    parts,
+    dq,
+    weights,
     first,
     scale,
     H,
@@ -123,67 +120,34 @@ def key_parts(
     BK: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (queries from first on, blocks of BK slots): ds [queries, K, H] and parts [queries, K, D], up to the stops.
+    """Grid (queries from first on, blocks of BH heads): dq [T, H, D], and weights [queries, 2, H, K] up to the stops: the gradients of the
+    products with keys, and the attention.
 
     delta [T, H]: sum of out times its gradient, less the gradient of lse.
     """
     row = tl.program_id(0).to(tl.int64)
-    t, at = row + first, tl.program_id(1) * BK
-    if at < tl.load(stops + t):
-        slots, keys, held = _slots(indices, t, at, K, BK)
-        value, rest = _tile(latent, keys, held, D, 0, R, BR), _tile(latent, keys, held, D, R, D, BP)
-        sums, sums_rest = tl.zeros((BK, BR), tl.float32), tl.zeros((BK, BP), tl.float32)
-        for h in range(0, H, BH):
-            heads = h + tl.arange(0, BH)
-            there, rows = heads < H, t * H + heads
-            query, query_rest = _tile(q, rows, there, D, 0, R, BR), _tile(q, rows, there, D, R, D, BP)
-            grad = _tile(dout, rows, there, R, 0, R, BR)
-            scores = tl.dot(rest, tl.trans(query_rest), input_precision=DOT)
-            scores = tl.dot(value, tl.trans(query), scores, input_precision=DOT)
-            level = tl.load(lse + rows, mask=there, other=0.0) * LOG2E
-            p = tl.exp2(scores * (scale * LOG2E) - level[None, :])  # slots without a key are not read, and heads past H are zeros
-            dp = tl.dot(value, tl.trans(grad), input_precision=DOT)
-            back = (p * (dp - tl.load(delta + rows, mask=there, other=0.0)[None, :]) * scale).to(query.dtype)
-            tl.store(ds + (row * K + slots)[:, None] * H + heads[None, :], back, mask=(slots < K)[:, None] & there[None, :])
-            sums = tl.dot(back, query, sums, input_precision=DOT)
-            sums = tl.dot(p.to(grad.dtype), grad, sums, input_precision=DOT)
-            sums_rest = tl.dot(back, query_rest, sums_rest, input_precision=DOT)
-        _put(parts, sums, row * K + slots, slots < K, D, 0, R, BR)
-        _put(parts, sums_rest, row * K + slots, slots < K, D, R, D, BP)
-
-
-@triton.jit(do_not_specialize=[*COUNTS, "first"])
-def query_gradients(
-    latent,
-    indices,
-    stops,
-    ds,
-    dq,
-    first,
-    H,
-    K,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    BR: tl.constexpr,
-    BP: tl.constexpr,
-    BH: tl.constexpr,
-    BK: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """Grid (queries from first on, blocks of BH heads): dq [T, H, D] from ds [queries, K, H]."""
-    row = tl.program_id(0).to(tl.int64)
     t = row + first
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
-    there = heads < H
+    there, rows = heads < H, t * H + heads
+    query, query_rest, grad = _tile(q, rows, there, D, 0, R, BR), _tile(q, rows, there, D, R, D, BP), _tile(dout, rows, there, R, 0, R, BR)
+    level = tl.load(lse + rows, mask=there, other=0.0) * LOG2E
+    less = tl.load(delta + rows, mask=there, other=0.0)
     sums, sums_rest = tl.zeros((BH, BR), tl.float32), tl.zeros((BH, BP), tl.float32)
     for at in range(0, tl.load(stops + t), BK):
         slots, keys, held = _slots(indices, t, at, K, BK)
         value, rest = _tile(latent, keys, held, D, 0, R, BR), _tile(latent, keys, held, D, R, D, BP)
-        back = tl.load(ds + (row * K + slots)[None, :] * H + heads[:, None], mask=held[None, :] & there[:, None], other=0.0)
+        scores = tl.dot(query_rest, tl.trans(rest), input_precision=DOT)
+        scores = tl.dot(query, tl.trans(value), scores, input_precision=DOT)
+        p = tl.exp2(tl.where(held[None, :], scores * (scale * LOG2E) - level[:, None], float("-inf")))
+        dp = tl.dot(grad, tl.trans(value), input_precision=DOT)
+        back = (p * (dp - less[:, None]) * scale).to(value.dtype)
+        to, exists = weights + (row * 2 * H + heads)[:, None] * K + slots[None, :], there[:, None] & (slots < K)[None, :]
+        tl.store(to, back, mask=exists)
+        tl.store(to + H.to(tl.int64) * K, p.to(value.dtype), mask=exists)
         sums = tl.dot(back, value, sums, input_precision=DOT)
         sums_rest = tl.dot(back, rest, sums_rest, input_precision=DOT)
-    _put(dq, sums, t * H + heads, there, D, 0, R, BR)
-    _put(dq, sums_rest, t * H + heads, there, D, R, D, BP)
+    _put(dq, sums, rows, there, D, 0, R, BR)
+    _put(dq, sums_rest, rows, there, D, R, D, BP)
 
 
 @triton.jit
@@ -245,9 +209,8 @@ def index_scores(
 
 @triton.jit
 def _ranks(scores, place, inside):
-    """uint32 numbers in the order of scores [place], the two zeros being one"""
-    x = tl.load(scores + place, mask=inside, other=0.0)
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    """uint32 numbers in the order of scores [place], which are sums that began with 0.0, and so never -0.0"""
+    bits = tl.load(scores + place, mask=inside, other=0.0).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -74,10 +75,9 @@ def _index_options(q: Tensor, heads: int, slots: int) -> dict[str, Any]:
 
 
 # (heads, slots) of a tile, and how many loads are under way, of each kernel
-ATTEND = (64, 64), 1
-KEY_PARTS = (32, 64), 1
-QUERY_GRADIENTS = (64, 32), 2
-INDEX_TERMS = (64, 64), 1
+ATTEND = (64, 32), 3
+GRADIENTS = (64, 32), 1
+INDEX_TERMS = (32, 128), 2
 INDEX_GRADIENTS = (64, 64), 2
 
 
@@ -124,20 +124,17 @@ class _Attention(torch.autograd.Function):
         (_, heads, wide), slots = q.shape, indices.shape[1]
         delta = torch.linalg.vecdot(dout.float(), out.float()) - dlse
         dq, dlatent = torch.empty_like(q), torch.zeros_like(latent, dtype=torch.float32)
+        tile, stages = GRADIENTS
+        options = _options(q, ctx.width, *tile)
         for some in chunks(indices):
             rows = some.stop - some.start
-            ds, parts = q.new_empty(rows, slots, heads), q.new_empty(rows, slots, wide)
-            tile, stages = KEY_PARTS
-            options = _options(q, ctx.width, *tile)
-            kernels.key_parts[rows, triton.cdiv(slots, options["BK"])](
-                *(q, latent, indices, last, lse, delta, dout, ds, parts, some.start, ctx.scale, heads, slots), **options, num_stages=stages
+            weights = q.new_empty(rows, 2, heads, slots)
+            kernels.score_gradients[rows, triton.cdiv(heads, options["BH"])](
+                *(q, latent, indices, last, lse, delta, dout, dq, weights, some.start, ctx.scale, heads, slots), **options, num_stages=stages
             )
-            tile, stages = QUERY_GRADIENTS
-            options = _options(q, ctx.width, *tile)
-            kernels.query_gradients[rows, triton.cdiv(heads, options["BH"])](
-                latent, indices, last, ds, dq, some.start, heads, slots, **options, num_stages=stages
-            )
-            add_parts(parts, indices[some], dlatent)
+            # dK = dS^T Q, and where keys are values P^T dO besides: one product, whose sums are rounded once
+            factors = torch.stack((q[some], F.pad(dout[some], (0, wide - ctx.width))), 1)
+            add_parts(weights.flatten(1, 2).mT @ factors.flatten(1, 2), indices[some], dlatent)
         return dq, dlatent.to(latent.dtype), None, None, None
 
 
@@ -169,7 +166,7 @@ class _IndexLoss(torch.autograd.Function):
                 **options,
                 num_stages=stages,
             )
-            log_p = scores - scores.logsumexp(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+            log_p = scores - scores.logsumexp(1, keepdim=True)
             loss -= torch.linalg.vecdot(target, log_p.masked_fill(scores == -torch.inf, 0.0)).sum()
             if dscores is not None:
                 torch.addcmul(-target, log_p.exp(), target.sum(1, keepdim=True), out=dscores[some])
