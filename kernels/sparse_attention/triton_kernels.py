@@ -16,7 +16,6 @@ over what is selected.
 import triton
 import triton.language as tl
 
-COUNTS = ["H", "K"]  # no kernel is compiled anew for another number of heads or slots
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -53,7 +52,7 @@ def ends(indices, stops, K, BK: tl.constexpr):
     tl.store(stops + t, stop)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=["H"])
 def attend(
     q,
     latent,
@@ -97,7 +96,7 @@ def attend(
     tl.store(lse + rows, highest / LOG2E + tl.log(divisor), mask=there)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "first"])
+@triton.jit(do_not_specialize=["H", "first"])
 def score_gradients(
     q,
     latent,
@@ -250,7 +249,7 @@ def best_keys(scores, found, stride, place, begin, K, B: tl.constexpr):
         written += tl.sum(taken.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "HI", "first"])
+@triton.jit(do_not_specialize=["H", "HI", "first"])
 def index_terms(
     q,
     latent,
@@ -306,7 +305,7 @@ def index_terms(
         tl.store(scores + row * K + slots, score, mask=held)
 
 
-@triton.jit(do_not_specialize=["HI", "K"])
+@triton.jit(do_not_specialize=["HI"])
 def index_query_gradients(
     iq,
     ik,
@@ -344,7 +343,7 @@ def index_query_gradients(
     tl.store(dweights + rows, (of_weights * times).to(dweights.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["HI", "K", "first"])
+@triton.jit(do_not_specialize=["HI", "first"])
 def index_key_parts(
     iq,
     ik,

@@ -1,7 +1,7 @@
 """Attention over selected latents, and the indexer's loss, on a GPU: autograd around the programs of `triton_kernels`.
 
-The backward goes through the queries so many at a time that what they add to their keys' gradients, D numbers for each query and slot,
-stays below PAIRS rows: memory is linear in the stream.
+The backward goes through so many queries at a time that they have at most PAIRS slots, for each of which it stores the heads' weights and
+what the query adds to its key's gradient: memory is linear in the stream.
 """
 
 import os
@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.sparse_attention import triton_kernels as kernels
 
-WIDEST, WIDEST_REST = 512, 128  # of values, and of what keys have beyond them: what the accumulators of one program hold
+WIDEST, WIDEST_REST = 512, 64  # of values, and of what keys have beyond them: what a program has room for
 WIDEST_INDEX = 128  # of the indexer's heads
-PAIRS = 1 << 20  # of queries and slots at a time in the backward: 1.2 GB of parts for 576 numbers in bfloat16
+PAIRS = 1 << 20  # of queries and slots at a time in the backward: 1.7 GB for 128 heads and 576 numbers in bfloat16
 WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
 
 
