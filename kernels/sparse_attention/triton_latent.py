@@ -18,7 +18,7 @@ from ltrain.kernels.sparse_attention import triton_kernels as kernels
 
 WIDEST, WIDEST_REST = 512, 64  # of values, and of what keys have beyond them: what a program has room for
 WIDEST_INDEX = 128  # of the indexer's heads
-PAIRS = 1 << 20  # of queries and slots at a time in the backward: 1.7 GB for 128 heads and 576 numbers in bfloat16
+PAIRS = 1 << 20  # of queries and slots at a time in the backward: 1.9 GB for 128 heads and 576 numbers in bfloat16
 WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
 
 

@@ -62,6 +62,19 @@ def test_against_the_reference(lengths, heads, width, rest, slots, holes):
 
 
 @runs
+def test_a_small_sum_of_exponentials_beside_empty_slots():
+    """Scores near -200: e to the negative log-sum-exp, what a score of zero would have for its weight, is no float32."""
+    g, found = torch.Generator().manual_seed(0), []
+    q, latent = torch.randn(3, 2, 16, generator=g) * 0.1 - 40, torch.randn(3, 16, generator=g) * 0.01 + 1
+    indices = torch.tensor([[0, -1, -1], [0, 1, -1], [-1, 2, 0]])
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
+        x = [t.to(DEVICE, dtype).requires_grad_() for t in (q, latent)]
+        out, _ = latent_attention(*x, indices.to(DEVICE), width=12, scale=0.3, backend=backend)
+        found.append([out.double(), *(grad.double() for grad in torch.autograd.grad((out * x[0][..., :12].detach()).sum(), x))])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+@runs
 def test_half_precision_and_several_blocks_of_heads_and_queries(monkeypatch):
     monkeypatch.setattr(triton_latent, "PAIRS", 400)  # some queries at a time
     compare([12], 70, 16, 16, 70, 2e-3, dtype=torch.float16, holes=True, index_dtype=torch.int64)
