@@ -122,12 +122,13 @@ class _Attention(torch.autograd.Function):
         q, latent, indices, last, out, lse = ctx.saved_tensors
         dout, dlse = grads[0].contiguous(), grads[1]
         (_, heads, wide), slots = q.shape, indices.shape[1]
-        delta = torch.linalg.vecdot(dout.float(), out.float()) - dlse
+        delta = torch.empty_like(lse)
         dq, dlatent = torch.empty_like(q), torch.zeros_like(latent, dtype=torch.float32)
         tile, stages = GRADIENTS
         options = _options(q, ctx.width, *tile)
         for some in chunks(indices):
             rows = some.stop - some.start
+            torch.sub(torch.linalg.vecdot(dout[some].float(), out[some].float()), dlse[some], out=delta[some])
             weights = q.new_empty(rows, 2, heads, slots)
             kernels.score_gradients[rows, triton.cdiv(heads, options["BH"])](
                 *(q, latent, indices, last, lse, delta, dout, dq, weights, some.start, ctx.scale, heads, slots), **options, num_stages=stages
