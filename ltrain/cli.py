@@ -161,6 +161,22 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=_count, default=5, help="runs of each that are timed (default 5)")
     sub.add_argument("--out", default="runs/bench-context-parallel", help="folder for the results (default %(default)s)")
     sub.set_defaults(verb=bench_context_parallel)
+    sub = bench.add_parser(
+        "kernels", help="our kernels beside every other one that is installed: time, memory, distance from the floor and the truth"
+    )
+    what = "linear_recurrence, elementwise_recurrence, short_conv, attention, cross_entropy, norm, experts, or operators of them (default: all)"
+    sub.add_argument("families", metavar="FAMILY", nargs="*", help=what)
+    sub.add_argument("--tokens", type=_lengths, default=[2048, 8192, 32768], help="of the streams, with commas (default 2048,8192,32768)")
+    sub.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    sub.add_argument("--heads", type=_count, default=16)
+    sub.add_argument("--kv-heads", type=_count, default=4)
+    sub.add_argument("--head-dim", type=_count, default=128)
+    sub.add_argument("--window", type=_count, default=4096)
+    sub.add_argument("--hidden", type=_count, default=4096, help="width of the cross entropy's, the norm's and the experts' inputs (default 4096)")
+    sub.add_argument("--vocab", type=_count, default=131072)
+    sub.add_argument("--steps", type=_count, default=10, help="runs of each that are timed, fewer where they are long (default 10)")
+    sub.add_argument("--out", default="runs/bench-kernels", help="folder for the results (default %(default)s)")
+    sub.set_defaults(verb=bench_kernels)
 
     start = verbs.add_parser("launch", help="train on many ranks").add_subparsers(metavar="WHERE", required=True)
     sub = start.add_parser("local", help="on this machine")
@@ -383,6 +399,16 @@ def bench_context_parallel(args: argparse.Namespace) -> None:
         mesh.close()
     finally:
         ranks.stop()
+
+
+def bench_kernels(args: argparse.Namespace) -> None:
+    import torch
+
+    from ltrain.plan.kernels import Sizes, main
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    sizes = Sizes(args.heads, args.kv_heads, args.head_dim, args.window, args.hidden, args.vocab)
+    main(args.families, args.tokens, dtype, args.steps, sizes, Path(args.out))
 
 
 def launch_local(args: argparse.Namespace) -> None:

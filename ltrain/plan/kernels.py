@@ -1,0 +1,515 @@
+"""`ltrain bench kernels`: our kernels beside every other one that is installed, on the same inputs in one run.
+
+Beside each time stands the floor that it could have on this machine: the larger of the operator's matrix products at the rate of a large
+product and of the bytes it cannot avoid at the rate of a copy, both measured at the start. And, since speed counts for the same function
+only, how far the output and the gradients are from the reference in float64, on a short stream.
+"""
+
+import gc
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltrain.kernels.attention import FULL, Mask, attention
+from ltrain.kernels.cross_entropy import linear_cross_entropy
+from ltrain.kernels.elementwise_recurrence import scan, selective_scan
+from ltrain.kernels.experts import grouped_linear
+from ltrain.kernels.linear_recurrence import linear_recurrence
+from ltrain.kernels.norm import rms_norm
+from ltrain.kernels.short_conv import short_conv
+from ltrain.plan.hardware import device_name, measured_bandwidth, measured_flops, synchronise
+from ltrain.plan.peers import PEERS, Inputs, Peer, installed_version
+from ltrain.schema import ConfigError
+
+WARM_UP = 2  # runs that are not timed: they compile and tune
+SECONDS = 1.0  # after which no further run begins, when there are LEAST
+LEAST = 3
+COLD = 2**28  # bytes written before each run, so that no input is in a cache
+CHECKED = 192  # tokens of the stream on which implementations are compared with the reference
+CHUNK = 64  # tokens: the chunk whose products count as a linear recurrence's
+PACKAGES = ("torch", "triton", "flash-linear-attention", "mamba-ssm", "causal-conv1d", "liger-kernel")
+
+
+class Sizes(NamedTuple):
+    """Those of Mamba-2, the scans and the convolution follow from heads and head_dim."""
+
+    heads: int = 16
+    kv_heads: int = 4
+    head_dim: int = 128
+    window: int = 4096
+    hidden: int = 4096  # of the cross entropy, the norm and the experts
+    vocab: int = 131072
+    states: int = 16  # of a channel in Mamba's scan
+    experts: int = 16
+    inner: int = 1024  # width of an expert
+    eps: float = 1e-6
+
+    @property
+    def scale(self) -> float:
+        return float(self.head_dim**-0.5)
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Operator:
+    """inputs: of so many tokens, in a type; run: their output by one of our backends.
+
+    flops: of the matrix products of a forward over so many tokens (of a scan: its multiplications and additions); both: times that of a
+    forward and a backward together. fixed: names of inputs that have no gradient.
+    """
+
+    family: str
+    inputs: Callable[[int, torch.dtype, torch.Generator], Inputs]
+    run: Callable[[Inputs, str], Tensor]
+    flops: Callable[[int], float]
+    both: float = 3.0  # each product has two in the backward
+    fixed: tuple[str, ...] = ()
+
+
+class _Random(NamedTuple):
+    """Draws from a normal distribution of standard deviation 1."""
+
+    dtype: torch.dtype
+    generator: torch.Generator
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        drawn = torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=torch.float32)
+        return drawn.to(dtype or self.dtype)
+
+
+def _alone(x: Tensor) -> Tensor:
+    return torch.tensor([0, len(x)], dtype=torch.int32)
+
+
+def _linear(s: Sizes, decay: str, delta: bool) -> Operator:
+    """decay: constant, none, head or channel."""
+
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw = _Random(dtype, generator)
+        shape = (tokens, s.heads, s.head_dim)
+        x = {"q": draw(*shape), "k": F.normalize(draw(*shape, dtype=torch.float32), dim=-1).to(dtype), "v": draw(*shape)}
+        if decay == "constant":
+            x["decay"] = -(2 ** (-8 * torch.arange(1, s.heads + 1, device=generator.device, dtype=torch.float32) / s.heads))
+        elif decay != "none":
+            x["decay"] = F.logsigmoid(draw(*shape[: 2 if decay == "head" else 3], dtype=torch.float32)) / 16
+        if delta:
+            x["beta"] = draw(*shape[:2]).sigmoid()
+        return x
+
+    def run(x: Inputs, backend: str) -> Tensor:
+        faded = x["decay"].expand(len(x["q"]), -1) if decay == "constant" else x.get("decay")
+        return linear_recurrence(x["q"], x["k"], x["v"], faded, x.get("beta"), _alone(x["q"]), scale=s.scale, backend=backend).output
+
+    return Operator(
+        "linear_recurrence",
+        inputs,
+        run,
+        lambda n: n * s.heads * _recurrence_flops(s.head_dim, s.head_dim, delta),
+        fixed=("decay",) * (decay == "constant"),
+    )
+
+
+def _recurrence_flops(key: int, value: int, delta: bool) -> float:
+    """Per token and head in the chunked form: the state read and written, q k^T and its product with the values; with the delta rule also the
+    state recalled, k k^T and the solved system applied to keys and values."""
+    return 2 * (2 + delta) * key * value + 2 * CHUNK * (key + value) + delta * 2 * CHUNK * (2 * key + value)
+
+
+def _mamba2(s: Sizes) -> Operator:
+    heads, width, groups, states = 4 * s.heads, max(1, s.head_dim // 2), max(1, s.heads // 2), s.head_dim
+
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw = _Random(dtype, generator)
+        # the state's own scale: keys of length about 1
+        b, c = (draw(tokens, groups, states) * states**-0.5 for _ in range(2))
+        step = F.softplus(draw(tokens, heads, dtype=torch.float32) - 4)
+        return {"x": draw(tokens, heads, width), "step": step, "rate": draw(heads, dtype=torch.float32).exp(), "B": b, "C": c}
+
+    def run(x: Inputs, backend: str) -> Tensor:
+        values = (x["x"] * x["step"].unsqueeze(-1)).to(x["x"].dtype)
+        return linear_recurrence(x["C"], x["B"], values, -x["step"] * x["rate"], None, _alone(values), scale=1.0, backend=backend).output
+
+    return Operator("linear_recurrence", inputs, run, lambda n: n * heads * _recurrence_flops(states, width, False))
+
+
+def _mamba(s: Sizes) -> Operator:
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw = _Random(dtype, generator)
+        step = F.softplus(draw(tokens, s.channels, dtype=torch.float32) - 4).to(dtype)
+        rate = draw(s.channels, s.states, dtype=torch.float32).exp()
+        return {"x": draw(tokens, s.channels), "step": step, "rate": rate, "B": draw(tokens, s.states), "C": draw(tokens, s.states)}
+
+    def run(x: Inputs, backend: str) -> Tensor:
+        return selective_scan(x["x"], x["step"], x["rate"], x["B"], x["C"], _alone(x["x"]), backend=backend)[0]
+
+    # decay, its product with the state, step x B added, and what C reads
+    return Operator("elementwise_recurrence", inputs, run, lambda n: 7 * n * s.channels * s.states)
+
+
+def _rg_lru(s: Sizes) -> Operator:
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw = _Random(torch.float32, generator)  # states and decays are wide whatever the activations are
+        return {"log_a": F.logsigmoid(draw(tokens, s.channels)) / 16, "b": draw(tokens, s.channels)}
+
+    def run(x: Inputs, backend: str) -> Tensor:
+        return scan(x["log_a"].exp(), x["b"], _alone(x["b"]), backend=backend)[0]
+
+    return Operator("elementwise_recurrence", inputs, run, lambda n: 3 * n * s.channels)
+
+
+def _short_conv(s: Sizes) -> Operator:
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw = _Random(dtype, generator)
+        return {"x": draw(tokens, s.channels), "weight": draw(s.channels, 4)}
+
+    def run(x: Inputs, backend: str) -> Tensor:
+        return short_conv(x["x"], x["weight"], _alone(x["x"]), return_final_state=False, backend=backend)[0]
+
+    return Operator("short_conv", inputs, run, lambda n: 8 * n * s.channels)
+
+
+def _attention(s: Sizes, mask: Mask) -> Operator:
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw = _Random(dtype, generator)
+        k, v = (draw(tokens, s.kv_heads, s.head_dim) for _ in range(2))
+        return {"q": draw(tokens, s.heads, s.head_dim), "k": k, "v": v}
+
+    def run(x: Inputs, backend: str) -> Tensor:
+        return attention(x["q"], x["k"], x["v"], _alone(x["q"]), scale=s.scale, mask=mask, backend=backend)
+
+    def flops(tokens: int) -> float:
+        reach = min(mask.window or tokens, tokens)
+        return 4 * s.heads * s.head_dim * (reach * (reach + 1) / 2 + (tokens - reach) * reach)
+
+    # scores are made again in the backward: five products beside the forward's two
+    return Operator("attention", inputs, run, flops, both=3.5)
+
+
+def _cross_entropy(s: Sizes) -> Operator:
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw = _Random(dtype, generator)
+        labels = torch.randint(s.vocab, (tokens,), generator=generator, device=generator.device)
+        return {"x": draw(tokens, s.hidden), "weight": draw(s.vocab, s.hidden) * s.hidden**-0.5, "labels": labels}
+
+    def run(x: Inputs, backend: str) -> Tensor:
+        return linear_cross_entropy(x["x"], x["weight"], x["labels"])[0].mean()
+
+    return Operator("cross_entropy", inputs, run, lambda n: 2 * n * s.hidden * s.vocab)
+
+
+def _norm(s: Sizes) -> Operator:
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw = _Random(dtype, generator)
+        return {"x": draw(tokens, s.hidden), "weight": draw(s.hidden)}
+
+    return Operator("norm", inputs, lambda x, backend: rms_norm(x["x"], x["weight"], s.eps), lambda n: 4 * n * s.hidden)
+
+
+def _experts(s: Sizes) -> Operator:
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw = _Random(dtype, generator)
+        counts = torch.full((s.experts,), tokens // s.experts, device=generator.device)
+        counts[0] += tokens % s.experts
+        return {"x": draw(tokens, s.hidden), "weight": draw(s.experts, s.inner, s.hidden) * s.hidden**-0.5, "counts": counts}
+
+    def run(x: Inputs, backend: str) -> Tensor:
+        return grouped_linear(x["x"], x["weight"], x["counts"], backend=backend)
+
+    return Operator("experts", inputs, run, lambda n: 2 * n * s.hidden * s.inner)
+
+
+def operators(s: Sizes) -> dict[str, Operator]:
+    """By name, in the sizes asked for."""
+    return {
+        "lightning": _linear(s, "constant", False),
+        "gla": _linear(s, "channel", False),
+        "delta_net": _linear(s, "none", True),
+        "gated_delta_net": _linear(s, "head", True),
+        "kda": _linear(s, "channel", True),
+        "mamba2": _mamba2(s),
+        "mamba": _mamba(s),
+        "rg_lru": _rg_lru(s),
+        "short_conv": _short_conv(s),
+        "causal": _attention(s, FULL),
+        "window": _attention(s, Mask(window=s.window)),
+        "cross_entropy": _cross_entropy(s),
+        "norm": _norm(s),
+        "experts": _experts(s),
+    }
+
+
+class Machine(NamedTuple):
+    """Rates of this machine, measured: flops in FLOP/s by the type of the factors, bandwidth in bytes/s, read and written together."""
+
+    device: torch.device
+    flops: float
+    bandwidth: float
+
+    @classmethod
+    def measured(cls, device: torch.device, dtype: torch.dtype) -> "Machine":
+        return cls(device, measured_flops(device, dtype), measured_bandwidth(device))
+
+    def floor(self, flops: float, size: float) -> float:
+        """Seconds that so many operations and bytes take at the least."""
+        return max(flops / self.flops, size / self.bandwidth)
+
+
+class Implementation(NamedTuple):
+    name: str
+    version: str
+    run: Callable[[Inputs], Tensor]
+    prepare: Callable[[Inputs], Inputs]
+
+
+def implementations(name: str, operator: Operator, sizes: Sizes) -> list[Implementation]:
+    """Ours, and the peers that are installed."""
+
+    def called(peer: Peer) -> Callable[[Inputs], Tensor]:
+        return lambda x: peer.run(x, sizes)
+
+    ours = Implementation("ltrain", installed_version("ltrain") or "", lambda x: operator.run(x, "auto"), lambda x: x)
+    found = [(peer, peer.version) for peer in PEERS.get(name, [])]
+    return [ours, *(Implementation(peer.name, there, called(peer), peer.prepare) for peer, there in found if there is not None)]
+
+
+def leaves(x: Inputs, fixed: Iterable[str]) -> tuple[Inputs, list[str]]:
+    """The inputs cut off from what made them, and the names of those that have a gradient now."""
+    names = [name for name, tensor in x.items() if tensor.is_floating_point() and name not in fixed]
+    return {name: tensor.detach().requires_grad_(name in names) for name, tensor in x.items()}, names
+
+
+def elapsed(run: Callable[[], object], device: torch.device, steps: int) -> float:
+    """Seconds, the median of at most `steps` runs: of the device between two events on a GPU, of the clock elsewhere."""
+    cold = torch.empty(COLD if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+    times: list[float] = []
+    began = 0.0
+    for n in range(WARM_UP + steps):
+        if n == WARM_UP:
+            began = time.perf_counter()
+        if len(times) >= LEAST and time.perf_counter() - began > SECONDS:
+            break
+        cold.zero_()
+        if device.type == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            run()
+            last.record()
+            last.synchronize()
+            taken = first.elapsed_time(last) / 1e3
+        else:
+            start = time.perf_counter()
+            run()
+            taken = time.perf_counter() - start
+        if n >= WARM_UP:
+            times.append(taken)
+    return statistics.median(times)
+
+
+def timed(operator: Operator, one: Implementation, tokens: int, dtype: torch.dtype, machine: Machine, steps: int) -> dict[str, Any]:
+    """Of one implementation on one stream: seconds, FLOP/s and shares of the floor, forwards and with the backward, and the memory beside the
+    inputs at the worst moment of both."""
+    device = machine.device
+    given = operator.inputs(tokens, dtype, torch.Generator(device).manual_seed(0))
+    size = sum(x.nbytes for x in given.values())
+    with torch.no_grad():
+        x, names = leaves(one.prepare(given), operator.fixed)
+    del given
+    plain = {name: tensor.detach() for name, tensor in x.items()}
+    wanted = [x[name] for name in names]
+
+    with torch.no_grad():
+        out = one.run(plain)
+        grad, out_size = torch.ones_like(out), out.nbytes
+        del out
+        forward = elapsed(lambda: one.run(plain), device, steps)
+
+    def train() -> None:
+        torch.autograd.grad(one.run(x), wanted, grad)
+
+    both = elapsed(train, device, steps)
+    peak = None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        train()
+        peak = torch.cuda.max_memory_allocated(device) - before
+    flops = operator.flops(tokens)
+    # inputs are read and gradients of them written once, and the inputs and the output's gradient read once more
+    floors = machine.floor(flops, size + out_size), machine.floor(operator.both * flops, 3 * size + 2 * out_size)
+    return {
+        "forward_seconds": forward,
+        "forward_flops": flops / forward,
+        "forward_floor_seconds": floors[0],
+        "forward_of_floor": floors[0] / forward,
+        "seconds": both,
+        "flops": operator.both * flops / both,
+        "floor_seconds": floors[1],
+        "of_floor": floors[1] / both,
+        "peak_bytes": peak,
+    }
+
+
+def compared(operator: Operator, one: Implementation, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """error: the worst relative distance (in the 2-norm) of output and gradients from the reference in float64, on CHECKED tokens."""
+    given, names = leaves(operator.inputs(CHECKED, dtype, torch.Generator(device).manual_seed(1)), operator.fixed)
+    wide, _ = leaves({name: x.double() if x.is_floating_point() else x for name, x in given.items()}, operator.fixed)
+    found: list[list[Tensor]] = []
+    for x, run in ((wide, lambda x: operator.run(x, "reference")), (given, lambda x: one.run(one.prepare(x)))):
+        out = run(x)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(out)
+        found.append([out, *torch.autograd.grad(out, [x[name] for name in names], grad)])
+    return {"error": max(float((got.detach().double() - true.detach()).norm() / true.detach().norm()) for true, got in zip(*found, strict=True))}
+
+
+def reason(error: BaseException) -> str:
+    """In one line, why an implementation did not run."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:120]
+
+
+def _attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a run finds, or why it did not: another's kernel may refuse or break in any way, and memory may run out."""
+    try:
+        return work()
+    except Exception as failure:
+        return {"reason": reason(failure)}
+
+
+def _cleared(device: torch.device) -> bool:
+    """Give back what the last run held. False: a kernel has broken the process's hold on the GPU, and nothing more will run."""
+    gc.collect()
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        except Exception:
+            return False
+    return True
+
+
+def bench(
+    names: list[str], tokens: list[int], dtype: torch.dtype, steps: int, sizes: Sizes, machine: Machine, log: Callable[[str], object] = print
+) -> list[dict[str, Any]]:
+    """Every implementation of each operator of these names or families on streams of these lengths.
+
+    Raises ConfigError for a name that does not exist.
+    """
+    known = operators(sizes)
+    families = list(dict.fromkeys(operator.family for operator in known.values()))
+    if wrong := [name for name in names if name not in known and name not in families]:
+        raise ConfigError(f"{wrong[0]} is neither a family nor an operator: write some of {','.join(families)}, or of {','.join(known)}")
+    short = sizes._replace(window=min(sizes.window, CHECKED // 3))  # so that a window matters to the check
+    checked = operators(short)
+    results: list[dict[str, Any]] = []
+    log(HEAD)
+    for name, operator in known.items():
+        if names and name not in names and operator.family not in names:
+            continue
+        for one, same in zip(implementations(name, operator, sizes), implementations(name, checked[name], short), strict=True):
+            about = {"operator": name, "family": operator.family, "implementation": one.name, "version": one.version}
+            rows = []
+            # the longest first: what tunes itself does so on its first stream
+            for n in sorted(tokens, reverse=True):
+                rows.append({**about, "tokens": n, **_attempt(partial(timed, operator, one, n, dtype, machine, steps))})
+                working = _cleared(machine.device)
+            far = _attempt(partial(compared, checked[name], same, dtype, machine.device))
+            for row in reversed(rows):
+                results.append({**far, **row})
+                log(line(results[-1]))
+            if not (working and _cleared(machine.device)):
+                log(f"the GPU does not answer any more after {one.name}: nothing further is measured")
+                return results
+    return results
+
+
+HEAD = (
+    f"{'operator':15} {'tokens':>7} {'implementation':26} {'fwd ms':>9} {'TFLOP/s':>8} {'floor':>6} {'f+b ms':>9} {'TFLOP/s':>8} {'floor':>6} "
+    f"{'MiB':>8} {'error':>8}"
+)
+
+
+def line(r: dict[str, Any]) -> str:
+    """Of the table: times, FLOP/s, shares of the floor, memory and error of one implementation on one stream, or why there are none."""
+    start = f"{r['operator']:15} {r['tokens']:7} {(r['implementation'] + ' ' + r['version']).strip():26}"
+    if "seconds" not in r:
+        return f"{start} {r['reason']}"
+    cells = [
+        f"{r[f'{part}seconds'] * 1e3:9.3f} {r[f'{part}flops'] / 1e12:8.3f} {r[f'{part}of_floor']:6.1%}"  # of the forward, and of both
+        for part in ("forward_", "")
+    ]
+    memory = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:.0f}"
+    return f"{start} {cells[0]} {cells[1]} {memory:>8} " + (f"{r['error']:8.1e}" if "error" in r else r["reason"])
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    return "\n".join([HEAD, *map(line, results)])
+
+
+def draw(results: list[dict[str, Any]], title: str, path: Path) -> None:
+    """For each operator its milliseconds forwards and backwards over the tokens, a line for each implementation, and the floor."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    by_operator: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for r in results:
+        if "seconds" in r:
+            by_operator.setdefault(r["operator"], {}).setdefault(r["implementation"], []).append(r)
+    columns = min(3, max(1, len(by_operator)))
+    rows = max(1, math.ceil(len(by_operator) / columns))
+    figure = Figure(figsize=(4.5 * columns, 3.4 * rows), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=9)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (operator, lines) in zip(panels, by_operator.items(), strict=False):
+        for name, points in lines.items():
+            axes.plot([r["tokens"] for r in points], [r["seconds"] * 1e3 for r in points], marker="o", markersize=3, linewidth=1.2, label=name)
+        longest = max(lines.values(), key=len)
+        axes.plot([r["tokens"] for r in longest], [r["floor_seconds"] * 1e3 for r in longest], color="grey", linestyle="--", label="floor")
+        axes.set(xscale="log", yscale="log", title=operator, xlabel="tokens", ylabel="forward and backward, ms")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    for axes in panels[len(by_operator) :]:
+        axes.set_axis_off()
+    figure.savefig(path)
+
+
+def main(names: list[str], tokens: list[int], dtype: torch.dtype, steps: int, sizes: Sizes, out: Path) -> list[dict[str, Any]]:
+    """Measure, print, and write bench-kernels.json and .png into the folder."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = Machine.measured(device, dtype)
+    synchronise(device)
+    kind = str(dtype).removeprefix("torch.")
+    print(f"{device_name(device)}: {kind} products at {machine.flops / 1e12:.2f} TFLOP/s, copies at {machine.bandwidth / 1e9:.1f} GB/s", flush=True)
+    results = bench(names, tokens, dtype, steps, sizes, machine, lambda text: print(text, flush=True))
+    packages = {package: installed_version(package) for package in PACKAGES}  # None: not there
+    if missing := [package for package, there in packages.items() if there is None]:
+        print(f"not installed: {', '.join(missing)}")
+    out.mkdir(parents=True, exist_ok=True)
+    about = {
+        "device": device_name(device),
+        "packages": packages,
+        "dtype": kind,
+        "sizes": sizes._asdict(),
+        "measured_flops": machine.flops,
+        "measured_bytes_per_second": machine.bandwidth,
+        "checked_tokens": CHECKED,
+    }
+    (out / "bench-kernels.json").write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+    draw(results, f"{device_name(device)}, {kind}", out / "bench-kernels.png")
+    print(f"written to {out / 'bench-kernels.json'} and .png")
+    return results

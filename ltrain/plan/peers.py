@@ -1,0 +1,194 @@
+"""Other people's kernels for what `ltrain bench kernels` measures, each of them optional: how it is called on our inputs.
+
+What a peer wants to be laid out differently is laid out in `prepare`, which is not timed; both functions are differentiable, so that its
+output and gradients can be compared with ours.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Inputs = dict[str, Tensor]
+
+
+def installed_version(distribution: str) -> str | None:
+    """None: no such distribution is installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _as_given(x: Inputs) -> Inputs:
+    return x
+
+
+class Peer(NamedTuple):
+    """run: what `prepare` makes of the inputs, and the sizes of the operator -> the output as our operator has it."""
+
+    name: str
+    package: str  # to import
+    distribution: str  # whose version counts
+    run: Callable[[Inputs, Any], Tensor]
+    prepare: Callable[[Inputs], Inputs] = _as_given
+
+    @property
+    def version(self) -> str | None:
+        """None: it is not installed."""
+        return None if find_spec(self.package) is None else installed_version(self.distribution) or ""
+
+
+def _batch(*tensors: Tensor) -> list[Tensor]:
+    return [x.unsqueeze(0) for x in tensors]
+
+
+def _fla_lightning(x: Inputs, s: Any) -> Tensor:
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return chunk_simple_gla(*_batch(x["q"], x["k"], x["v"]), g_gamma=x["decay"], scale=s.scale)[0][0]
+
+
+def _fla_gla(x: Inputs, s: Any) -> Tensor:
+    from fla.ops.gla import chunk_gla
+
+    return chunk_gla(*_batch(x["q"], x["k"], x["v"], x["decay"]), scale=s.scale)[0][0]
+
+
+def _fla_delta_rule(x: Inputs, s: Any) -> Tensor:
+    from fla.ops.delta_rule import chunk_delta_rule
+
+    return chunk_delta_rule(*_batch(x["q"], x["k"], x["v"], x["beta"]), scale=s.scale)[0][0]
+
+
+def _fla_gated_delta_rule(x: Inputs, s: Any) -> Tensor:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return chunk_gated_delta_rule(*_batch(x["q"], x["k"], x["v"], x["decay"], x["beta"]), scale=s.scale)[0][0]
+
+
+def _fla_kda(x: Inputs, s: Any) -> Tensor:
+    from fla.ops.kda import chunk_kda
+
+    return chunk_kda(*_batch(x["q"], x["k"], x["v"], x["decay"], x["beta"]), scale=s.scale)[0][0]
+
+
+def _fla_hgrn(x: Inputs, s: Any) -> Tensor:
+    from fla.ops.hgrn import chunk_hgrn
+
+    return chunk_hgrn(*_batch(x["b"], x["log_a"]))[0][0]
+
+
+def _fla_conv(x: Inputs, s: Any) -> Tensor:
+    from fla.modules.conv import causal_conv1d
+
+    return causal_conv1d(x["x"].unsqueeze(0), x["weight"], activation="silu")[0][0]
+
+
+def _mamba_ssd(x: Inputs, s: Any) -> Tensor:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    inner, step, B, C = _batch(x["x"], x["step"], x["B"], x["C"])
+    return mamba_chunk_scan_combined(inner, step, -x["rate"], B, C, chunk_size=256)[0]
+
+
+def _channels_first(x: Inputs) -> Inputs:
+    """[T, n] -> [1, n, T], as mamba's convolution leaves them."""
+    return {name: tensor if name == "rate" else tensor.T.unsqueeze(0).contiguous() for name, tensor in x.items()}
+
+
+def _mamba_scan(x: Inputs, s: Any) -> Tensor:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return selective_scan_fn(x["x"], x["step"], -x["rate"], x["B"], x["C"])[0].T
+
+
+def _causal_conv1d(x: Inputs, s: Any) -> Tensor:
+    from causal_conv1d import causal_conv1d_fn
+
+    return causal_conv1d_fn(x["x"].T.unsqueeze(0), x["weight"], activation="silu")[0].T
+
+
+def _heads_first(x: Inputs) -> Inputs:
+    """[T, H, D] -> [1, H, T, D]"""
+    return {name: tensor.transpose(0, 1).unsqueeze(0).contiguous() for name, tensor in x.items()}
+
+
+def _sdpa(backend: SDPBackend) -> Callable[[Inputs, Any], Tensor]:
+    def run(x: Inputs, s: Any) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(x["q"], x["k"], x["v"], is_causal=True, scale=s.scale, enable_gqa=True)[0].transpose(0, 1)
+
+    return run
+
+
+@cache
+def _flex(tokens: int, window: int, device: torch.device) -> tuple[Any, Any]:
+    """FlexAttention, compiled, and its mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key < window)
+
+    return torch.compile(flex_attention, dynamic=False), create_block_mask(sees, None, None, tokens, tokens, device)
+
+
+def _flex_window(x: Inputs, s: Any) -> Tensor:
+    if not x["q"].is_cuda:
+        raise ValueError("is compiled, which pays on a GPU only")
+    attend, mask = _flex(x["q"].shape[2], s.window, x["q"].device)
+    out: Tensor = attend(x["q"], x["k"], x["v"], block_mask=mask, scale=s.scale, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+def _liger_cross_entropy(x: Inputs, s: Any) -> Tensor:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    found = LigerFusedLinearCrossEntropyFunction.apply(x["x"], x["weight"], x["labels"])
+    loss: Tensor = found[0] if isinstance(found, tuple) else found  # older ones give the loss alone
+    return loss
+
+
+def _torch_cross_entropy(x: Inputs, s: Any) -> Tensor:
+    return F.cross_entropy(F.linear(x["x"], x["weight"]).float(), x["labels"])
+
+
+def _liger_rms_norm(x: Inputs, s: Any) -> Tensor:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    # the last: not to write its gradient over the output's
+    normed: Tensor = LigerRMSNormFunction.apply(x["x"], x["weight"], s.eps, 0.0, "llama", False)
+    return normed
+
+
+def _fla(name: str, run: Callable[[Inputs, Any], Tensor]) -> Peer:
+    return Peer(f"fla {name}", "fla", "flash-linear-attention", run)
+
+
+PEERS: dict[str, list[Peer]] = {
+    "lightning": [_fla("simple_gla", _fla_lightning)],
+    "gla": [_fla("gla", _fla_gla)],
+    "delta_net": [_fla("delta_rule", _fla_delta_rule)],
+    "gated_delta_net": [_fla("gated_delta_rule", _fla_gated_delta_rule)],
+    "kda": [_fla("kda", _fla_kda)],
+    "mamba2": [Peer("mamba_ssm ssd", "mamba_ssm", "mamba-ssm", _mamba_ssd)],
+    "mamba": [Peer("mamba_ssm scan", "mamba_ssm", "mamba-ssm", _mamba_scan, _channels_first)],
+    "rg_lru": [_fla("hgrn", _fla_hgrn)],
+    "short_conv": [Peer("causal_conv1d", "causal_conv1d", "causal-conv1d", _causal_conv1d), _fla("conv", _fla_conv)],
+    "causal": [
+        Peer("sdpa cudnn", "torch", "torch", _sdpa(SDPBackend.CUDNN_ATTENTION), _heads_first),
+        Peer("sdpa flash", "torch", "torch", _sdpa(SDPBackend.FLASH_ATTENTION), _heads_first),
+    ],
+    "window": [Peer("flex", "torch", "torch", _flex_window, _heads_first)],
+    "cross_entropy": [
+        Peer("liger", "liger_kernel", "liger-kernel", _liger_cross_entropy),
+        Peer("whole logits", "torch", "torch", _torch_cross_entropy),
+    ],
+    "norm": [Peer("liger", "liger_kernel", "liger-kernel", _liger_rms_norm)],
+}
