@@ -236,7 +236,10 @@ PARALLEL, BRANCHES = "model.pattern=[parallel] model.layers.parallel", "model.la
         ("parallel.context=4 parallel.ulysses=3", "parallel.context=4 is not a multiple of parallel.ulysses=3"),
         ("parallel.context=8 parallel.ulysses=8", "does not divide the 4 heads and 2 K/V heads that a rank has of model.layers.attention: write"),
         ("parallel.tensor=2 parallel.context=4 parallel.ulysses=4", "does not divide the 2 heads and 1 K/V heads that a rank has"),
-        ("model.pattern=[gated_delta_net] parallel.context=2 parallel.ulysses=2", "no effect in a model without softmax attention: write parallel.ulysses=1"),
+        (
+            "model.pattern=[gated_delta_net] parallel.context=2 parallel.ulysses=2",
+            "no effect in a model without softmax attention: write parallel.ulysses=1",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_sentence(tmp_path: Path, overrides: str, words: str) -> None:
