@@ -153,6 +153,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokens", type=_lengths, default=[32768], help="of the streams, with commas (default 32768)")
     sub.add_argument("--documents", type=_names, default=["one"], help="of a stream: one, long (ten), short (of 256 to 8192 tokens) (default one)")
     sub.add_argument("--layout", choices=("zigzag", "contiguous", "balanced"), default="zigzag")
+    sub.add_argument("--ulysses", type=_count, default=1, help="neighbouring ranks that divide the heads of attention (default 1)")
     sub.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     sub.add_argument("--heads", type=_count, default=16)
     sub.add_argument("--kv-heads", type=_count, default=4)
@@ -388,10 +389,12 @@ def bench_context_parallel(args: argparse.Namespace) -> None:
     from ltrain.config import ParallelConfig
     from ltrain.parallel import mesh as ranks
     from ltrain.plan.context_parallel import Sizes, bench, write
+    from ltrain.schema import check_multiple
 
+    check_multiple("the number of ranks", int(os.environ.get("WORLD_SIZE", 1)), "--ulysses", args.ulysses)
     device, dtype = ranks.start(), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     try:
-        mesh = ranks.Mesh(ParallelConfig(context=int(os.environ.get("WORLD_SIZE", 1))), device)
+        mesh = ranks.Mesh(ParallelConfig(context=int(os.environ.get("WORLD_SIZE", 1)), ulysses=args.ulysses), device)
         sizes = Sizes(args.heads, args.kv_heads, args.head_dim, args.window)
         results = bench(args.operators, args.documents, args.tokens, args.layout, dtype, args.steps, sizes, mesh)
         if mesh.rank == 0:

@@ -4,6 +4,7 @@ Backends: `reference` (token by token) and `doubling` (plain torch): after d ste
 segment of T tokens takes log2(T) passes (Hillis & Steele 1986). Products of decays alone are taken, which are at most 1: nothing overflows.
 """
 
+from bisect import bisect_left
 from itertools import pairwise
 from typing import Any
 
@@ -161,14 +162,17 @@ def selective_scan(
     outputs, state, finals = [], before.new_zeros(channels, states), before
 
     def inside(rows: slice, places: list[tuple[int, int]]) -> Tensor:
-        """Of (row, segment), those of a chunk's rows -> rows of the chunk, and their segments."""
-        found = [(row - rows.start, n) for row, n in places if rows.start <= row < rows.stop]
+        """Of (row, segment) in the order of rows, those of a chunk's rows -> rows of the chunk, and their segments."""
+        first, end = (bisect_left(places, row, key=lambda place: place[0]) for row in (rows.start, rows.stop))
+        found = [(row - rows.start, n) for row, n in places[first:end]]
         return torch.tensor(found, dtype=torch.int64, device=x.device).view(-1, 2)
 
+    firsts = [(begin, n) for begin, _, n in filled] if initial_state is not None else []
+    lasts = [(end - 1, n) for _, end, n in filled] if return_final_state else []
     for at in range(0, tokens, CHUNK):
         rows = slice(at, min(at + CHUNK, tokens))
-        begins, given = inside(rows, [(begin, n) for begin, _, n in filled] if initial_state is not None else []).unbind(1)
-        ends, numbers = inside(rows, [(end - 1, n) for _, end, n in filled] if return_final_state else []).unbind(1)
+        begins, given = inside(rows, firsts).unbind(1)
+        ends, numbers = inside(rows, lasts).unbind(1)
         args = (x[rows], step[rows], rate, B[rows], C[rows], first[rows], state, begins, before[given], ends)
         again = torch.is_grad_enabled()
         y, state, after = checkpoint(_selective_chunk, *args, use_reentrant=False, preserve_rng_state=False) if again else _selective_chunk(*args)

@@ -25,9 +25,10 @@ from ltrain.model.sequence import Latent, LocalExchange, Sequence
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.layout import ContextLayout
 from ltrain.parallel.context.scan import LONGEST
+from ltrain.parallel.context.ulysses import layout_over_groups
 from ltrain.parallel.mesh import Mesh
 from ltrain.plan.hardware import device_name, synchronise
-from ltrain.schema import ConfigError
+from ltrain.schema import ConfigError, divides_heads
 
 Inputs = dict[str, Tensor]
 DOCUMENTS = ("one", "long", "short")
@@ -53,14 +54,27 @@ class Traffic(NamedTuple):
     wide: bool = False  # float32 whatever the inputs are
 
 
+class Heads(NamedTuple):
+    """Of softmax attention: what `parallel.ulysses` divides."""
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
 @dataclass(frozen=True)
 class Operator:
-    """shapes: of the inputs of each token; whole: of those that all tokens have in common. Both are drawn from a normal distribution."""
+    """shapes: of the inputs of each token; whole: of those that all tokens have in common. Both are drawn from a normal distribution.
+
+    heads: of softmax attention, else None.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     run: Callable[[Inputs, Sequence], Tensor]
     traffic: Traffic
     whole: Mapping[str, tuple[int, ...]]
+    heads: Heads | None = None
 
 
 def operators(s: Sizes) -> dict[str, Operator]:
@@ -72,7 +86,7 @@ def operators(s: Sizes) -> dict[str, Operator]:
         def run(x: Inputs, seq: Sequence) -> Tensor:
             return seq.exchange.attention(x["q"], x["k"], x["v"], seq, scale=s.head_dim**-0.5, mask=mask)
 
-        return Operator(qkv, run, Traffic(grouped, mask.window or None), {})
+        return Operator(qkv, run, Traffic(grouped, mask.window or None), {}, Heads(s.heads, s.kv_heads, s.head_dim, s.head_dim))
 
     def expand(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         latent, key = rows.split((s.latent, s.rope), dim=-1)
@@ -122,6 +136,7 @@ def operators(s: Sizes) -> dict[str, Operator]:
             mla,
             Traffic(min(s.latent + s.rope, s.heads * (2 * s.head_dim + s.rope))),
             {"weight": (2 * channels, s.latent)},
+            Heads(s.heads, s.heads, s.head_dim + s.rope, s.head_dim),
         ),
         "linear_attention": linear("none", False),
         "mamba2": linear("head", False),
@@ -200,6 +215,26 @@ def expected_bytes(traffic: Traffic, layout: ContextLayout, documents: list[int]
     return numbers * size
 
 
+def expected_of_attention(
+    heads: Heads, traffic: Traffic, layout: ContextLayout, documents: list[int], itemsize: int, ulysses: int
+) -> tuple[int, int]:
+    """What all ranks together must send in a forward and in a backward of softmax attention; layout: of this stream.
+
+    Members of a group swap all but their own share of q, k, v and the output, K/V heads repeated where there are fewer than members, and
+    the gradients back. Between groups the ring carries keys and values of the joined spans. Its backward carries them again, and
+    gradients: those of keys and values in float32 or wider, those of latents in their own type.
+    """
+    kv_width = heads.kv_heads * (heads.key_dim + heads.value_dim)
+    if ulysses == 1:
+        ring = expected_bytes(traffic, layout, documents, itemsize)
+        return ring, ring + ring // itemsize * (itemsize if traffic.width < kv_width else max(itemsize, 4))
+    kv_width = max(heads.kv_heads, ulysses) * (heads.key_dim + heads.value_dim)
+    swap = layout.tokens * (ulysses - 1) * (heads.heads * (heads.key_dim + heads.value_dim) + kv_width) // ulysses * itemsize
+    # each of the members' rings carries its share of the width
+    ring = expected_bytes(Traffic(kv_width, traffic.reach), layout_over_groups(layout, ulysses), documents, itemsize)
+    return swap + ring, swap + ring + ring // itemsize * max(itemsize, 4)
+
+
 def inputs(operator: Operator, tokens: int, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Of the whole stream, the same on every rank."""
     generator = torch.Generator(device).manual_seed(0)
@@ -248,12 +283,17 @@ def measure(
     torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
     sent = mesh.all_gather_object((forward, sum(exchange.bytes.values()) - forward, peak))
     traffic, itemsize = operator.traffic, dtype.itemsize
+    if operator.heads is None:
+        expected: tuple[int, int | None] = expected_bytes(traffic, layout, documents, itemsize), None
+    else:
+        expected = expected_of_attention(operator.heads, traffic, layout, documents, itemsize, exchange.members)
     ring = layout.tokens * (layout.size - 1) * traffic.width * itemsize if traffic.map is None and traffic.reach is None else None
     return {
         "operator": name,
         "tokens": layout.tokens,
         "documents": len(documents),
         "ranks": layout.size,
+        "ulysses": exchange.members if operator.heads else 1,
         "layout": layout.kind,
         "expected_imbalance": layout.imbalance(whole.cu_seqlens),  # of attention to all earlier tokens
         "seconds_on_one_rank": alone,
@@ -262,9 +302,10 @@ def measure(
         "seconds_exposed": max(together - computing, 0.0),
         "efficiency": alone / together / layout.size,
         "forward_bytes": sum(rank[0] for rank in sent),
-        "forward_bytes_expected": expected_bytes(traffic, layout, documents, itemsize),
+        "forward_bytes_expected": expected[0],
         "forward_bytes_of_a_full_ring": ring,  # every row to every rank, whatever the documents are
         "backward_bytes": sum(rank[1] for rank in sent),
+        "backward_bytes_expected": expected[1],  # of softmax attention
         "peak_bytes_of_a_rank": max(rank[2] for rank in sent) or None,
     }
 
@@ -319,12 +360,20 @@ def bench(
         if wrong := [name for name in given if name not in among]:
             raise ConfigError(f"{what} {wrong[0]} is not known: write some of {','.join(among)}")
     rank, size = mesh.context.rank(), mesh.context.size()
+    members = 1 if mesh.ulysses is None else mesh.ulysses[0].size()
+    for name in names:
+        heads = known[name].heads
+        if heads is not None and not divides_heads(heads.heads, heads.kv_heads, members):
+            raise ConfigError(
+                f"--ulysses {members} does not divide the {heads.heads} heads and {heads.kv_heads} K/V heads of {name}: write a divisor of the heads "
+                "that divides the K/V heads too or is a multiple of them"
+            )
     try:
         layouts = {n: ContextLayout(n, rank, size, kind) for n in tokens}
     except ValueError as error:
         raise ConfigError(f"--tokens {','.join(map(str, tokens))}: {error}") from error
     group = mesh.exchange if size > 1 else None
-    exchange = ContextExchange(layouts[tokens[0]], group, group)
+    exchange = ContextExchange(layouts[tokens[0]], group, group, ulysses=mesh.ulysses)
     results = []
     for n in tokens:
         for stream in streams:

@@ -78,6 +78,11 @@ class ContextExchange:
         return other
 
     @property
+    def members(self) -> int:
+        """Ranks that divide the heads of attention among them."""
+        return 1 if self._ulysses is None else self._ulysses.members
+
+    @property
     def bytes(self) -> Counter[str]:
         """Bytes this rank has sent by kind (ring, ring across nodes, ulysses, halo, scan; last, state, decode), forward and backward."""
         return self._messages.bytes

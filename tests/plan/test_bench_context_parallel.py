@@ -49,6 +49,35 @@ def test_every_operator_sends_what_its_reach_asks_for(pool: Any, tmp_path: Path,
     assert (tmp_path / "bench-context-parallel.png").stat().st_size > 1000
 
 
+def divided(size: int, ulysses: int, kind: str, half: bool) -> list[dict[str, Any]]:
+    import torch
+
+    from ltrain.config import ParallelConfig
+    from ltrain.parallel import cpu
+    from ltrain.parallel.mesh import Mesh
+    from ltrain.plan.context_parallel import DOCUMENTS, Sizes, bench
+
+    cpu.install()
+    mesh = Mesh(ParallelConfig(context=size, ulysses=ulysses), torch.device("cpu"))
+    try:
+        sizes = Sizes(heads=4, kv_heads=2, head_dim=8, window=20, latent=12, rope=4, states=4)
+        dtype = torch.bfloat16 if half else torch.float32
+        return bench(["attention", "window", "mla", "delta_net"][: 3 if half else 4], list(DOCUMENTS), [TOKENS], kind, dtype, 1, sizes, mesh)
+    finally:
+        mesh.close()
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize(
+    ("size", "ulysses", "kind"), [(3, 1, "zigzag"), (2, 2, "zigzag"), (4, 2, "zigzag"), (4, 4, "contiguous"), (4, 2, "balanced")]
+)
+def test_divided_heads_send_what_the_formula_says(pool: Any, size: int, ulysses: int, kind: str, half: bool) -> None:
+    results = pool(size).run(divided, size, ulysses, kind, half, timeout=120)
+    for r in results[0]:
+        assert r["forward_bytes"] == r["forward_bytes_expected"], r
+        assert r["operator"] == "delta_net" or (r["ulysses"] == ulysses and r["backward_bytes"] == r["backward_bytes_expected"]), r
+
+
 def test_the_formula_knows_where_documents_end() -> None:
     def rows(documents: list[int], reach: int | None = None) -> int:
         return expected_bytes(Traffic(1, reach), ContextLayout(40, 0, 2, "contiguous"), documents, 1)
