@@ -1,11 +1,13 @@
 """Where a needle lies: its depth is the share of the haystack's tokens before the question that come before the needle.
 
-Evaluation uses depths within 0.01 of a tenth (0, 0.1, ..., 1); training uses all the others and none of these, so that no evaluated depth was seen.
+Evaluation uses depths within 0.002 of a tenth (0, 0.1, ..., 1); training uses all the others and none of these, so that no evaluated depth was seen.
+The bands are narrow: with 0.01, no needle of training lay in the first 1310 of 131072 tokens, and a model that found needles everywhere else
+found none there.
 """
 
 import random
 
-BAND = 0.01  # half the width of a held-out band
+BAND = 0.002  # half the width of a held-out band
 STEPS = 10  # bands are at multiples of 1 / STEPS
 
 
