@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.parallel.context.streams import SHARED, Case, error, over_ranks, whole
+from tests.parallel.context.streams import Case, error, over_ranks, whole
 from tests.parallel.context.test_context_exchange import MIXERS
 from tests.parallel.pool import Pools
 
@@ -42,13 +42,14 @@ def test_fp8_on_the_wire(gpus: Pools) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
-def test_two_gpus_are_as_near_to_float64_in_bf16_as_bf16_is(gpus: Pools, kind: str) -> None:
+def test_two_gpus_are_as_near_to_float64_in_bf16_as_one_is(gpus: Pools, kind: str) -> None:
     names = [name for name in MIXERS if name != "elementwise"]  # which takes float32 or wider
     cases = [Case(lengths=(7, 900, 1, 116), dtype=torch.bfloat16, **MIXERS[name]) for name in names]
+    one, two = ([values for values, _ in over_ranks(gpus, size, kind, cases)] for size in (1, 2))
     wrong = []
-    for name, case, (values, _) in zip(names, cases, over_ranks(gpus, 2, kind, cases), strict=True):
+    for name, case, alone, cut in zip(names, cases, one, two, strict=True):
         for key, x in whole(case, torch.float64).items():
-            off = float((values[key].double() - x).square().mean().sqrt() / x.square().mean().sqrt())
-            if not off < (0.04 if key in SHARED else 0.02):
-                wrong.append((name, key, off))
+            limit, off = (float((values[key].double() - x).square().mean().sqrt() / x.square().mean().sqrt()) for values in (alone, cut))
+            if not off <= max(2 * limit, 2**-8):  # half a step of bf16, which one rank may happen to be nearer than
+                wrong.append(f"{name} {key}: {off:.2e} on two, {limit:.2e} on one")
     assert wrong == []

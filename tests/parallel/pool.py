@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 START = 120.0  # seconds for the ranks to import torch and meet
+TIMEOUT = {"cpu": 60.0, "cuda": 300.0}  # seconds for a function, by device: kernels are compiled on a GPU
 GRACE = 2.0  # seconds the others get to answer after one rank failed
 THREADS = 200  # of a rank, most of them polling for groups that autograd or DeepSpeed kept alive: with more it is replaced
 
@@ -118,7 +119,7 @@ class Pool:
                 raise RankError(f"rank {rank} of {self.size} did not start in {START:.0f} s")
             connection.recv_bytes()
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Any]:
         """function(*args) on every rank -> results by rank. RankError with the traceback of a rank that fails or hangs."""
         if not self._ranks:
             self._start()
@@ -129,6 +130,7 @@ class Pool:
         threads = 0
         results: list[Any] = [None] * self.size
         failures: dict[int, str] = {}
+        timeout = TIMEOUT[self.device] if timeout is None else timeout
         deadline = time.monotonic() + timeout
         while waiting and (left := deadline - time.monotonic()) > 0:
             for ready in wait(list(waiting), left):
