@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.parallel.context.streams import Case, error, over_ranks, whole
+from tests.parallel.context.streams import SHARED, Case, error, over_ranks, whole
 from tests.parallel.context.test_context_exchange import MIXERS
 from tests.parallel.pool import Pools
 
@@ -37,8 +37,10 @@ def test_divided_heads_and_a_double_ring_give_what_one_rank_does(gpus: Pools, si
 
 def test_fp8_on_the_wire(gpus: Pools) -> None:
     cases = [Case(lengths=(7, 80, 1, 8), **options) for options in [*ATTENTION, {"op": "gather"}]]
-    errors = [error(values, whole(case))[0] for case, (values, _) in zip(cases, over_ranks(gpus, 2, "zigzag", cases, fp8=True), strict=True)]
-    assert all(1e-4 < e < 0.2 for e in errors), errors
+    for case, (values, sent) in zip(cases, over_ranks(gpus, 2, "zigzag", cases, fp8=True), strict=True):
+        off, name = error(values, whole(case))
+        # a window of one token sends nothing
+        assert (1e-4 if any(map(sum, map(dict.values, sent))) else 0) <= off < 0.2, (case, name, off)
 
 
 @pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
@@ -50,6 +52,7 @@ def test_two_gpus_are_as_near_to_float64_in_bf16_as_one_is(gpus: Pools, kind: st
     for name, case, alone, cut in zip(names, cases, one, two, strict=True):
         for key, x in whole(case, torch.float64).items():
             limit, off = (float((values[key].double() - x).square().mean().sqrt() / x.square().mean().sqrt()) for values in (alone, cut))
-            if not off <= max(2 * limit, 2**-8):  # half a step of bf16, which one rank may happen to be nearer than
+            # half a step of bf16, which one rank may happen to be nearer than; of parameters each rank rounds its own part
+            if not off <= max(2 * limit, 2**-7 if key in SHARED else 2**-8):
                 wrong.append(f"{name} {key}: {off:.2e} on two, {limit:.2e} on one")
     assert wrong == []
