@@ -20,6 +20,7 @@ CHUNK = 64
 WIDEST = 256  # of keys and values: what the state of one program in `pass_states` holds
 WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
 LEVELS = CHUNK.bit_length() - 1  # see tiles.pair_spans
+ROWS = 16  # of `backward.scale_rows`
 PROGRAMS = 128  # about as many as an H100 has processors
 
 
@@ -89,7 +90,8 @@ class _Shapes(NamedTuple):
         widest = 16 if self.exact else 32 if self.key > 128 else 64
         columns = next((n for n in (64, 32) if n <= widest and segments * self.heads * triton.cdiv(self.value, n) >= PROGRAMS), 16)
         # What a stage loads ahead is W, K and Q of a chunk: 48 KiB of 16-bit numbers for K = 128.
-        pipeline = {"num_warps": 4 if columns == 16 else WARPS, "num_stages": 1 if self.exact else 2 if self.key > 128 else 3}
+        stages = 1 if self.exact else 2 if self.key > 128 else 4 if columns == 16 else 3
+        pipeline = {"num_warps": 4 if columns == 16 else WARPS, "num_stages": stages}
         return self.options() | {"BK": _padded(self.key), "BV": min(columns, _padded(self.value)), "DELTA": self.delta} | pipeline
 
 
@@ -134,7 +136,7 @@ def _prepared(
         reader, writer, fade = (k.new_empty(n, heads, dtype=torch.float32) for n in (tokens, tokens, count))
     made = _Prepared(scores, solve, firsts, w, u, reader, writer, fade)
     if count:
-        options = shapes.options(32, 64, two=True, DELTA=shapes.delta, SOLVED=solved is not None, num_stages=1)
+        options = shapes.options(32 if shapes.decay == 2 else 64, 64, two=True, DELTA=shapes.delta, SOLVED=solved is not None, num_stages=1)
         forward.prepare[count, heads](q, k, v, decay, beta, chunks.starts, chunks.stops, *made, *shapes.numbers, LEVELS, **options)
     return made
 
@@ -164,7 +166,7 @@ class _Recurrence(torch.autograd.Function):
         output = torch.empty_like(v)
         if len(chunks.starts):
             args = q, k, made.u, decay, made.scores, made.reader, states, chunks.starts, chunks.stops, output, scale
-            forward.read[len(chunks.starts), shapes.heads](*args, *shapes.numbers, **shapes.options())
+            forward.read[len(chunks.starts), shapes.heads](*args, *shapes.numbers, **shapes.options(64 if axes == 2 else 128))
         ctx.save_for_backward(q, k, v, decay, beta, initial, *made[:3])
         ctx.chunks, ctx.shapes, ctx.scale = chunks, shapes, scale
         return output, final
@@ -191,7 +193,7 @@ class _Recurrence(torch.autograd.Function):
             )
         u, fade = made.u, made.fade
         del made  # W and the faded queries and keys are as large as the inputs
-        options = shapes.options(64, two=shapes.decay < 2, DELTA=shapes.delta, num_stages=1)
+        options = shapes.options(64, two=shapes.decay < 2, DELTA=shapes.delta, num_stages=1 if shapes.exact or shapes.group > 1 else 2)
         parts = triton.cdiv(shapes.key, options["BK"])
         on_reads = k.new_empty(tokens, heads, CHUNK)
         on_erases, dv, direct, dbeta = None, du, None, None
@@ -199,7 +201,7 @@ class _Recurrence(torch.autograd.Function):
             on_erases, dv, direct = torch.empty_like(on_reads), torch.empty_like(v), v.new_empty(tokens, heads, dtype=torch.float32)
             dbeta = v.new_empty(parts, tokens, heads, dtype=torch.float32)
         if count:
-            narrow = {name: x for name, x in shapes.options(value=32, two=True, DELTA=shapes.delta, num_stages=1).items() if name != "BK"}
+            narrow = {name: x for name, x in shapes.options(two=True, DELTA=shapes.delta, num_stages=1).items() if name != "BK"}
             backward.score_gradients[count, heads](
                 *(v, u, decay, solve, do, du, *spans, on_reads, on_erases, dv, direct, scale, heads, shapes.value), **narrow
             )
@@ -220,7 +222,8 @@ class _Recurrence(torch.autograd.Function):
             ddecay = (ddecay.sum(0) if shapes.decay == 1 else ddecay).to(decay.dtype)
         if dbeta is not None:
             dbeta = dbeta.sum(0).add_(direct).to(beta.dtype)
-            dv.mul_(beta.unsqueeze(-1))
+            # torch takes three times as long for it
+            backward.scale_rows[(triton.cdiv(tokens * heads, ROWS),)](dv, beta, tokens * heads, shapes.value, ROWS, _padded(shapes.value))
         return dq, dk, dv, ddecay, dbeta, dinitial, None, None
 
 

@@ -1,8 +1,8 @@
-"""Softmax attention over the keys that a lightning indexer selects for each query, inside the documents of a packed stream.
+"""The keys that a lightning indexer selects for each query, inside the documents of a packed stream, and what trains it before it selects.
 
 By blocks of queries: memory is linear in the stream, and every score of a block is made before most are dropped. Plain torch, but for the
-selection, which has kernels of its own on a GPU; `latent` has the attention and the loss on latents. Source: DeepSeek Sparse Attention
-(DeepSeek-AI 2025, DeepSeek-V3.2 report, section 2).
+selection, which has kernels of its own on a GPU; `latent` has the attention over what is selected and its loss. Source: DeepSeek Sparse
+Attention (DeepSeek-AI 2025, DeepSeek-V3.2 report, section 2).
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ltrain.kernels.segments import Part, accumulator, choose, permitted, wants_triton
 
-__all__ = ["index_loss", "index_scores", "select", "selected_attention"]
+__all__ = ["index_loss", "index_scores", "select"]
 
 SCORES = 1 << 24  # scores held at a time
 
@@ -43,13 +43,6 @@ def blocks(parts: Iterable[Part], heads: int) -> Iterator[Block]:
         for at in range(part.start, part.stop, step):
             stop = min(at + step, part.stop)
             yield Block(slice(at, stop), slice(part.begin, part.first + stop - part.start), before + at - part.start)
-
-
-def _chosen(indices: Tensor, keys: slice) -> Tensor:
-    """indices [R, K] (-1: none) -> [R, keys], whether a key is among them."""
-    indices, there = indices.long(), (indices >= 0).to(torch.int32)
-    counts = torch.zeros(len(indices), keys.stop - keys.start, dtype=torch.int32, device=indices.device)
-    return counts.scatter_add_(1, (indices - keys.start).clamp(min=0), there) > 0
 
 
 def index_scores(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
@@ -97,47 +90,20 @@ def probabilities(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
     return scores.masked_fill(~seen, -torch.inf).softmax(-1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
-    v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-    return torch.einsum("hqk,khd->qhd", probabilities(q, k, seen, scale).to(v.dtype), v)
-
-
-def selected_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, parts: list[Part], *, scale: float) -> Tensor:
-    """softmax(scale q k^T) v over each query's selected keys alone. Differentiable in q, k and v.
-
-    Args:
-        q: [T, H, D].
-        k, v: [n, Hk, D], [n, Hk, Dv].
-        indices: [T, K], of `select`: keys of each query's own document, none later than it, at least one.
-        parts: which queries belong to which keys.
-        scale: what scores are multiplied with.
-
-    Returns:
-        [T, H, Dv] in v's type.
-    """
-    outputs = [v.new_zeros(0, q.shape[1], v.shape[2])]
-    for rows, keys, _ in blocks(parts, q.shape[1]):
-        args = (q[rows], k[keys], v[keys], _chosen(indices[rows], keys), scale)
-        outputs.append(checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else _attend(*args))
-    return torch.cat(outputs)
-
-
 def _cross_entropy(target: Tensor, q: Tensor, k: Tensor, weights: Tensor, seen: Tensor) -> Tensor:
     """target [R, n] -> -sum target ln softmax(index scores among the seen)"""
     log_p = index_scores(q, k, weights).masked_fill(~seen, -torch.inf).log_softmax(-1)
     return -(target * log_p.masked_fill(~seen, 0.0)).sum()
 
 
-def index_loss(
-    q: Tensor, k: Tensor, index: tuple[Tensor, Tensor, Tensor], indices: Tensor | None, parts: list[Part], *, scale: float, heads: int
-) -> Tensor:
-    """What trains the indexer: the cross entropy of its softmax with the attention that it serves, summed over queries (equations 3 and 4 of
-    the report, but for the entropy of the target, which has no gradient). Differentiable in the indexer's tensors alone.
+def index_loss(q: Tensor, k: Tensor, index: tuple[Tensor, Tensor, Tensor], parts: list[Part], *, scale: float, heads: int) -> Tensor:
+    """What trains the indexer in its dense stage, or where every key is selected: the cross entropy of its softmax with the attention that it
+    serves, over all keys so far, summed over queries (equation 3 of the report, but for the entropy of the target, which has no gradient).
+    Differentiable in the indexer's tensors alone.
 
     Args:
         q, k: [T, H, D], [n, Hk, D] of the attention.
         index: q [T, Hi, Di], k [n, Di] and weights [T, Hi] of the indexer.
-        indices: [T, K], of `select`, over which both are normalised (sparse stage); None: over all keys so far (dense warm-up).
         parts: which queries belong to which keys.
         scale: of the attention's scores.
         heads: query heads of the whole attention, of which q may hold a part: the losses of the parts add up to the whole's.
@@ -145,7 +111,7 @@ def index_loss(
     total = torch.zeros((), dtype=accumulator(q.dtype), device=q.device)
     for block in blocks(parts, q.shape[1]):
         rows, keys, _ = block
-        seen = ~block.later(q.device) if indices is None else _chosen(indices[rows], keys)
+        seen = ~block.later(q.device)
         with torch.no_grad():
             target = probabilities(q[rows], k[keys], seen, scale).sum(0) / heads
         total = total + checkpoint(

@@ -75,8 +75,8 @@ def _index_options(q: Tensor, heads: int, slots: int) -> dict[str, Any]:
 
 
 # (heads, slots) of a tile, and how many loads are under way, of each kernel
-ATTEND = (64, 32), 3
-GRADIENTS = (64, 32), 1
+ATTEND = (64, 64), 2
+GRADIENTS = (64, 64), 1
 INDEX_TERMS = (32, 128), 2
 INDEX_GRADIENTS = (64, 64), 2
 

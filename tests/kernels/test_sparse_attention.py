@@ -37,58 +37,53 @@ def best(scores: torch.Tensor) -> torch.Tensor:
     return chosen
 
 
+def indexed(iq: torch.Tensor, ik: torch.Tensor, iw: torch.Tensor) -> torch.Tensor:
+    """[T, T]: equation 1 of the report."""
+    return torch.einsum("th,ths->ts", iw, torch.einsum("thd,sd->ths", iq, ik).relu())
+
+
+def divergence(p: torch.Tensor, index: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equations 3 and 4: KL(t || softmax(I)), t the heads' sum of p [H, T, T] made to sum to 1 -> it and the entropy of t."""
+    target = (p.sum(0) / len(p)).detach()
+    logs = target.clamp(min=1e-300).log()
+    return (target * (logs - index.masked_fill(~seen, -torch.inf).log_softmax(-1).masked_fill(~seen, 0.0))).sum(), -(target * logs).sum()
+
+
 @pytest.mark.parametrize("block", [64, 1 << 24])
-@pytest.mark.parametrize("stage", ["sparse", "dense"])
-def test_selection_attention_and_loss(stage: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_over_all_keys(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SCORES", block)
     tokens = sum(LENGTHS)
-    q, k, v, iq, ik, iw = tensors((tokens, 4, 6), (tokens, 2, 6), (tokens, 2, 5), (tokens, 8, 3), (tokens, 3), (tokens, 8))
-    # equation 1 of the report
-    index = torch.einsum("th,ths->ts", iw, torch.einsum("thd,sd->ths", iq, ik).relu())
-    seen = best(index) if stage == "sparse" else visible()
-    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * SCALE
-    p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    expected = torch.einsum("hqk,khd->qhd", p, v.repeat_interleave(2, 1))
-    # equations 3 and 4: KL(p || softmax(I)), p the heads' sum made to sum to 1
-    target = (p.sum(0) / 4).detach()
-    loss = (target * (target.clamp(min=1e-300).log() - index.masked_fill(~seen, -torch.inf).log_softmax(-1).masked_fill(~seen, 0.0))).sum()
-
-    indices = kernels.select(iq.detach(), ik.detach(), iw.detach(), whole(), TOP) if stage == "sparse" else None
-    if indices is not None:
-        assert [set(row.tolist()) - {-1} for row in indices] == [set(row.nonzero().flatten().tolist()) for row in seen]
-        y = kernels.selected_attention(q, k, v, indices, whole(), scale=SCALE)
-        torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
-        weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
-        grads = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (y, expected)]
-        torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
-    mine = kernels.index_loss(q.detach(), k.detach(), (iq, ik, iw), indices, whole(), scale=SCALE, heads=4)
-    entropy = -(target * target.clamp(min=1e-300).log()).sum()
+    q, k, *index = tensors((tokens, 4, 6), (tokens, 2, 6), (tokens, 8, 3), (tokens, 3), (tokens, 8))
+    p = (torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * SCALE).masked_fill(~visible(), -torch.inf).softmax(-1)
+    loss, entropy = divergence(p, indexed(*index), visible())
+    mine = kernels.index_loss(q.detach(), k.detach(), index, whole(), scale=SCALE, heads=4)
     torch.testing.assert_close(mine - entropy, loss, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(torch.autograd.grad(mine, (iq, ik, iw)), torch.autograd.grad(loss, (iq, ik, iw)), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(torch.autograd.grad(mine, index), torch.autograd.grad(loss, index), rtol=1e-8, atol=1e-10)
     # the halves of the heads add up to the whole
-    parts = [kernels.index_loss(q[:, h : h + 2], k[:, h // 2 : h // 2 + 1], (iq, ik, iw), indices, whole(), scale=SCALE, heads=4) for h in (0, 2)]
-    torch.testing.assert_close(parts[0] + parts[1], mine, rtol=1e-10, atol=1e-10)
+    halves = [kernels.index_loss(q[:, h : h + 2], k[:, h // 2 : h // 2 + 1], index, whole(), scale=SCALE, heads=4) for h in (0, 2)]
+    torch.testing.assert_close(halves[0] + halves[1], mine, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("block", [300, 1 << 24])
-def test_latents_are_one_key_for_all_heads(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its first numbers for the value: the attention and the loss are those of keys and values, whatever order slots are in."""
+def test_selection_and_attention_over_latents_and_its_loss(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A latent is one key for all heads, with its first numbers for the value. Slots may be in any order."""
     monkeypatch.setattr(kernels, "SCORES", block)
     tokens = sum(LENGTHS)
-    q, latent, iq, ik, iw = tensors((tokens, 4, 6), (tokens, 6), (tokens, 8, 3), (tokens, 3), (tokens, 8))
-    indices = kernels.select(iq.detach(), ik.detach(), iw.detach(), whole(), TOP)
-    expected = kernels.selected_attention(q, latent.unsqueeze(1), latent[:, None, :5], indices, whole(), scale=SCALE)
+    q, latent, *index = tensors((tokens, 4, 6), (tokens, 6), (tokens, 8, 3), (tokens, 3), (tokens, 8))
+    seen = best(indexed(*index))
+    indices = kernels.select(*(x.detach() for x in index), whole(), TOP)
+    assert [set(row.tolist()) - {-1} for row in indices] == [set(row.nonzero().flatten().tolist()) for row in seen]
+    scores = (torch.einsum("qhd,kd->hqk", q, latent) * SCALE).masked_fill(~seen, -torch.inf)
+    p = scores.softmax(-1)
+    expected = torch.einsum("hqk,kd->qhd", p, latent[:, :5])
     y, lse = latents.latent_attention(q, latent, indices.flip(1), width=5, scale=SCALE)
-    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close((y, lse), (expected, scores.logsumexp(-1).T), rtol=1e-11, atol=1e-12)
     weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(*(torch.autograd.grad((out * weight).sum(), (q, latent)) for out in (y, expected)), rtol=1e-9, atol=1e-11)
-    for t in (0, 17, tokens - 1):
-        seen = indices[t][indices[t] >= 0]
-        torch.testing.assert_close(lse[t], (q[t] @ latent[seen].T * SCALE).logsumexp(-1))
-    loss = kernels.index_loss(q.detach(), latent.detach().unsqueeze(1), (iq, ik, iw), indices, whole(), scale=SCALE, heads=4)
-    mine = latents.latent_index_loss(q, latent, lse, (iq, ik, iw), indices.flip(1), scale=SCALE, heads=4)
-    torch.testing.assert_close(mine, loss, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(*(torch.autograd.grad(x, (iq, ik, iw)) for x in (mine, loss)), rtol=1e-9, atol=1e-11)
+    loss, entropy = divergence(p, indexed(*index), seen)
+    mine = latents.latent_index_loss(q, latent, lse, index, indices.flip(1), scale=SCALE, heads=4)
+    torch.testing.assert_close(mine - entropy, loss, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.autograd.grad(mine, index), torch.autograd.grad(loss, index), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from ltrain.model.layers import LocalLayers
 from ltrain.model.options import MLAOptions
 from ltrain.model.position import rotate, shared_rotary_tables
 from ltrain.model.router import attach_loss
-from ltrain.model.sequence import Latent, Sequence
+from ltrain.model.sequence import Sequence
 
 Index = tuple[Tensor, Tensor, Tensor]  # queries [T, Hi, Di], keys [T, Di] and weights [T, Hi]
 SELECTION = "selection"  # in Sequence.shared: what later layers see too
@@ -45,26 +45,21 @@ class Indexer(nn.Module):
             q, k = rotate(q, cos, sin, self.options.index_pairs), rotate(k, cos, sin, self.options.index_pairs)
         return q, k.squeeze(1), self.gather(self.weights(x)) * self.scale
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, latent: Latent, index: Index, seq: Sequence, scale: float) -> Tensor:
-        """q, k [T, H, D], v [T, H, Dv] -> [T, H, Dv], which carries the indexer's loss. latent: what k and v are made of."""
-        o, parts = self.options, seq.exchange.parts(seq)
+    def select(self, index: Index, seq: Sequence) -> tuple[Tensor | None, Index]:
+        """The index of T tokens -> [T, top_k] numbers of the keys that they and the shared layers behind attend to (-1: none; None: all so far),
+        and the index with the keys of all tokens that these may see."""
         index = index[0], seq.exchange.gather(index[1], seq), index[2]
-        dense = o.index_loss == "dense"
-        indices = None if dense else seq.tape.keep(lambda: kernels.select(*index, parts, o.top_k))
+        dense = self.options.index_loss == "dense"
+        indices = None if dense else seq.tape.keep(lambda: kernels.select(*index, seq.exchange.parts(seq), self.options.top_k))
         seq.shared[SELECTION] = indices
-        everything = _everything(indices, seq)
-        if everything:
-            y = seq.exchange.attention(q, k, v, seq, scale=scale, latent=latent)
-        else:
-            k, v = _so_far(k, v, latent, seq)
-            y = kernels.selected_attention(q, k, v, indices, parts, scale=scale)  # type: ignore[arg-type]
+        return None if selects_everything(indices, seq) else indices, index
+
+    def with_loss(self, y: Tensor, loss: Callable[[], Tensor], seq: Sequence) -> Tensor:
+        """y, which carries the indexer's loss from now on."""
+        o = self.options
         if o.index_loss == "none" or not torch.is_grad_enabled():
             return y
-        if everything:
-            with torch.no_grad():
-                k, _ = _so_far(k, v, latent, seq)
-        loss = kernels.index_loss(q.detach(), k.detach(), index, indices, parts, scale=scale, heads=o.heads)
-        return attach_loss(y, loss * (o.index_loss_weight * seq.aux_weight / max(int(seq.cu_seqlens[-1]), 1)))
+        return attach_loss(y, loss() * (o.index_loss_weight * seq.aux_weight / max(int(seq.cu_seqlens[-1]), 1)))
 
     def choose(self, index: Index, keys: Tensor, lengths: Tensor, seq: Sequence) -> Tensor:
         """Decoding: the index of N tokens, their documents' keys [N, L, Di] of which lengths [N] hold -> slots [N, K], the best first."""
@@ -75,20 +70,6 @@ class Indexer(nn.Module):
         return chosen
 
 
-def _everything(indices: Tensor | None, seq: Sequence) -> bool:
+def selects_everything(indices: Tensor | None, seq: Sequence) -> bool:
     """Whether every key is selected; None: over all."""
     return indices is None or int(seq.cu_seqlens.diff().max()) <= indices.shape[1]
-
-
-def _so_far(k: Tensor, v: Tensor, latent: Latent, seq: Sequence) -> tuple[Tensor, Tensor]:
-    """Keys and values of all tokens that this rank's may see: latents travel, and become keys and values here."""
-    if seq.exchange.whole:
-        return k, v
-    return latent.expand(seq.exchange.gather(latent.rows(), seq), latent.weight)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, latent: Latent, indices: Tensor | None, seq: Sequence, scale: float) -> Tensor:
-    """Attention over the selected keys; None: over all."""
-    if indices is None or _everything(indices, seq):
-        return seq.exchange.attention(q, k, v, seq, scale=scale, latent=latent)
-    return kernels.selected_attention(q, *_so_far(k, v, latent, seq), indices, seq.exchange.parts(seq), scale=scale)

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltrain.kernels.sparse_attention import index_loss
+from ltrain.kernels.sparse_attention.latent import latent_attention, latent_index_loss
 from ltrain.model.layers import LocalLayers
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
-from ltrain.model.mixers.indexer import SELECTION, Indexer, attend
+from ltrain.model.mixers.indexer import SELECTION, Index, Indexer, selects_everything
 from ltrain.model.mixers.kv_cache import KVCache
 from ltrain.model.options import MLAOptions
 from ltrain.model.position import query_temperature, rotate, shared_rotary_tables
@@ -21,8 +23,8 @@ class MLA(Mixer):
     """Causal softmax attention whose keys and values come from a latent of kv_rank numbers for each token and one key with position that
     all heads share (DeepSeek-V2, Liu et al. 2024).
 
-    Training expands the latent to keys and values of every head. Decoding keeps latents alone: the expansion of keys is multiplied into
-    the query, that of values into the output.
+    Training expands the latent to keys and values of every head. Decoding, and attention over the keys that an indexer selects, keep latents
+    alone: the expansion of keys is multiplied into the query, that of values into the output.
     """
 
     options: MLAOptions
@@ -79,19 +81,65 @@ class MLA(Mixer):
     def _attend(self, x: Tensor, latent: Tensor, key: Tensor, seq: Sequence) -> tuple[Tensor, Tensor | None]:
         """[T, hidden], and the indexer's keys [T, Di] where there is one."""
         query = self._query_latent(x)
-        q = torch.cat(self._queries(query, seq), dim=-1)
-        k, v = self.kv(latent)
-        k, v = self._keys_values(k, v, key.squeeze(1))
-        width, weight = self.options.kv_rank + self.options.rope_dim, self.kv.weight
+        plain, turning = self._queries(query, seq)
+        width = self.options.kv_rank + self.options.rope_dim
+        carried = Latent(width, lambda: torch.cat((self.gather(latent), key.squeeze(1)), dim=-1), self._weight, self._expand)
+        if self.indexer is None:
+            indices = None
+            if self.options.select == "shared":
+                indices = seq.tape.keep(lambda: seq.shared[SELECTION])  # a later layer's will stand there when this one is made again
+            y, _ = self._over(None if selects_everything(indices, seq) else indices, plain, turning, latent, key, carried, seq)
+            return self._output(y, x), None
+        index = self.indexer(x, query, seq)
+        indices, whole = self.indexer.select(index, seq)
+        y, loss = self._over(indices, plain, turning, latent, key, carried, seq)
+        return self._output(self.indexer.with_loss(y, lambda: loss(whole), seq), x), index[1]
+
+    def _over(
+        self, indices: Tensor | None, plain: Tensor, turning: Tensor, latent: Tensor, key: Tensor, carried: Latent, seq: Sequence
+    ) -> tuple[Tensor, Callable[[Index], Tensor]]:
+        """Attention over the selected keys, None: over all -> [T, H, value_dim] and the loss of an index that it gives the target.
+
+        Over all, latents become keys and values of every head. Over few, it is the queries that the expansion of keys is multiplied into, and
+        latents are read as they are: per query and key more products, but one row to gather instead of one for each head.
+        """
+        o = self.options
+        if indices is None:
+            q = torch.cat((plain, turning), dim=-1)
+            k, v = self.kv(latent)
+            k, v = self._keys_values(k, v, key.squeeze(1))
+
+            def loss_over_all(index: Index) -> Tensor:
+                with torch.no_grad():
+                    seen = k if seq.exchange.whole else self._expand(seq.exchange.gather(carried.rows(), seq), self._weight)[0]
+                return index_loss(q.detach(), seen.detach(), index, seq.exchange.parts(seq), scale=self.scale, heads=o.heads)
+
+            return seq.exchange.attention(q, k, v, seq, scale=self.scale, latent=carried), loss_over_all
+        rows = seq.exchange.gather(carried.rows(), seq)
+        q = self._absorbed(plain, turning)
+        y, lse = latent_attention(q, rows, indices, width=o.kv_rank, scale=self.scale)
+
+        def loss_over_few(index: Index) -> Tensor:
+            return latent_index_loss(q.detach(), rows.detach(), lse.detach(), index, indices, scale=self.scale, heads=o.heads)
+
+        return self._values(y), loss_over_few
+
+    @property
+    def _weight(self) -> Tensor:
+        """What makes keys and values of latents, [H * (nope_dim + value_dim), kv_rank]."""
+        weight = self.kv.weight
         assert isinstance(weight, Tensor)
-        carried = Latent(width, lambda: torch.cat((self.gather(latent), key.squeeze(1)), dim=-1), weight, self._expand)
-        if self.indexer is not None:
-            index = self.indexer(x, query, seq)
-            return self._output(self.indexer.attend(q, k, v, carried, index, seq, self.scale), x), index[1]
-        if self.options.select == "shared":
-            indices = seq.tape.keep(lambda: seq.shared[SELECTION])  # a later layer's will stand there when this one is made again
-            return self._output(attend(q, k, v, carried, indices, seq, self.scale), x), None
-        return self._output(seq.exchange.attention(q, k, v, seq, scale=self.scale, latent=carried), x), None
+        return weight
+
+    def _absorbed(self, plain: Tensor, turning: Tensor) -> Tensor:
+        """Queries for latents themselves, [T, H, kv_rank + rope_dim]."""
+        keys = self._weight[: self.heads * self.options.nope_dim].unflatten(0, (self.heads, -1))
+        return torch.cat((torch.einsum("nhd,hdr->nhr", plain, keys.to(plain.dtype)), turning), dim=-1)
+
+    def _values(self, y: Tensor) -> Tensor:
+        """Sums of latents [T, H, kv_rank] -> [T, H, value_dim]"""
+        values = self._weight[self.heads * self.options.nope_dim :].unflatten(0, (self.heads, -1))
+        return torch.einsum("nhr,hdr->nhd", y, values.to(y.dtype))
 
     def _keys_values(self, k: Tensor, v: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """k [n, H * nope_dim], v [n, H * value_dim] and the key with position [n, rope_dim] -> [n, H, nope_dim + rope_dim], [n, H, value_dim]"""
@@ -131,12 +179,7 @@ class MLA(Mixer):
         o, query = self.options, self._query_latent(x)
         index = None if self.indexer is None else self.indexer(x, query, seq)
         state.append(*self._cached(*self._latents(x, seq), None if index is None else index[1]), seq)
-        weight = self.kv.weight
-        assert isinstance(weight, Tensor)
-        keys, values = weight.split((self.heads * o.nope_dim, self.heads * o.value_dim))
-        plain, turning = self._queries(query, seq)
-        absorbed = torch.einsum("nhd,hdr->nhr", plain, keys.unflatten(0, (self.heads, -1)))
-        q = torch.cat((absorbed, turning), dim=-1)  # [N, H, kv_rank + rope_dim]
+        q = self._absorbed(*self._queries(query, seq))
         cached, behind = state.k, state.behind(seq.positions)
         if o.select == "shared" or self.indexer is not None and o.index_loss != "dense":
             if self.indexer is not None and index is not None:
@@ -149,7 +192,7 @@ class MLA(Mixer):
         elif self.indexer is not None:
             seq.shared[SELECTION] = None
         y = seq.exchange.decode_attention(q, cached, cached[..., : o.kv_rank], behind, scale=self.scale)
-        return self._output(torch.einsum("nhr,hdr->nhd", y, values.unflatten(0, (self.heads, -1))), x), state
+        return self._output(self._values(y), x), state
 
     def flops(self, tokens: int, context: int) -> float:
         """With a selection each token attends to top_k; its indexer still scores all."""
