@@ -20,7 +20,6 @@ CHUNK = 64
 WIDEST = 256  # of keys and values: what the state of one program in `pass_states` holds
 WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
 LEVELS = CHUNK.bit_length() - 1  # see tiles.pair_spans
-ROWS = 16  # of `backward.scale_rows`
 PROGRAMS = 128  # about as many as an H100 has processors
 
 
@@ -222,8 +221,7 @@ class _Recurrence(torch.autograd.Function):
             ddecay = (ddecay.sum(0) if shapes.decay == 1 else ddecay).to(decay.dtype)
         if dbeta is not None:
             dbeta = dbeta.sum(0).add_(direct).to(beta.dtype)
-            # torch takes three times as long for it
-            backward.scale_rows[(triton.cdiv(tokens * heads, ROWS),)](dv, beta, tokens * heads, shapes.value, ROWS, _padded(shapes.value))
+            dv.mul_(beta.unsqueeze(-1))
         return dq, dk, dv, ddecay, dbeta, dinitial, None, None
 
 

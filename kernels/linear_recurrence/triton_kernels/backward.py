@@ -421,14 +421,3 @@ def key_gradients(
         )
     put(dq, dquery, t, inside, source, H // G, K, BK, here)
     put(dk, dkey, t, inside, source, H // G, K, BK, here)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def scale_rows(x, factors, rows, V: tl.constexpr, ROWS: tl.constexpr, BV: tl.constexpr):
-    """x [rows, V] times factors [rows], in place."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BV)
-    inside = (row < rows)[:, None] & (columns < V)[None, :]
-    at = x + row[:, None] * V + columns[None, :]
-    scaled = tl.load(at, mask=inside).to(tl.float32) * tl.load(factors + row, mask=row < rows).to(tl.float32)[:, None]
-    tl.store(at, scaled.to(x.dtype.element_ty), mask=inside)
