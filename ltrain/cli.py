@@ -165,7 +165,8 @@ def parser() -> argparse.ArgumentParser:
     sub = bench.add_parser(
         "kernels", help="our kernels beside every other one that is installed: time, memory, distance from the floor and the truth"
     )
-    what = "linear_recurrence, elementwise_recurrence, short_conv, attention, cross_entropy, norm, experts, or operators of them (default: all)"
+    families = "linear_recurrence, elementwise_recurrence, short_conv, attention, sparse_attention, cross_entropy, norm, experts"
+    what = f"{families}, or operators of them (default: all)"
     sub.add_argument("families", metavar="FAMILY", nargs="*", help=what)
     sub.add_argument("--tokens", type=_lengths, default=[2048, 8192, 32768], help="of the streams, with commas (default 2048,8192,32768)")
     sub.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -173,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--kv-heads", type=_count, default=4)
     sub.add_argument("--head-dim", type=_count, default=128)
     sub.add_argument("--window", type=_count, default=4096)
+    sub.add_argument("--selected", type=_count, default=2048, help="keys that DSA gives each query (default 2048)")
     sub.add_argument("--hidden", type=_count, default=4096, help="width of the cross entropy's, the norm's and the experts' inputs (default 4096)")
     sub.add_argument("--vocab", type=_count, default=131072)
     sub.add_argument("--steps", type=_count, default=10, help="runs of each that are timed, fewer where they are long (default 10)")
@@ -407,10 +409,11 @@ def bench_context_parallel(args: argparse.Namespace) -> None:
 def bench_kernels(args: argparse.Namespace) -> None:
     import torch
 
-    from ltrain.plan.kernels import Sizes, main
+    from ltrain.plan.kernels import main
+    from ltrain.plan.operators import Sizes
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    sizes = Sizes(args.heads, args.kv_heads, args.head_dim, args.window, args.hidden, args.vocab)
+    sizes = Sizes(args.heads, args.kv_heads, args.head_dim, args.window, args.selected, args.hidden, args.vocab)
     main(args.families, args.tokens, dtype, args.steps, sizes, Path(args.out))
 
 

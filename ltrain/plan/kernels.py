@@ -11,23 +11,15 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ltrain.kernels.attention import FULL, Mask, attention
-from ltrain.kernels.cross_entropy import linear_cross_entropy
-from ltrain.kernels.elementwise_recurrence import scan, selective_scan
-from ltrain.kernels.experts import grouped_linear
-from ltrain.kernels.linear_recurrence import linear_recurrence
-from ltrain.kernels.norm import rms_norm
-from ltrain.kernels.short_conv import short_conv
 from ltrain.plan.hardware import device_name, measured_bandwidth, measured_flops, synchronise
+from ltrain.plan.operators import Operator, Sizes, operators
 from ltrain.plan.peers import PEERS, Inputs, Peer, installed_version
 from ltrain.schema import ConfigError
 
@@ -36,219 +28,7 @@ SECONDS = 1.0  # after which no further run begins, when there are LEAST
 LEAST = 3
 COLD = 2**28  # bytes written before each run, so that no input is in a cache
 CHECKED = 192  # tokens of the stream on which implementations are compared with the reference
-CHUNK = 64  # tokens: the chunk whose products count as a linear recurrence's
 PACKAGES = ("torch", "triton", "flash-linear-attention", "mamba-ssm", "causal-conv1d", "liger-kernel")
-
-
-class Sizes(NamedTuple):
-    """Those of Mamba-2, the scans and the convolution follow from heads and head_dim."""
-
-    heads: int = 16
-    kv_heads: int = 4
-    head_dim: int = 128
-    window: int = 4096
-    hidden: int = 4096  # of the cross entropy, the norm and the experts
-    vocab: int = 131072
-    states: int = 16  # of a channel in Mamba's scan
-    experts: int = 16
-    inner: int = 1024  # width of an expert
-    eps: float = 1e-6
-
-    @property
-    def scale(self) -> float:
-        return float(self.head_dim**-0.5)
-
-    @property
-    def channels(self) -> int:
-        return self.heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class Operator:
-    """inputs: of so many tokens, in a type; run: their output by one of our backends.
-
-    flops: of the matrix products of a forward over so many tokens (of a scan: its multiplications and additions); both: times that of a
-    forward and a backward together. fixed: names of inputs that have no gradient.
-    """
-
-    family: str
-    inputs: Callable[[int, torch.dtype, torch.Generator], Inputs]
-    run: Callable[[Inputs, str], Tensor]
-    flops: Callable[[int], float]
-    both: float = 3.0  # each product has two in the backward
-    fixed: tuple[str, ...] = ()
-
-
-class _Random(NamedTuple):
-    """Draws from a normal distribution of standard deviation 1."""
-
-    dtype: torch.dtype
-    generator: torch.Generator
-
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        drawn = torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=torch.float32)
-        return drawn.to(dtype or self.dtype)
-
-
-def _alone(x: Tensor) -> Tensor:
-    return torch.tensor([0, len(x)], dtype=torch.int32)
-
-
-def _linear(s: Sizes, decay: str, delta: bool) -> Operator:
-    """decay: constant, none, head or channel."""
-
-    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-        draw = _Random(dtype, generator)
-        shape = (tokens, s.heads, s.head_dim)
-        x = {"q": draw(*shape), "k": F.normalize(draw(*shape, dtype=torch.float32), dim=-1).to(dtype), "v": draw(*shape)}
-        if decay == "constant":
-            x["decay"] = -(2 ** (-8 * torch.arange(1, s.heads + 1, device=generator.device, dtype=torch.float32) / s.heads))
-        elif decay != "none":
-            x["decay"] = F.logsigmoid(draw(*shape[: 2 if decay == "head" else 3], dtype=torch.float32)) / 16
-        if delta:
-            x["beta"] = draw(*shape[:2]).sigmoid()
-        return x
-
-    def run(x: Inputs, backend: str) -> Tensor:
-        faded = x["decay"].expand(len(x["q"]), -1) if decay == "constant" else x.get("decay")
-        return linear_recurrence(x["q"], x["k"], x["v"], faded, x.get("beta"), _alone(x["q"]), scale=s.scale, backend=backend).output
-
-    return Operator(
-        "linear_recurrence",
-        inputs,
-        run,
-        lambda n: n * s.heads * _recurrence_flops(s.head_dim, s.head_dim, delta),
-        fixed=("decay",) * (decay == "constant"),
-    )
-
-
-def _recurrence_flops(key: int, value: int, delta: bool) -> float:
-    """Per token and head in the chunked form: the state read and written, q k^T and its product with the values; with the delta rule also the
-    state recalled, k k^T and the solved system applied to keys and values."""
-    return 2 * (2 + delta) * key * value + 2 * CHUNK * (key + value) + delta * 2 * CHUNK * (2 * key + value)
-
-
-def _mamba2(s: Sizes) -> Operator:
-    heads, width, groups, states = 4 * s.heads, max(1, s.head_dim // 2), max(1, s.heads // 2), s.head_dim
-
-    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-        draw = _Random(dtype, generator)
-        # the state's own scale: keys of length about 1
-        b, c = (draw(tokens, groups, states) * states**-0.5 for _ in range(2))
-        step = F.softplus(draw(tokens, heads, dtype=torch.float32) - 4)
-        return {"x": draw(tokens, heads, width), "step": step, "rate": draw(heads, dtype=torch.float32).exp(), "B": b, "C": c}
-
-    def run(x: Inputs, backend: str) -> Tensor:
-        values = (x["x"] * x["step"].unsqueeze(-1)).to(x["x"].dtype)
-        return linear_recurrence(x["C"], x["B"], values, -x["step"] * x["rate"], None, _alone(values), scale=1.0, backend=backend).output
-
-    return Operator("linear_recurrence", inputs, run, lambda n: n * heads * _recurrence_flops(states, width, False))
-
-
-def _mamba(s: Sizes) -> Operator:
-    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-        draw = _Random(dtype, generator)
-        step = F.softplus(draw(tokens, s.channels, dtype=torch.float32) - 4).to(dtype)
-        rate = draw(s.channels, s.states, dtype=torch.float32).exp()
-        return {"x": draw(tokens, s.channels), "step": step, "rate": rate, "B": draw(tokens, s.states), "C": draw(tokens, s.states)}
-
-    def run(x: Inputs, backend: str) -> Tensor:
-        return selective_scan(x["x"], x["step"], x["rate"], x["B"], x["C"], _alone(x["x"]), backend=backend)[0]
-
-    # decay, its product with the state, step x B added, and what C reads
-    return Operator("elementwise_recurrence", inputs, run, lambda n: 7 * n * s.channels * s.states)
-
-
-def _rg_lru(s: Sizes) -> Operator:
-    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-        draw = _Random(torch.float32, generator)  # states and decays are wide whatever the activations are
-        return {"log_a": F.logsigmoid(draw(tokens, s.channels)) / 16, "b": draw(tokens, s.channels)}
-
-    def run(x: Inputs, backend: str) -> Tensor:
-        return scan(x["log_a"].exp(), x["b"], _alone(x["b"]), backend=backend)[0]
-
-    return Operator("elementwise_recurrence", inputs, run, lambda n: 3 * n * s.channels)
-
-
-def _short_conv(s: Sizes) -> Operator:
-    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-        draw = _Random(dtype, generator)
-        return {"x": draw(tokens, s.channels), "weight": draw(s.channels, 4)}
-
-    def run(x: Inputs, backend: str) -> Tensor:
-        return short_conv(x["x"], x["weight"], _alone(x["x"]), return_final_state=False, backend=backend)[0]
-
-    return Operator("short_conv", inputs, run, lambda n: 8 * n * s.channels)
-
-
-def _attention(s: Sizes, mask: Mask) -> Operator:
-    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-        draw = _Random(dtype, generator)
-        k, v = (draw(tokens, s.kv_heads, s.head_dim) for _ in range(2))
-        return {"q": draw(tokens, s.heads, s.head_dim), "k": k, "v": v}
-
-    def run(x: Inputs, backend: str) -> Tensor:
-        return attention(x["q"], x["k"], x["v"], _alone(x["q"]), scale=s.scale, mask=mask, backend=backend)
-
-    def flops(tokens: int) -> float:
-        reach = min(mask.window or tokens, tokens)
-        return 4 * s.heads * s.head_dim * (reach * (reach + 1) / 2 + (tokens - reach) * reach)
-
-    # scores are made again in the backward: five products beside the forward's two
-    return Operator("attention", inputs, run, flops, both=3.5)
-
-
-def _cross_entropy(s: Sizes) -> Operator:
-    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-        draw = _Random(dtype, generator)
-        labels = torch.randint(s.vocab, (tokens,), generator=generator, device=generator.device)
-        return {"x": draw(tokens, s.hidden), "weight": draw(s.vocab, s.hidden) * s.hidden**-0.5, "labels": labels}
-
-    def run(x: Inputs, backend: str) -> Tensor:
-        return linear_cross_entropy(x["x"], x["weight"], x["labels"])[0].mean()
-
-    return Operator("cross_entropy", inputs, run, lambda n: 2 * n * s.hidden * s.vocab)
-
-
-def _norm(s: Sizes) -> Operator:
-    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-        draw = _Random(dtype, generator)
-        return {"x": draw(tokens, s.hidden), "weight": draw(s.hidden)}
-
-    return Operator("norm", inputs, lambda x, backend: rms_norm(x["x"], x["weight"], s.eps), lambda n: 4 * n * s.hidden)
-
-
-def _experts(s: Sizes) -> Operator:
-    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-        draw = _Random(dtype, generator)
-        counts = torch.full((s.experts,), tokens // s.experts, device=generator.device)
-        counts[0] += tokens % s.experts
-        return {"x": draw(tokens, s.hidden), "weight": draw(s.experts, s.inner, s.hidden) * s.hidden**-0.5, "counts": counts}
-
-    def run(x: Inputs, backend: str) -> Tensor:
-        return grouped_linear(x["x"], x["weight"], x["counts"], backend=backend)
-
-    return Operator("experts", inputs, run, lambda n: 2 * n * s.hidden * s.inner)
-
-
-def operators(s: Sizes) -> dict[str, Operator]:
-    """By name, in the sizes asked for."""
-    return {
-        "lightning": _linear(s, "constant", False),
-        "gla": _linear(s, "channel", False),
-        "delta_net": _linear(s, "none", True),
-        "gated_delta_net": _linear(s, "head", True),
-        "kda": _linear(s, "channel", True),
-        "mamba2": _mamba2(s),
-        "mamba": _mamba(s),
-        "rg_lru": _rg_lru(s),
-        "short_conv": _short_conv(s),
-        "causal": _attention(s, FULL),
-        "window": _attention(s, Mask(window=s.window)),
-        "cross_entropy": _cross_entropy(s),
-        "norm": _norm(s),
-        "experts": _experts(s),
-    }
 
 
 class Machine(NamedTuple):
@@ -272,6 +52,7 @@ class Implementation(NamedTuple):
     version: str
     run: Callable[[Inputs], Tensor]
     prepare: Callable[[Inputs], Inputs]
+    same: bool = True
 
 
 def implementations(name: str, operator: Operator, sizes: Sizes) -> list[Implementation]:
@@ -282,7 +63,7 @@ def implementations(name: str, operator: Operator, sizes: Sizes) -> list[Impleme
 
     ours = Implementation("ltrain", installed_version("ltrain") or "", lambda x: operator.run(x, "auto"), lambda x: x)
     found = [(peer, peer.version) for peer in PEERS.get(name, [])]
-    return [ours, *(Implementation(peer.name, there, called(peer), peer.prepare) for peer, there in found if there is not None)]
+    return [ours, *(Implementation(peer.name, there, called(peer), peer.prepare, peer.same) for peer, there in found if there is not None)]
 
 
 def leaves(x: Inputs, fixed: Iterable[str]) -> tuple[Inputs, list[str]]:
@@ -347,16 +128,17 @@ def timed(operator: Operator, one: Implementation, tokens: int, dtype: torch.dty
         torch.cuda.reset_peak_memory_stats(device)
         train()
         peak = torch.cuda.max_memory_allocated(device) - before
-    flops = operator.flops(tokens)
+    once = operator.once(tokens)
+    flops, both_flops = operator.flops(tokens) + once, operator.both * operator.flops(tokens) + once
     # inputs are read and gradients of them written once, and the inputs and the output's gradient read once more
-    floors = machine.floor(flops, size + out_size), machine.floor(operator.both * flops, 3 * size + 2 * out_size)
+    floors = machine.floor(flops, size + out_size), machine.floor(both_flops, 3 * size + 2 * out_size)
     return {
         "forward_seconds": forward,
         "forward_flops": flops / forward,
         "forward_floor_seconds": floors[0],
         "forward_of_floor": floors[0] / forward,
         "seconds": both,
-        "flops": operator.both * flops / both,
+        "flops": both_flops / both,
         "floor_seconds": floors[1],
         "of_floor": floors[1] / both,
         "peak_bytes": peak,
@@ -412,7 +194,8 @@ def bench(
     families = list(dict.fromkeys(operator.family for operator in known.values()))
     if wrong := [name for name in names if name not in known and name not in families]:
         raise ConfigError(f"{wrong[0]} is neither a family nor an operator: write some of {','.join(families)}, or of {','.join(known)}")
-    short = sizes._replace(window=min(sizes.window, CHECKED // 3))  # so that a window matters to the check
+    # so that a window and a selection matter to the check
+    short = sizes._replace(window=min(sizes.window, CHECKED // 3), selected=min(sizes.selected, CHECKED // 3))
     checked = operators(short)
     results: list[dict[str, Any]] = []
     log(HEAD)
@@ -426,7 +209,7 @@ def bench(
             for n in sorted(tokens, reverse=True):
                 rows.append({**about, "tokens": n, **_attempt(partial(timed, operator, one, n, dtype, machine, steps))})
                 working = _cleared(machine.device)
-            far = _attempt(partial(compared, checked[name], same, dtype, machine.device))
+            far = _attempt(partial(compared, checked[name], same, dtype, machine.device)) if one.same else {"reason": "another function"}
             for row in reversed(rows):
                 results.append({**far, **row})
                 log(line(results[-1]))

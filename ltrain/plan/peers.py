@@ -38,6 +38,7 @@ class Peer(NamedTuple):
     distribution: str  # whose version counts
     run: Callable[[Inputs, Any], Tensor]
     prepare: Callable[[Inputs], Inputs] = _as_given
+    same: bool = True  # computes what ours does; else what ours is to take the place of
 
     @property
     def version(self) -> str | None:
@@ -128,6 +129,15 @@ def _sdpa(backend: SDPBackend) -> Callable[[Inputs, Any], Tensor]:
     return run
 
 
+def _dense_mla(x: Inputs) -> Inputs:
+    """Keys and values of every head, as latents are expanded to without a selection: of 576 numbers, to keys of 192 and values of 128."""
+    tokens, heads, width = x["q"].shape
+    key, value = width // 3, 2 * width // 9
+    g = torch.Generator(x["q"].device).manual_seed(3)
+    q, k, v = (torch.randn(1, heads, tokens, n, generator=g, device=x["q"].device, dtype=x["q"].dtype) for n in (key, key, value))
+    return {"q": q, "k": k, "v": v}
+
+
 @cache
 def _flex(tokens: int, window: int, device: torch.device) -> tuple[Any, Any]:
     """FlexAttention, compiled, and its mask."""
@@ -186,6 +196,7 @@ PEERS: dict[str, list[Peer]] = {
         Peer("sdpa flash", "torch", "torch", _sdpa(SDPBackend.FLASH_ATTENTION), _heads_first),
     ],
     "window": [Peer("flex", "torch", "torch", _flex_window, _heads_first)],
+    "dsa": [Peer("dense sdpa cudnn", "torch", "torch", _sdpa(SDPBackend.CUDNN_ATTENTION), _dense_mla, same=False)],
     "cross_entropy": [
         Peer("liger", "liger_kernel", "liger-kernel", _liger_cross_entropy),
         Peer("whole logits", "torch", "torch", _torch_cross_entropy),

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from ltrain.plan import kernels
-from ltrain.plan.kernels import Machine, Sizes, bench, compared, implementations, main, operators
+from ltrain.plan.kernels import Machine, bench, compared, implementations, main
+from ltrain.plan.operators import Sizes, operators
 from ltrain.plan.peers import PEERS, Peer
 from ltrain.schema import ConfigError
 
-SIZES = Sizes(heads=2, kv_heads=1, head_dim=8, window=20, hidden=12, vocab=30, states=4, experts=3, inner=10)
+SIZES = Sizes(heads=2, kv_heads=1, head_dim=8, window=20, selected=20, hidden=12, vocab=30, states=4, experts=3, inner=10)
 CPU = torch.device("cpu")
 FIGURES = ("forward_seconds", "forward_flops", "forward_of_floor", "seconds", "flops", "of_floor", "error")
 
@@ -65,6 +66,8 @@ def test_floors_count_what_cannot_be_avoided() -> None:
     known = operators(SIZES)
     assert known["causal"].flops(50) == sum(4 * 2 * 8 * (t + 1) for t in range(50))
     assert known["window"].flops(50) == sum(4 * 2 * 8 * min(t + 1, 20) for t in range(50))
+    assert known["dsa"].flops(50) == sum(2 * 16 * (36 + 32) * min(t + 1, 20) for t in range(50))
+    assert known["dsa"].once(50) == sum(2 * 8 * 8 * (t + 1) for t in range(50))
     assert known["cross_entropy"].flops(50) == 2 * 50 * 12 * 30
     # KV products: S q and k v^T, with the delta rule S k; of a chunk q k^T and scores v, with it k k^T, and k and v solved for
     assert known["gla"].flops(1) == 2 * (2 * 2 * 64 + 2 * 64 * 16) and known["kda"].flops(1) == 2 * (3 * 2 * 64 + 2 * 64 * 40)
