@@ -235,28 +235,45 @@ def expected_of_attention(
     return swap + ring, swap + ring + ring // itemsize * max(itemsize, 4)
 
 
-def inputs(operator: Operator, tokens: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Of the whole stream, the same on every rank."""
+def inputs(
+    of_tokens: Mapping[str, tuple[int, ...]], whole: Mapping[str, tuple[int, ...]], tokens: int, dtype: torch.dtype, device: torch.device
+) -> Inputs:
+    """Shapes of each token's numbers, and of those that all tokens have in common -> the same draw on every rank."""
     generator = torch.Generator(device).manual_seed(0)
-    shapes = {name: (tokens, *shape) for name, shape in operator.shapes.items()} | dict(operator.whole)
+    shapes = {name: (tokens, *shape) for name, shape in of_tokens.items()} | dict(whole)
     return {name: torch.randn(shape, generator=generator, dtype=dtype, device=device) / 8 for name, shape in shapes.items()}
 
 
-def timed(operator: Operator, x: Inputs, sequence: Callable[[], Sequence], steps: int, mesh: Mesh) -> float:
-    """Seconds of a forward and a backward, of the slowest rank; the median of `steps`."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in x.items()}
+def both(run: Callable[[Inputs, Sequence], Tensor], leaves: Inputs, seq: Sequence, weights: tuple[Tensor, ...] = ()) -> None:
+    """A forward and a backward to the leaves and weights."""
+    out = run(leaves, seq)
+    torch.autograd.grad(out, [*leaves.values(), *weights], torch.ones_like(out), allow_unused=True)
+
+
+def as_leaves(x: Inputs) -> Inputs:
+    return {name: tensor.detach().requires_grad_() for name, tensor in x.items()}
+
+
+def timed(run: Callable[[], None], steps: int, mesh: Mesh) -> float:
+    """Seconds that a call takes on the slowest rank; the median of `steps`."""
     times = []
     for n in range(WARM_UP + steps):
         synchronise(mesh.device)
         mesh.barrier()
         began = time.perf_counter()
-        out = operator.run(leaves, sequence())
-        torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+        run()
         synchronise(mesh.device)
         taken = max(mesh.all_gather_object(time.perf_counter() - began))
         if n >= WARM_UP:
             times.append(taken)
     return statistics.median(times)
+
+
+def timed_alone(
+    run: Callable[[Inputs, Sequence], Tensor], leaves: Inputs, whole: Sequence, steps: int, mesh: Mesh, weights: tuple[Tensor, ...] = ()
+) -> float:
+    """Seconds of a forward and a backward of the whole stream on one rank."""
+    return timed(lambda: both(run, leaves, Sequence(whole.cu_seqlens, whole.positions, LocalExchange()), weights), steps, mesh)
 
 
 def measure(
@@ -266,21 +283,21 @@ def measure(
     device = mesh.device
     whole = Sequence.of(documents, device)
     layout = exchange.layout.of(whole.cu_seqlens)
-    x = inputs(operator, layout.tokens, dtype, device)
-    alone = timed(operator, x, lambda: Sequence(whole.cu_seqlens, whole.positions, LocalExchange()), steps, mesh)
+    x = inputs(operator.shapes, operator.whole, layout.tokens, dtype, device)
+    alone = timed_alone(operator.run, as_leaves(x), whole, steps, mesh)
     mine = {key: layout.take(tensor) if key in operator.shapes else tensor for key, tensor in x.items()}
     del x
+    shares = as_leaves(mine)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    together = timed(operator, mine, lambda: exchange.sequence(whole.cu_seqlens, whole.positions), steps, mesh)
+    together = timed(lambda: both(operator.run, shares, exchange.sequence(whole.cu_seqlens, whole.positions)), steps, mesh)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     quiet = exchange.silent()
-    computing = timed(operator, mine, lambda: quiet.sequence(whole.cu_seqlens, whole.positions), steps, mesh)
+    computing = timed(lambda: both(operator.run, shares, quiet.sequence(whole.cu_seqlens, whole.positions)), steps, mesh)
     exchange.bytes.clear()
-    leaves = {key: tensor.detach().requires_grad_() for key, tensor in mine.items()}
-    out = operator.run(leaves, exchange.sequence(whole.cu_seqlens, whole.positions))
+    out = operator.run(shares, exchange.sequence(whole.cu_seqlens, whole.positions))
     forward = sum(exchange.bytes.values())
-    torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+    torch.autograd.grad(out, list(shares.values()), torch.ones_like(out))
     sent = mesh.all_gather_object((forward, sum(exchange.bytes.values()) - forward, peak))
     traffic, itemsize = operator.traffic, dtype.itemsize
     if operator.heads is None:

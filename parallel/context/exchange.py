@@ -21,7 +21,8 @@ from ltrain.parallel.context.messages import Messages, Silence
 from ltrain.parallel.context.ring import Links, Ring, RingAttention, ring
 from ltrain.parallel.context.rows import RowExchange, Rows
 from ltrain.parallel.context.scan import Scan, recurrence_over_ranks, scan
-from ltrain.parallel.context.ulysses import Ulysses, layout_over_groups
+from ltrain.parallel.context.trace import Recorder
+from ltrain.parallel.context.ulysses import Ulysses, layout_over_groups, places
 
 PLANS_KEPT = 64  # micro-batches: more than any pipeline schedule has under way
 
@@ -76,6 +77,21 @@ class ContextExchange:
         other._nodes = None if self._nodes is None else self._nodes.silent()
         other._ulysses = None if self._ulysses is None else self._ulysses.silent()
         return other
+
+    @classmethod
+    def recorded(cls, layout: ContextLayout, recorder: Recorder, ulysses: int = 1, inner_ring: int = 1, fp8: bool = False) -> "ContextExchange":
+        """That of one rank whose others are not there: `recorder` tells what it would send them. Of no use for training."""
+        exchange = cls(ContextLayout(layout.tokens), fp8=fp8)
+        ring = ranks = list(range(layout.size))
+        exchange.layout, exchange._messages = layout, recorder.messages("all", ranks)
+        if ulysses > 1:
+            members, ring = (next(found for found in kind if layout.rank in found) for kind in places(ranks, ulysses))
+            swap, between = recorder.messages("members", members), recorder.messages("groups", ring)
+            exchange._ulysses = Ulysses(ulysses, layout.rank % ulysses, swap, between)
+        if inner_ring > 1:
+            inside, across = (next(found for found in kind if layout.rank in found) for kind in places(ring, inner_ring))
+            exchange._nodes = Links(recorder.messages("node", inside), recorder.messages("nodes", across), inner_ring, fp8)
+        return exchange
 
     @property
     def members(self) -> int:

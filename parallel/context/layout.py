@@ -127,20 +127,23 @@ class ContextLayout:
     def _balance(self, cu_seqlens: Tensor) -> Balance:
         return balance(tuple(cast(list[int], cu_seqlens.tolist())), self.size, self.cost)
 
-    def imbalance(self, cu_seqlens: Tensor) -> float:
-        """The expected work of the busiest rank over the mean, less one."""
-        if self.size == 1:
-            return 0.0
-        if self.kind == "balanced":
-            return self._balance(cu_seqlens).imbalance
+    def work(self, cu_seqlens: Tensor) -> list[float]:
+        """The expected work of each rank, in units of `cost`."""
+        if self.kind == "balanced" and self.size > 1:
+            return list(self._balance(cu_seqlens).work)
         plan = self.plan(cu_seqlens)
-        spans = [(span.rank, span.start, span.stop) for span in plan.spans]
         work = [0.0] * self.size
         for begin, end in pairwise(plan.cuts):
-            for rank, start, stop in spans:
-                if max(start, begin) < min(stop, end):
-                    work[rank] += self.cost.between(max(start, begin) - begin, min(stop, end) - begin)
-        return max(work) / (sum(work) / self.size) - 1 if sum(work) else 0.0
+            first = bisect_right(plan.spans, begin, key=lambda span: span.stop)
+            for span in plan.spans[first : bisect_left(plan.spans, end, key=lambda span: span.start)]:
+                work[span.rank] += self.cost.between(max(span.start, begin) - begin, min(span.stop, end) - begin)
+        return work
+
+    def imbalance(self, cu_seqlens: Tensor) -> float:
+        """The expected work of the busiest rank over the mean, less one."""
+        work = self.work(cu_seqlens)
+        mean = sum(work) / self.size
+        return max(work) / mean - 1 if self.size > 1 and mean else 0.0
 
     def plan(self, cu_seqlens: Tensor) -> "Plan":
         """How the documents of one micro-batch lie over the ranks. cu_seqlens [documents + 1] int32, on the host."""
