@@ -73,8 +73,7 @@ def layers_of_operators(names: list[str], sizes: Sizes) -> list[Layer]:
     found = []
     for name, count in Counter(names).items():
         o = known[name]
-        grows = o.traffic.map is None and o.traffic.reach is None
-        found.append(Layer(name, count, o.shapes, o.whole, o.run, grows, [] if o.heads is None else [(o.heads.heads, o.heads.kv_heads)]))
+        found.append(Layer(name, count, o.shapes, o.whole, o.run, o.need.everything, [] if o.heads is None else [(o.heads.heads, o.heads.kv_heads)]))
     return found
 
 
