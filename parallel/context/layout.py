@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ltrain.parallel.context.balance import CAUSAL, Balance, Cost, Spans, balance
+from ltrain.parallel.context.cache import Cache
 
 KINDS = ("zigzag", "contiguous", "balanced")
 
@@ -169,7 +170,7 @@ class Plan:
     spans: list[Span] = field(init=False)  # of all ranks, in the order of the stream
     segments: list[Segment] = field(init=False)  # of this rank, in the order of its tokens
     cu_seqlens: Tensor = field(init=False)  # [segments + 1] int32: boundaries among this rank's tokens
-    _derived: dict[Hashable, Any] = field(init=False, default_factory=dict)
+    _derived: Cache[Any] = field(init=False, default_factory=Cache)
 
     def __post_init__(self) -> None:
         self.spans, self.segments = [], []
@@ -216,6 +217,4 @@ class Plan:
 
     def derive(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """build(), once for this plan: what an access pattern works out from it, shared by all layers."""
-        if key not in self._derived:
-            self._derived[key] = build()
-        return self._derived[key]
+        return self._derived.get(key, build)
