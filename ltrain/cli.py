@@ -149,8 +149,9 @@ def parser() -> argparse.ArgumentParser:
     sub.set_defaults(verb=bench_fp8)
     sub = bench.add_parser("context-parallel", help="each kind of mixing over the ranks that torchrun started, beside one rank: time and bytes")
     every = "attention,window,mla,linear_attention,mamba2,gla,delta_net,gated_delta_net,kda,rwkv7,mamba,rg_lru,short_conv"
-    sub.add_argument("--operators", type=_names, default=every.split(","), help=f"with commas (default {every})")
-    sub.add_argument("--tokens", type=_lengths, default=[32768], help="of the streams, with commas (default 32768)")
+    hybrid = "with --simulate one for each layer of a hybrid, default kda,kda,kda,attention"
+    sub.add_argument("--operators", type=_names, help=f"with commas (default {every}; {hybrid})")
+    sub.add_argument("--tokens", type=_lengths, help="of the streams, with commas (default 32768; with --simulate 1048576)")
     sub.add_argument("--documents", type=_names, default=["one"], help="of a stream: one, long (ten), short (of 256 to 8192 tokens) (default one)")
     sub.add_argument("--layout", choices=("zigzag", "contiguous", "balanced"), default="zigzag")
     sub.add_argument("--ulysses", type=_count, default=1, help="neighbouring ranks that divide the heads of attention (default 1)")
@@ -161,7 +162,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--window", type=_count, default=4096)
     sub.add_argument("--steps", type=_count, default=5, help="runs of each that are timed (default 5)")
     sub.add_argument("--out", default="runs/bench-context-parallel", help="folder for the results (default %(default)s)")
-    sub.set_defaults(verb=bench_context_parallel)
+    simulated = sub.add_argument_group("efficiency on ranks that are not there, from times measured here and a network of this speed")
+    simulated.add_argument("--simulate", action="store_true")
+    simulated.add_argument("--config", metavar="CONFIG", help="the blocks of this model in place of --operators: " + CONFIG)
+    simulated.add_argument("--ranks", type=_lengths, default=[8, 64, 512], help="with commas (default 8,64,512)")
+    simulated.add_argument("--inner-ring", type=_count, default=1, help="neighbours of a ring on one node, for a double ring (default 1: one ring)")
+    simulated.add_argument("--inside", type=_rate, default=300.0, help="GB/s of a device each way, inside a node (default %(default)g)")
+    simulated.add_argument("--across", type=_rate, default=50.0, help="GB/s of a device each way, to other nodes (default %(default)g)")
+    simulated.add_argument("--per-node", type=_count, default=8, help="devices of a node (default 8)")
+    simulated.add_argument("--latency", type=_rate, default=30.0, help="microseconds of a batch of messages (default %(default)g)")
+    simulated.add_argument("--longest", type=_count, default=131072, help="tokens of the longest stream that one rank is timed on (default 131072)")
+    sub.set_defaults(verb=bench_context_parallel, every=every.split(","))
     sub = bench.add_parser(
         "kernels", help="our kernels beside every other one that is installed: time, memory, distance from the floor and the truth"
     )
@@ -236,6 +247,13 @@ def _lengths(text: str) -> list[int]:
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
 
 
 def _temperature(text: str) -> float:
@@ -393,14 +411,21 @@ def bench_context_parallel(args: argparse.Namespace) -> None:
     from ltrain.plan.context_parallel import Sizes, bench, write
     from ltrain.schema import check_multiple
 
-    check_multiple("the number of ranks", int(os.environ.get("WORLD_SIZE", 1)), "--ulysses", args.ulysses)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    inner_ring = args.inner_ring if args.simulate and size % (args.ulysses * args.inner_ring) == 0 else 1
+    check_multiple("the number of ranks", size, "--ulysses", 1 if args.simulate and size == 1 else args.ulysses)
     device, dtype = ranks.start(), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     try:
-        mesh = ranks.Mesh(ParallelConfig(context=int(os.environ.get("WORLD_SIZE", 1)), ulysses=args.ulysses), device)
+        mesh = ranks.Mesh(ParallelConfig(context=size, ulysses=min(size, args.ulysses), inner_ring=inner_ring), device)
         sizes = Sizes(args.heads, args.kv_heads, args.head_dim, args.window)
-        results = bench(args.operators, args.documents, args.tokens, args.layout, dtype, args.steps, sizes, mesh)
-        if mesh.rank == 0:
-            write(results, sizes, dtype, device, Path(args.out))
+        if args.simulate:
+            from ltrain.plan.simulate import main
+
+            main(args, sizes, dtype, mesh)
+        else:
+            results = bench(args.operators or args.every, args.documents, args.tokens or [32768], args.layout, dtype, args.steps, sizes, mesh)
+            if mesh.rank == 0:
+                write(results, sizes, dtype, device, Path(args.out))
         mesh.close()
     finally:
         ranks.stop()

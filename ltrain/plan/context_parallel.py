@@ -10,7 +10,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from ltrain.kernels.attention import FULL, Mask
 from ltrain.kernels.recurrence import Elementwise, GeneralisedDelta, Linear, Selective
+from ltrain.model.mixers.base import ExchangeNeed
 from ltrain.model.sequence import Latent, LocalExchange, Sequence
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.layout import ContextLayout
-from ltrain.parallel.context.scan import LONGEST
+from ltrain.parallel.context.needs import sent_bytes
 from ltrain.parallel.context.ulysses import layout_over_groups
 from ltrain.parallel.mesh import Mesh
 from ltrain.plan.hardware import device_name, synchronise
@@ -45,15 +46,6 @@ class Sizes(NamedTuple):
     states: int = 16
 
 
-class Traffic(NamedTuple):
-    """What one rank must have of another, in numbers: rows of tokens, or states."""
-
-    width: int  # of a row; of a state
-    reach: int | None = None  # rows so far back, the token's own included; None: all
-    map: int | None = None  # numbers of M beside a state; None: rows travel
-    wide: bool = False  # float32 whatever the inputs are
-
-
 class Heads(NamedTuple):
     """Of softmax attention: what `parallel.ulysses` divides."""
 
@@ -72,7 +64,7 @@ class Operator:
 
     shapes: Mapping[str, tuple[int, ...]]
     run: Callable[[Inputs, Sequence], Tensor]
-    traffic: Traffic
+    need: ExchangeNeed  # in a forward
     whole: Mapping[str, tuple[int, ...]]
     heads: Heads | None = None
 
@@ -86,7 +78,7 @@ def operators(s: Sizes) -> dict[str, Operator]:
         def run(x: Inputs, seq: Sequence) -> Tensor:
             return seq.exchange.attention(x["q"], x["k"], x["v"], seq, scale=s.head_dim**-0.5, mask=mask)
 
-        return Operator(qkv, run, Traffic(grouped, mask.window or None), {}, Heads(s.heads, s.kv_heads, s.head_dim, s.head_dim))
+        return Operator(qkv, run, ExchangeNeed("ring", grouped, mask), {}, Heads(s.heads, s.kv_heads, s.head_dim, s.head_dim))
 
     def expand(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         latent, key = rows.split((s.latent, s.rope), dim=-1)
@@ -112,7 +104,7 @@ def operators(s: Sizes) -> dict[str, Operator]:
             beta = x["beta"].float().sigmoid() if delta else None
             return seq.exchange.recurrence(Linear(x["q"], k, x["v"], log_decay, beta, s.head_dim**-0.5), seq)
 
-        return Operator(shapes, run, Traffic(state, map=size, wide=True), {})
+        return Operator(shapes, run, ExchangeNeed("scan", state, map=size), {})
 
     def generalised(x: Inputs, seq: Sequence) -> Tensor:
         c = F.normalize(x["c"].float(), dim=-1)
@@ -134,7 +126,7 @@ def operators(s: Sizes) -> dict[str, Operator]:
         "mla": Operator(
             {"q": (s.heads, s.head_dim + s.rope), "rows": (s.latent + s.rope,)},
             mla,
-            Traffic(min(s.latent + s.rope, s.heads * (2 * s.head_dim + s.rope))),
+            ExchangeNeed("ring", min(s.latent + s.rope, s.heads * (2 * s.head_dim + s.rope))),
             {"weight": (2 * channels, s.latent)},
             Heads(s.heads, s.heads, s.head_dim + s.rope, s.head_dim),
         ),
@@ -147,18 +139,21 @@ def operators(s: Sizes) -> dict[str, Operator]:
         "rwkv7": Operator(
             dict.fromkeys(("r", "w", "k", "v", "b", "c"), (s.heads, s.head_dim)),
             generalised,
-            Traffic(s.heads * s.head_dim**2, map=s.heads * s.head_dim**2, wide=True),
+            ExchangeNeed("scan", s.heads * s.head_dim**2, map=s.heads * s.head_dim**2),
             {},
         ),
         "mamba": Operator(
             {"x": (channels,), "step": (channels,), "B": (s.states,), "C": (s.states,)},
             selective,
-            Traffic(channels * s.states, map=channels * s.states, wide=True),
+            ExchangeNeed("scan", channels * s.states, map=channels * s.states),
             {"rate": (channels, s.states)},
         ),
-        "rg_lru": Operator({"a": (channels,), "b": (channels,)}, elementwise, Traffic(channels, map=channels, wide=True), {}),
+        "rg_lru": Operator({"a": (channels,), "b": (channels,)}, elementwise, ExchangeNeed("scan", channels, map=channels), {}),
         "short_conv": Operator(
-            {"x": (channels,)}, lambda x, seq: seq.exchange.short_conv(x["x"], x["weight"], seq), Traffic(channels, 4), {"weight": (channels, 4)}
+            {"x": (channels,)},
+            lambda x, seq: seq.exchange.short_conv(x["x"], x["weight"], seq),
+            ExchangeNeed("halo", channels, reach=3),
+            {"weight": (channels, 4)},
         ),
     }
 
@@ -179,44 +174,8 @@ def lengths(documents: str, tokens: int) -> list[int]:
     return found
 
 
-def expected_bytes(traffic: Traffic, layout: ContextLayout, documents: list[int], itemsize: int) -> int:
-    """What all ranks together must send in a forward: each row, or map of a span, once to each rank that needs it.
-
-    Where a document crosses more than LONGEST spans, maps are composed: in round i with those of the span 2^i before.
-    """
-    cuts = np.cumsum([0, *documents])
-    spans = sorted((start, stop, rank) for rank in range(layout.size) for start, stop in layout.spans(rank))
-    begins = [int(cuts[np.searchsorted(cuts, start, side="right") - 1]) for start, _, _ in spans]  # of the document at each span's first token
-    size = max(itemsize, 4) if traffic.wide else itemsize
-    if traffic.map is None:
-        numbers = 0
-        for rank in range(layout.size):
-            own = [(start, stop, begin) for (start, stop, owner), begin in zip(spans, begins, strict=True) if owner == rank]
-            wanted = np.zeros(layout.tokens, dtype=bool)
-            for start, _, begin in own:
-                wanted[max(begin, 0 if traffic.reach is None else start - traffic.reach + 1) : start] = True
-            for start, stop, _ in own:
-                wanted[start:stop] = False
-            numbers += traffic.width * int(wanted.sum())
-        return numbers * size
-    earlier = [sum(stop > begin for _, stop, _ in spans[:n]) for n, begin in enumerate(begins)]  # spans of that document
-    # whose document came in and goes on
-    inside = [e > 0 and not np.any((cuts > start) & (cuts <= stop)) for e, (start, stop, _) in zip(earlier, spans, strict=True)]
-    if max(earlier) <= LONGEST:
-        sent = {(n - back, spans[n][2]) for n, e in enumerate(earlier) for back in range(1, e + 1) if spans[n - back][2] != spans[n][2]}
-        return size * sum(traffic.width + traffic.map * inside[n] for n, _ in sent)
-    numbers = sum(traffic.width for n, e in enumerate(earlier) if e and spans[n - 1][2] != spans[n][2])
-    left = [e * i for e, i in zip(earlier, inside, strict=True)]  # spans that a span's map has still to meet
-    reach = 1
-    while reach <= max(left):
-        met = [n for n, e in enumerate(left) if e >= reach and spans[n - reach][2] != spans[n][2]]
-        numbers += sum(traffic.width + traffic.map * (left[n - reach] >= reach) for n in met)
-        reach *= 2
-    return numbers * size
-
-
 def expected_of_attention(
-    heads: Heads, traffic: Traffic, layout: ContextLayout, documents: list[int], itemsize: int, ulysses: int
+    heads: Heads, need: ExchangeNeed, layout: ContextLayout, documents: list[int], itemsize: int, ulysses: int
 ) -> tuple[int, int]:
     """What all ranks together must send in a forward and in a backward of softmax attention; layout: of this stream.
 
@@ -226,37 +185,54 @@ def expected_of_attention(
     """
     kv_width = heads.kv_heads * (heads.key_dim + heads.value_dim)
     if ulysses == 1:
-        ring = expected_bytes(traffic, layout, documents, itemsize)
-        return ring, ring + ring // itemsize * (itemsize if traffic.width < kv_width else max(itemsize, 4))
+        ring = sent_bytes(need, layout, documents, itemsize)
+        return ring, ring + ring // itemsize * (itemsize if need.width < kv_width else max(itemsize, 4))
     kv_width = max(heads.kv_heads, ulysses) * (heads.key_dim + heads.value_dim)
     swap = layout.tokens * (ulysses - 1) * (heads.heads * (heads.key_dim + heads.value_dim) + kv_width) // ulysses * itemsize
     # each of the members' rings carries its share of the width
-    ring = expected_bytes(Traffic(kv_width, traffic.reach), layout_over_groups(layout, ulysses), documents, itemsize)
+    ring = sent_bytes(replace(need, width=kv_width), layout_over_groups(layout, ulysses), documents, itemsize)
     return swap + ring, swap + ring + ring // itemsize * max(itemsize, 4)
 
 
-def inputs(operator: Operator, tokens: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Of the whole stream, the same on every rank."""
+def inputs(
+    of_tokens: Mapping[str, tuple[int, ...]], whole: Mapping[str, tuple[int, ...]], tokens: int, dtype: torch.dtype, device: torch.device
+) -> Inputs:
+    """Shapes of each token's numbers, and of those that all tokens have in common -> the same draw on every rank."""
     generator = torch.Generator(device).manual_seed(0)
-    shapes = {name: (tokens, *shape) for name, shape in operator.shapes.items()} | dict(operator.whole)
+    shapes = {name: (tokens, *shape) for name, shape in of_tokens.items()} | dict(whole)
     return {name: torch.randn(shape, generator=generator, dtype=dtype, device=device) / 8 for name, shape in shapes.items()}
 
 
-def timed(operator: Operator, x: Inputs, sequence: Callable[[], Sequence], steps: int, mesh: Mesh) -> float:
-    """Seconds of a forward and a backward, of the slowest rank; the median of `steps`."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in x.items()}
+def both(run: Callable[[Inputs, Sequence], Tensor], leaves: Inputs, seq: Sequence, weights: tuple[Tensor, ...] = ()) -> None:
+    """A forward and a backward to the leaves and weights."""
+    out = run(leaves, seq)
+    torch.autograd.grad(out, [*leaves.values(), *weights], torch.ones_like(out), allow_unused=True)
+
+
+def as_leaves(x: Inputs) -> Inputs:
+    return {name: tensor.detach().requires_grad_() for name, tensor in x.items()}
+
+
+def timed(run: Callable[[], None], steps: int, mesh: Mesh) -> float:
+    """Seconds that a call takes on the slowest rank; the median of `steps`."""
     times = []
     for n in range(WARM_UP + steps):
         synchronise(mesh.device)
         mesh.barrier()
         began = time.perf_counter()
-        out = operator.run(leaves, sequence())
-        torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+        run()
         synchronise(mesh.device)
         taken = max(mesh.all_gather_object(time.perf_counter() - began))
         if n >= WARM_UP:
             times.append(taken)
     return statistics.median(times)
+
+
+def timed_alone(
+    run: Callable[[Inputs, Sequence], Tensor], leaves: Inputs, whole: Sequence, steps: int, mesh: Mesh, weights: tuple[Tensor, ...] = ()
+) -> float:
+    """Seconds of a forward and a backward of the whole stream on one rank."""
+    return timed(lambda: both(run, leaves, Sequence(whole.cu_seqlens, whole.positions, LocalExchange()), weights), steps, mesh)
 
 
 def measure(
@@ -266,28 +242,28 @@ def measure(
     device = mesh.device
     whole = Sequence.of(documents, device)
     layout = exchange.layout.of(whole.cu_seqlens)
-    x = inputs(operator, layout.tokens, dtype, device)
-    alone = timed(operator, x, lambda: Sequence(whole.cu_seqlens, whole.positions, LocalExchange()), steps, mesh)
+    x = inputs(operator.shapes, operator.whole, layout.tokens, dtype, device)
+    alone = timed_alone(operator.run, as_leaves(x), whole, steps, mesh)
     mine = {key: layout.take(tensor) if key in operator.shapes else tensor for key, tensor in x.items()}
     del x
+    shares = as_leaves(mine)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    together = timed(operator, mine, lambda: exchange.sequence(whole.cu_seqlens, whole.positions), steps, mesh)
+    together = timed(lambda: both(operator.run, shares, exchange.sequence(whole.cu_seqlens, whole.positions)), steps, mesh)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     quiet = exchange.silent()
-    computing = timed(operator, mine, lambda: quiet.sequence(whole.cu_seqlens, whole.positions), steps, mesh)
+    computing = timed(lambda: both(operator.run, shares, quiet.sequence(whole.cu_seqlens, whole.positions)), steps, mesh)
     exchange.bytes.clear()
-    leaves = {key: tensor.detach().requires_grad_() for key, tensor in mine.items()}
-    out = operator.run(leaves, exchange.sequence(whole.cu_seqlens, whole.positions))
+    out = operator.run(shares, exchange.sequence(whole.cu_seqlens, whole.positions))
     forward = sum(exchange.bytes.values())
-    torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+    torch.autograd.grad(out, list(shares.values()), torch.ones_like(out))
     sent = mesh.all_gather_object((forward, sum(exchange.bytes.values()) - forward, peak))
-    traffic, itemsize = operator.traffic, dtype.itemsize
+    need, itemsize = operator.need, dtype.itemsize
     if operator.heads is None:
-        expected: tuple[int, int | None] = expected_bytes(traffic, layout, documents, itemsize), None
+        expected: tuple[int, int | None] = sent_bytes(need, layout, documents, itemsize), None
     else:
-        expected = expected_of_attention(operator.heads, traffic, layout, documents, itemsize, exchange.members)
-    ring = layout.tokens * (layout.size - 1) * traffic.width * itemsize if traffic.map is None and traffic.reach is None else None
+        expected = expected_of_attention(operator.heads, need, layout, documents, itemsize, exchange.members)
+    ring = layout.tokens * (layout.size - 1) * need.width * itemsize if need.everything else None
     return {
         "operator": name,
         "tokens": layout.tokens,

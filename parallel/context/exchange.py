@@ -1,7 +1,7 @@
 """The exchanges of the mixers over context ranks: what a `Sequence` carries under context parallelism."""
 
 import copy
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from ltrain.kernels.recurrence import Recurrence
 from ltrain.kernels.segments import Part
 from ltrain.model.sequence import Latent, Sequence, shifted
 from ltrain.parallel.context import decode
+from ltrain.parallel.context.cache import Cache
 from ltrain.parallel.context.gather import Gather, Units, gather
 from ltrain.parallel.context.halo import halo
 from ltrain.parallel.context.layout import ContextLayout, Plan
@@ -21,7 +22,8 @@ from ltrain.parallel.context.messages import Messages, Silence
 from ltrain.parallel.context.ring import Links, Ring, RingAttention, ring
 from ltrain.parallel.context.rows import RowExchange, Rows
 from ltrain.parallel.context.scan import Scan, recurrence_over_ranks, scan
-from ltrain.parallel.context.ulysses import Ulysses, layout_over_groups
+from ltrain.parallel.context.trace import Recorder
+from ltrain.parallel.context.ulysses import Ulysses, layout_over_groups, places
 
 PLANS_KEPT = 64  # micro-batches: more than any pipeline schedule has under way
 
@@ -58,7 +60,7 @@ class ContextExchange:
         self.layout, self.sum_group = layout, sum_group
         self.tensor = (0, 1) if tensor_group is None else (dist.get_rank(tensor_group), dist.get_world_size(tensor_group))
         self._messages = Messages(cp_group, layout.size)
-        self._plans: OrderedDict[bytes, Plan] = OrderedDict()
+        self._plans: Cache[Plan] = Cache(PLANS_KEPT)
         self._ulysses = None if ulysses is None else Ulysses.over(*ulysses, self.bytes)
         self._nodes = None if nodes is None else Links.over(*nodes, self.bytes, fp8)
         self._fp8 = fp8
@@ -66,7 +68,7 @@ class ContextExchange:
     def resized(self, tokens: int) -> "ContextExchange":
         """The same ranks, and the same count of bytes, for streams of another length."""
         other = copy.copy(self)
-        other.layout, other._plans = replace(self.layout, tokens=tokens), OrderedDict()
+        other.layout, other._plans = replace(self.layout, tokens=tokens), Cache(PLANS_KEPT)
         return other
 
     def silent(self) -> "ContextExchange":
@@ -76,6 +78,21 @@ class ContextExchange:
         other._nodes = None if self._nodes is None else self._nodes.silent()
         other._ulysses = None if self._ulysses is None else self._ulysses.silent()
         return other
+
+    @classmethod
+    def recorded(cls, layout: ContextLayout, recorder: Recorder, ulysses: int = 1, inner_ring: int = 1, fp8: bool = False) -> "ContextExchange":
+        """That of one rank whose others are not there: `recorder` tells what it would send them. Of no use for training."""
+        exchange = cls(ContextLayout(layout.tokens), fp8=fp8)
+        ring = ranks = list(range(layout.size))
+        exchange.layout, exchange._messages = layout, recorder.messages("all", ranks)
+        if ulysses > 1:
+            members, ring = (next(found for found in kind if layout.rank in found) for kind in places(ranks, ulysses))
+            swap, between = recorder.messages("members", members), recorder.messages("groups", ring)
+            exchange._ulysses = Ulysses(ulysses, layout.rank % ulysses, swap, between)
+        if inner_ring > 1:
+            inside, across = (next(found for found in kind if layout.rank in found) for kind in places(ring, inner_ring))
+            exchange._nodes = Links(recorder.messages("node", inside), recorder.messages("nodes", across), inner_ring, fp8)
+        return exchange
 
     @property
     def members(self) -> int:
@@ -89,12 +106,9 @@ class ContextExchange:
 
     def plan(self, cu_seqlens: Tensor) -> Plan:
         """The plan of a micro-batch, made once for all its layers. cu_seqlens [documents + 1] of the whole stream, on the host."""
-        key = cu_seqlens.numpy().tobytes() if cu_seqlens.device.type == "cpu" else b""
-        if key not in self._plans:
-            self._plans[key] = self.layout.plan(cu_seqlens)
-            if len(self._plans) > PLANS_KEPT:
-                self._plans.popitem(last=False)
-        return self._plans[key]
+        if cu_seqlens.device.type != "cpu":
+            return self.layout.plan(cu_seqlens)  # which says what is wrong
+        return self._plans.get(cu_seqlens, lambda: self.layout.plan(cu_seqlens))
 
     def _local(self, x: Tensor, what: str, seq: Sequence) -> Plan:
         if x.shape[0] != self.layout.local_tokens:
@@ -150,7 +164,7 @@ class ContextExchange:
         if key not in seq.shared:
             ring = copy.copy(self)
             ring.layout, ring._messages, ring._ulysses = layout_over_groups(plan.layout, ulysses.members), ulysses.ring, None
-            ring._plans = OrderedDict()
+            ring._plans = Cache(PLANS_KEPT)
             positions = ulysses.positions(seq.positions, plan.layout) if mask.placed else seq.positions
             seq.shared[key] = Sequence(seq.cu_seqlens, positions, exchange=ring)
         return replace(seq.shared[key], tape=seq.tape)

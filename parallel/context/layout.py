@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ltrain.parallel.context.balance import CAUSAL, Balance, Cost, Spans, balance
+from ltrain.parallel.context.cache import Cache
 
 KINDS = ("zigzag", "contiguous", "balanced")
 
@@ -127,20 +128,23 @@ class ContextLayout:
     def _balance(self, cu_seqlens: Tensor) -> Balance:
         return balance(tuple(cast(list[int], cu_seqlens.tolist())), self.size, self.cost)
 
-    def imbalance(self, cu_seqlens: Tensor) -> float:
-        """The expected work of the busiest rank over the mean, less one."""
-        if self.size == 1:
-            return 0.0
-        if self.kind == "balanced":
-            return self._balance(cu_seqlens).imbalance
+    def work(self, cu_seqlens: Tensor) -> list[float]:
+        """The expected work of each rank, in units of `cost`."""
+        if self.kind == "balanced" and self.size > 1:
+            return list(self._balance(cu_seqlens).work)
         plan = self.plan(cu_seqlens)
-        spans = [(span.rank, span.start, span.stop) for span in plan.spans]
         work = [0.0] * self.size
         for begin, end in pairwise(plan.cuts):
-            for rank, start, stop in spans:
-                if max(start, begin) < min(stop, end):
-                    work[rank] += self.cost.between(max(start, begin) - begin, min(stop, end) - begin)
-        return max(work) / (sum(work) / self.size) - 1 if sum(work) else 0.0
+            first = bisect_right(plan.spans, begin, key=lambda span: span.stop)
+            for span in plan.spans[first : bisect_left(plan.spans, end, key=lambda span: span.start)]:
+                work[span.rank] += self.cost.between(max(span.start, begin) - begin, min(span.stop, end) - begin)
+        return work
+
+    def imbalance(self, cu_seqlens: Tensor) -> float:
+        """The expected work of the busiest rank over the mean, less one."""
+        work = self.work(cu_seqlens)
+        mean = sum(work) / self.size
+        return max(work) / mean - 1 if self.size > 1 and mean else 0.0
 
     def plan(self, cu_seqlens: Tensor) -> "Plan":
         """How the documents of one micro-batch lie over the ranks. cu_seqlens [documents + 1] int32, on the host."""
@@ -166,7 +170,7 @@ class Plan:
     spans: list[Span] = field(init=False)  # of all ranks, in the order of the stream
     segments: list[Segment] = field(init=False)  # of this rank, in the order of its tokens
     cu_seqlens: Tensor = field(init=False)  # [segments + 1] int32: boundaries among this rank's tokens
-    _derived: dict[Hashable, Any] = field(init=False, default_factory=dict)
+    _derived: Cache[Any] = field(init=False, default_factory=Cache)
 
     def __post_init__(self) -> None:
         self.spans, self.segments = [], []
@@ -213,6 +217,4 @@ class Plan:
 
     def derive(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """build(), once for this plan: what an access pattern works out from it, shared by all layers."""
-        if key not in self._derived:
-            self._derived[key] = build()
-        return self._derived[key]
+        return self._derived.get(key, build)

@@ -212,12 +212,11 @@ def test_parameter_counts_and_costs_follow_the_formulas() -> None:
 def test_exchanges_by_mixer() -> None:
     model = Stack(quickstart(), 100, LocalLayers(device="meta"))
     mixers = {name: block.mixer for name, block in model.blocks()}
-    assert mixers["0"].exchanges(4096, 1) == mixers["1"].exchanges(4096, 1) == []
-    (ring,) = mixers["1"].exchanges(4096, 4)
-    assert (ring.kind, ring.bytes) == ("ring", 3 * 1024 * 2 * 2 * 16 * 2)
-    halo, scan = mixers["0"].exchanges(4096, 4)
-    assert (halo.kind, halo.bytes) == ("halo", 3 * 192 * 2)
-    assert (scan.kind, scan.bytes) == ("scan", 3 * 4 * 4 * (16 * 16 + 16 * 32))
+    (ring,) = mixers["1"].exchanges(4096)
+    assert (ring.kind, ring.width, ring.everything) == ("ring", 2 * 2 * 16, True)
+    halo, scan = mixers["0"].exchanges(4096)
+    assert (halo.kind, halo.width, halo.reach) == ("halo", 192, 3)
+    assert (scan.kind, scan.width, scan.map) == ("scan", 4 * 16 * 32, 4 * 16 * 16)
 
 
 def test_bfloat16_trains(build: Build) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from ltrain.kernels.attention import Mask
+from ltrain.model.mixers.base import ExchangeNeed
 from ltrain.parallel.context.layout import ContextLayout
-from ltrain.plan.context_parallel import Traffic, expected_bytes, lengths
+from ltrain.parallel.context.needs import sent_bytes
+from ltrain.plan.context_parallel import lengths
 
 TOKENS = 96
 
@@ -79,11 +82,13 @@ def test_divided_heads_send_what_the_formula_says(pool: Any, size: int, ulysses:
 
 
 def test_the_formula_knows_where_documents_end() -> None:
-    def rows(documents: list[int], reach: int | None = None) -> int:
-        return expected_bytes(Traffic(1, reach), ContextLayout(40, 0, 2, "contiguous"), documents, 1)
+    def rows(documents: list[int], reach: int = 0) -> int:
+        return sent_bytes(ExchangeNeed("ring", 1, Mask(window=reach)), ContextLayout(40, 0, 2, "contiguous"), documents, 1)
 
     assert rows([40]) == 20 and rows([20, 20]) == 0 and rows([15, 25]) == 5 and rows([40], reach=4) == 3 and rows([19, 21], reach=4) == 1
-    states = [expected_bytes(Traffic(7, map=5), ContextLayout(40, 0, 4, "contiguous"), documents, 4) for documents in ([40], [10] * 4, [15, 25])]
+    states = [
+        sent_bytes(ExchangeNeed("scan", 7, map=5), ContextLayout(40, 0, 4, "contiguous"), documents, 4) for documents in ([40], [10] * 4, [15, 25])
+    ]
     # To each later rank what an earlier one ends with, and where the document came in there, how that is passed on.
     assert states == [4 * (3 * 7 + 2 * 12 + 12), 0, 4 * (7 + 2 * 7 + 12)]
 

@@ -202,14 +202,9 @@ class Attention(Mixer):
         kept = min(context, limit(self.mask) or context)
         return self.options.kv_heads * (self.options.head_dim + self.value_dim) * kept * bytes_per_value
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        if ranks == 1:
-            return []
-        rows, most = tokens * (ranks - 1) // ranks, limit(self.mask)
-        if most:
-            rows = min(rows, 2 * most)  # in zigzag a rank has two spans, each with a cut before it
-        kind = "gather" if self.options.block_size else "ring"
-        return [ExchangeNeed(kind, self.options.kv_heads * (self.options.head_dim + self.value_dim) * rows * bytes_per_value)]
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
+        width = self.options.kv_heads * (self.options.head_dim + self.value_dim)
+        return [ExchangeNeed("gather", width) if self.options.block_size else ExchangeNeed("ring", width, self.mask)]
 
 
 def MIXER(hidden: int, options: AttentionOptions, layers: LocalLayers) -> Attention:

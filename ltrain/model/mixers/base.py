@@ -1,11 +1,13 @@
 """The contract of a sequence mixer, and the registry that turns a name in a config into one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
 
+from ltrain.kernels.attention import FULL, Mask
 from ltrain.model.layers import LocalLayers, ParamLayout, layout_of
 from ltrain.model.options import MIXERS
 from ltrain.model.sequence import Sequence
@@ -13,10 +15,19 @@ from ltrain.model.sequence import Sequence
 
 @dataclass(frozen=True)
 class ExchangeNeed:
-    """One exchange a mixer uses under context parallelism and what one rank receives for it in a forward."""
+    """One exchange that a mixer asks for in a forward under context parallelism. `parallel.context.needs` says how many bytes that is."""
 
-    kind: str  # ring | halo | gather | scan
-    bytes: int
+    kind: str  # ring | halo | gather: rows of earlier tokens of the document, as they are; scan: maps of states, in float32 or wider
+    width: int  # numbers of a row, or of a state
+    mask: Mask = FULL  # of a ring: what a token sees
+    reach: int = 0  # of a halo: rows before a cut
+    units: Callable[[int], int] = int  # of a gather: the rows that the first so many tokens of a document have
+    map: int = 0  # of a scan: numbers that say how a state is passed on
+
+    @property
+    def everything(self) -> bool:
+        """Whether rows of all earlier tokens are asked for."""
+        return self.kind in ("ring", "gather") and not self.mask.window and not self.mask.chunk
 
 
 class Mixer(nn.Module):
@@ -53,8 +64,8 @@ class Mixer(nn.Module):
         """Bytes read per decoded token: the mixer's weights and its state."""
         return self.num_params() * bytes_per_value + self.state_bytes(context, bytes_per_value)
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        """What context parallelism moves for a stream of `tokens` tokens over `ranks` ranks."""
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
+        """What it asks of other context ranks in a forward of training, on a stream whose longest document has `context` tokens."""
         raise TypeError(f"{type(self).__name__} has no exchanges")
 
     def num_params(self) -> int:

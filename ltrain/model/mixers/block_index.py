@@ -117,9 +117,9 @@ class BlockIndexAttention(Attention):
     def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:
         return super().state_bytes(context, bytes_per_value) + self.options.index_dim * context * bytes_per_value
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        rows = tokens * (ranks - 1) // ranks
-        return [
-            ExchangeNeed(need.kind, need.bytes + self.options.index_dim * rows * bytes_per_value)
-            for need in super().exchanges(tokens, ranks, bytes_per_value)
-        ]
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
+        """What is chosen from, with the index's keys; where the index only learns, it is asked for beside the ring."""
+        width = self.options.kv_heads * (self.options.head_dim + self.value_dim)
+        gathers = [ExchangeNeed("gather", width), ExchangeNeed("gather", self.options.index_dim)]
+        ring = [ExchangeNeed("ring", width, self.mask)] if self.dense else []
+        return ring + (gathers if not self.dense or self.options.index_loss != "none" else [])

@@ -115,7 +115,7 @@ class CrossAttention(Mixer):
         o = self.options
         return super().read_bytes(context, bytes_per_value) - 2 * self.memory_width * o.kv_heads * o.head_dim * bytes_per_value
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
         return []
 
 

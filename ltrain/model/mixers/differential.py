@@ -66,8 +66,7 @@ class DifferentialAttention(Attention):
         projections = 2 * self.hidden * (sum(self._parts) + o.heads * o.head_dim)
         return tokens * (projections + 2 * o.heads * 3 * o.head_dim * self._seen(context))
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
         """Values travel with the keys of each softmax."""
-        if ranks == 1:
-            return []
-        return [ExchangeNeed("ring", 3 * self.options.kv_heads * self.options.head_dim * tokens * bytes_per_value * (ranks - 1) // ranks)]
+        width = 3 * self.options.kv_heads // 2 * self.options.head_dim
+        return [ExchangeNeed("ring", width, self.mask)] * 2

@@ -50,8 +50,8 @@ class GatedConv(Mixer):
     def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:
         return bytes_per_value * (self.options.conv_width - 1) * self.options.inner
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        return [ExchangeNeed("halo", self.state_bytes(tokens, bytes_per_value))] if ranks > 1 and self.options.conv_width > 1 else []
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
+        return [ExchangeNeed("halo", self.options.inner, reach=self.options.conv_width - 1)]
 
 
 MIXER = GatedConv

@@ -208,15 +208,13 @@ class LinearRecurrence(Mixer):
         """Independent of the context: the recurrent state in float32 and the convolution's last inputs."""
         return 4 * self._state_values + bytes_per_value * max(self.options.conv_width - 1, 0) * self._channels
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        """One halo, and the other ranks' segment maps (M, E) in float32; M is a number for each decay where updates only add."""
-        if ranks == 1:
-            return []
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
+        """One halo, and the maps of spans; M is a number for each decay where updates only add."""
         o = self.options
         decays = {"none": 0, "channel": o.value_heads * o.key_dim}.get(o.decay, o.value_heads)
-        maps = self._state_values + (o.value_heads * o.key_dim**2 if o.update == "delta" else decays)
-        halo = [ExchangeNeed("halo", bytes_per_value * (o.conv_width - 1) * self._channels)] if o.conv_width > 1 else []
-        return [*halo, ExchangeNeed("scan", 4 * maps * (ranks - 1))]
+        maps = o.value_heads * o.key_dim**2 if o.update == "delta" else decays
+        halo = [ExchangeNeed("halo", self._channels, reach=o.conv_width - 1)] if o.conv_width > 1 else []
+        return [*halo, ExchangeNeed("scan", self._state_values, map=maps)]
 
 
 MIXER = LinearRecurrence

@@ -113,15 +113,11 @@ class Mamba(Mixer):
         o = self.options
         return 4 * o.inner * o.states + bytes_per_value * (o.conv_width - 1) * o.inner
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        """One halo, and the other ranks' segment maps in float32: two numbers for each of the state."""
-        if ranks == 1:
-            return []
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
+        """One halo, and the maps of spans: two numbers for each of the state."""
         o = self.options
-        return [
-            ExchangeNeed("halo", bytes_per_value * (o.conv_width - 1) * o.inner),
-            ExchangeNeed("scan", 8 * o.inner * o.states * (ranks - 1)),
-        ]
+        size = o.inner * o.states
+        return [ExchangeNeed("halo", o.inner, reach=o.conv_width - 1), ExchangeNeed("scan", size, map=size)]
 
 
 MIXER = Mamba

@@ -212,16 +212,17 @@ class MLA(Mixer):
         o = self.options
         return (o.kv_rank + o.rope_dim + (o.index_dim if o.select == "index" else 0)) * context * bytes_per_value
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
         """The ring carries latents, or where these are larger the keys and values; what is selected from is gathered, with the indexer's keys."""
-        if ranks == 1:
-            return []
         o = self.options
-        width = min(o.kv_rank + o.rope_dim, o.heads * (o.nope_dim + o.rope_dim + o.value_dim))
-        rows = tokens * bytes_per_value * (ranks - 1) // ranks
+        latent = o.kv_rank + o.rope_dim
+        ring = ExchangeNeed("ring", min(latent, o.heads * (o.nope_dim + o.rope_dim + o.value_dim)))
         if o.select == "none":
-            return [ExchangeNeed("ring", width * rows)]
-        return [ExchangeNeed("gather", (o.kv_rank + o.rope_dim + (o.index_dim if o.select == "index" else 0)) * rows)]
+            return [ring]
+        everything = context <= o.top_k or o.index_loss == "dense"
+        index = [ExchangeNeed("gather", o.index_dim)] if o.select == "index" else []
+        learns = o.select == "index" and o.index_loss != "none"  # from the keys that attention sees
+        return [*index, *([ring] if everything else []), *([ExchangeNeed("gather", latent)] if learns or not everything else [])]
 
 
 MIXER = MLA

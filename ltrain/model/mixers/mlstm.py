@@ -123,9 +123,10 @@ class MLSTM(Mixer):
         o = self.options
         return 4 * o.heads * (o.key_dim * (o.value_dim + 1) + 1)
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        """The other ranks' segment maps in float32: the state, the largest gate and what fades either, for each head."""
-        return [ExchangeNeed("scan", (self.state_bytes(tokens) + 8 * self.options.heads) * (ranks - 1))] if ranks > 1 else []
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
+        """The maps of spans: of the state, and of the largest gate; what fades either is a number for each head."""
+        o = self.options
+        return [ExchangeNeed("scan", o.heads * o.key_dim * (o.value_dim + 1), map=o.heads), ExchangeNeed("scan", o.heads, map=o.heads)]
 
 
 MIXER = MLSTM

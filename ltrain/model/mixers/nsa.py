@@ -157,14 +157,12 @@ class NSA(Mixer):
         o = self.options
         return 2 * o.kv_heads * o.head_dim * (2 * context + min(context, o.window)) * bytes_per_value
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        """Compressed blocks and selected keys and values of the other ranks, and the window's halo."""
-        if ranks == 1:
-            return []
-        o = self.options
-        width = 2 * o.kv_heads * o.head_dim * bytes_per_value
-        gathered = (tokens + self.shape.compressed(tokens)) * (ranks - 1) // ranks
-        return [ExchangeNeed("gather", width * gathered), ExchangeNeed("halo", width * min(o.window - 1, tokens))]
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
+        """The tokens before a cut that blocks across it are made of, compressed blocks, what may be selected, and the window's rows."""
+        width = 2 * self.options.kv_heads * self.options.head_dim
+        made = ExchangeNeed("halo", width, reach=self.shape.length - 1)
+        chosen = ExchangeNeed("gather", width, units=self.shape.compressed), ExchangeNeed("gather", width)
+        return [made, *chosen, ExchangeNeed("ring", width, self.mask)]
 
 
 MIXER = NSA

@@ -75,8 +75,8 @@ class Parallel(Mixer):
     def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:
         return sum(mixer.state_bytes(context, bytes_per_value) for mixer in self._mixers().values())
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        return [need for mixer in self._mixers().values() for need in mixer.exchanges(tokens, ranks, bytes_per_value)]
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
+        return [need for mixer in self._mixers().values() for need in mixer.exchanges(context)]
 
 
 MIXER = Parallel

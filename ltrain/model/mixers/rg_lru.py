@@ -124,12 +124,10 @@ class RGLRU(Mixer):
         """Independent of the context: the state in float32 and the convolution's last inputs."""
         return 4 * self.options.inner + bytes_per_value * (self.options.conv_width - 1) * self.options.inner
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        """One halo, and the other ranks' segment maps in float32: two numbers for each channel."""
-        if ranks == 1:
-            return []
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
+        """One halo, and the maps of spans: two numbers for each channel."""
         inner = self.options.inner
-        return [ExchangeNeed("halo", bytes_per_value * (self.options.conv_width - 1) * inner), ExchangeNeed("scan", 8 * inner * (ranks - 1))]
+        return [ExchangeNeed("halo", inner, reach=self.options.conv_width - 1), ExchangeNeed("scan", inner, map=inner)]
 
 
 MIXER = RGLRU

@@ -116,12 +116,10 @@ class RWKV7(Mixer):
         """Independent of the context: the recurrent state in float32 and the last input."""
         return 4 * self.options.heads * self.options.head_dim**2 + bytes_per_value * self.hidden
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        """One token's input, and the other ranks' segment maps (M, E) in float32."""
-        if ranks == 1:
-            return []
-        maps = 2 * self.options.heads * self.options.head_dim**2
-        return [ExchangeNeed("halo", bytes_per_value * self.hidden), ExchangeNeed("scan", 4 * maps * (ranks - 1))]
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
+        """The input of the token before, and the maps of spans."""
+        size = self.options.heads * self.options.head_dim**2
+        return [ExchangeNeed("halo", self.hidden, reach=1), ExchangeNeed("scan", size, map=size)]
 
 
 MIXER = RWKV7

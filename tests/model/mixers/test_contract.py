@@ -125,4 +125,3 @@ def test_costs_are_what_the_mixer_says(name: str) -> None:
         assert module.state_bytes(context, 4) == sum(4 * t.numel() for t in floats(state))
     assert module.num_params() == sum(p.numel() for p in module.parameters())
     assert module.flops(64, 64) >= 2 * 64 * sum(p.numel() for p in module.parameters() if p.ndim == 2) * 0.9
-    assert module.exchanges(64, 1) == []

@@ -117,7 +117,7 @@ def test_costs() -> None:
     # two documents: queries and outputs, scores and sums of values over 70 rows, and keys and values of twice 70 rows
     assert module.flops(18, 9) == 18 * 2 * (2 * HIDDEN * 32 + 2 * 70 * 32) + 140 * 2 * WIDTH * 32
     assert module.read_bytes(9, 8) == 8 * (2 * HIDDEN * 32 + 16) + module.state_bytes(9, 8)
-    assert module.exchanges(9, 4) == []
+    assert module.exchanges(9) == []
 
 
 def test_bfloat16_is_near_float64() -> None:

@@ -83,5 +83,5 @@ class Chain(Mixer):
     def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:
         return sum(m.state_bytes(context, bytes_per_value) for m in self.mixers)  # type: ignore[operator, misc]
 
-    def exchanges(self, tokens: int, ranks: int, bytes_per_value: int = 2) -> list[ExchangeNeed]:
-        return [need for m in self.mixers for need in m.exchanges(tokens, ranks, bytes_per_value)]  # type: ignore[operator, union-attr]
+    def exchanges(self, context: int) -> list[ExchangeNeed]:
+        return [need for m in self.mixers for need in m.exchanges(context)]  # type: ignore[operator, union-attr]

@@ -1,0 +1,64 @@
+"""What must travel, by what a mixer says it needs and by where documents are cut: worked out apart from the plans that make it travel."""
+
+import numpy as np
+
+from ltrain.model.mixers.base import ExchangeNeed
+from ltrain.parallel.context.layout import ContextLayout
+from ltrain.parallel.context.scan import LONGEST
+
+
+def sent_bytes(need: ExchangeNeed, layout: ContextLayout, documents: list[int], itemsize: int) -> int:
+    """What all ranks together send in a forward: each row, or map of a span, once to each rank that needs it.
+
+    layout: of this stream. documents: their lengths. itemsize: bytes of a number as the mixer has it; states have at least float32.
+    """
+    cuts = np.cumsum([0, *documents])
+    spans = sorted((start, stop, rank) for rank in range(layout.size) for start, stop in layout.spans(rank) if start < stop)
+    begins = [int(cuts[np.searchsorted(cuts, start, side="right") - 1]) for start, _, _ in spans]  # of the document at each span's first token
+    if need.kind == "scan":
+        return _numbers_of_maps(need, cuts, spans, begins) * max(itemsize, 4)
+    rows = np.ones(layout.tokens, dtype=np.int64)  # that are there with each token
+    if need.units is not int:
+        for begin, end in zip(cuts, cuts[1:], strict=False):
+            rows[begin:end] = np.diff([need.units(n) for n in range(int(end - begin) + 1)])
+    total = 0
+    for rank in range(layout.size):
+        own = [(start, stop, begin) for (start, stop, owner), begin in zip(spans, begins, strict=True) if owner == rank]
+        wanted = np.zeros((len(own) if need.kind == "halo" else 1, layout.tokens), dtype=bool)  # of a halo each span gets its own copy
+        for n, (start, _, begin) in enumerate(own):
+            for first, last in _seen(need, start, begin):
+                wanted[n if need.kind == "halo" else 0, first:last] = True
+        for start, stop, _ in own:
+            wanted[:, start:stop] = False
+        total += int((wanted * rows).sum())
+    return need.width * total * itemsize
+
+
+def _seen(need: ExchangeNeed, start: int, begin: int) -> list[tuple[int, int]]:
+    """Of a document's rows before `start`, those that what comes from there on sees."""
+    if need.kind == "halo":
+        return [(max(begin, start - need.reach), start)]
+    mask = need.mask
+    if mask.chunk:
+        return [(start - (start - begin) % mask.chunk, start)]
+    if not mask.window:
+        return [(begin, start)]
+    return [(begin, min(begin + mask.anchors, start)), (max(begin, start - mask.window + 1), start)]
+
+
+def _numbers_of_maps(need: ExchangeNeed, cuts: "np.ndarray", spans: list[tuple[int, int, int]], begins: list[int]) -> int:
+    """Where a document crosses more than LONGEST spans, maps are composed: in round i with those of the span 2^i before."""
+    earlier = [sum(stop > begin for _, stop, _ in spans[:n]) for n, begin in enumerate(begins)]  # spans of that document
+    # whose document came in and goes on
+    inside = [e > 0 and not np.any((cuts > start) & (cuts <= stop)) for e, (start, stop, _) in zip(earlier, spans, strict=True)]
+    if max(earlier) <= LONGEST:
+        sent = {(n - back, spans[n][2]) for n, e in enumerate(earlier) for back in range(1, e + 1) if spans[n - back][2] != spans[n][2]}
+        return sum(need.width + need.map * inside[n] for n, _ in sent)
+    numbers = sum(need.width for n, e in enumerate(earlier) if e and spans[n - 1][2] != spans[n][2])
+    left = [e * i for e, i in zip(earlier, inside, strict=True)]  # spans that a span's map has still to meet
+    reach = 1
+    while reach <= max(left):
+        met = [n for n, e in enumerate(left) if e >= reach and spans[n - reach][2] != spans[n][2]]
+        numbers += sum(need.width + need.map * (left[n - reach] >= reach) for n in met)
+        reach *= 2
+    return numbers
