@@ -162,8 +162,8 @@ def _summed(
         forward.add_chunks[count, heads](*args, *shapes.numbers, **shapes.options())
     if len(before):
         grid = (len(before), heads, triton.cdiv(shapes.key * shapes.value, NUMBERS))
-        args = states, fade, chunks.bounds, before, after, heads, shapes.key, shapes.value
-        forward.accumulate[grid](*args, N=NUMBERS, DECAY=shapes.decay, BACKWARD=back, num_warps=4)
+        numbers = heads, shapes.key, shapes.value
+        forward.accumulate[grid](states, fade, chunks.bounds, before, after, *numbers, N=NUMBERS, DECAY=shapes.decay, BACKWARD=back, num_warps=4)
     return states, after
 
 
