@@ -20,6 +20,8 @@ CHUNK = 64
 WIDEST = 256  # of keys and values: what the state of one program in `pass_states` holds
 WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
 LEVELS = CHUNK.bit_length() - 1  # see tiles.pair_spans
+ROWS = 16  # of `backward.scale_rows`
+NUMBERS = 512  # of a state in a program of `forward.accumulate`
 PROGRAMS = 128  # about as many as an H100 has processors
 
 
@@ -91,7 +93,7 @@ class _Shapes(NamedTuple):
         # What a stage loads ahead is W, K and Q of a chunk: 48 KiB of 16-bit numbers for K = 128.
         stages = 1 if self.exact else 2 if self.key > 128 else 4 if columns == 16 else 3
         pipeline = {"num_warps": 4 if columns == 16 else WARPS, "num_stages": stages}
-        return self.options() | {"BK": _padded(self.key), "BV": min(columns, _padded(self.value)), "DELTA": self.delta} | pipeline
+        return self.options() | {"BK": _padded(self.key), "BV": min(columns, _padded(self.value))} | pipeline
 
 
 class _Prepared(NamedTuple):
@@ -140,8 +142,36 @@ def _prepared(
     return made
 
 
+def _summed(
+    x: Tensor | None,
+    y: Tensor,
+    factors: Tensor | None,
+    fade: Tensor | None,
+    before: Tensor,
+    chunks: Chunks,
+    shapes: _Shapes,
+    scale: float,
+    back: bool,
+) -> tuple[Tensor, Tensor]:
+    """What is there before each chunk [chunks, H, K, V], in their order or from the last one back, and after all of a segment [N, H, K, V], when
+    each adds scale sum_t f_t x_t y_t^T and fades what there was."""
+    count, heads = len(chunks.starts), shapes.heads
+    states, after = y.new_empty(count, heads, shapes.key, shapes.value), torch.empty_like(before)
+    if count:
+        args = x, y, factors if shapes.decay == 1 else None, chunks.starts, chunks.stops, states, scale
+        forward.add_chunks[count, heads](*args, *shapes.numbers, **shapes.options())
+    if len(before):
+        grid = (len(before), heads, triton.cdiv(shapes.key * shapes.value, NUMBERS))
+        numbers = heads, shapes.key, shapes.value
+        forward.accumulate[grid](states, fade, chunks.bounds, before, after, *numbers, N=NUMBERS, DECAY=shapes.decay, BACKWARD=back, num_warps=4)
+    return states, after
+
+
 def _passed(k: Tensor, initial: Tensor, chunks: Chunks, shapes: _Shapes, made: _Prepared) -> tuple[Tensor, Tensor]:
     """The state before each chunk [chunks, H, K, V], final states [N, H, K, V]; made.u turns from U0 to U."""
+    if not shapes.delta:
+        keys = made.writer if shapes.decay == 2 else k
+        return _summed(keys, made.u, made.writer, made.fade, initial, chunks, shapes, 1.0, back=False)
     states = k.new_empty(len(chunks.starts), shapes.heads, shapes.key, shapes.value)
     final = torch.empty_like(initial)
     if len(initial):
@@ -179,11 +209,15 @@ class _Recurrence(torch.autograd.Function):
         count, (tokens, heads), spans = len(chunks.starts), v.shape[:2], chunks[:2]
         made = _prepared(q, k, v, decay, beta, chunks, shapes, (scores, solve, firsts))
         states, _ = _passed(k, initial, chunks, shapes, made)
-        du, dinitial, dstates = torch.empty_like(v), torch.empty_like(initial), torch.empty_like(states)
+        du = torch.empty_like(v)
+        if shapes.delta:
+            dstates, dinitial = torch.empty_like(states), torch.empty_like(initial)
+        else:
+            dstates, dinitial = _summed(made.reader if shapes.decay == 2 else q, do, made.reader, made.fade, dfinal, chunks, shapes, scale, back=True)
         if count:
-            args = q, k, do, decay, scores, *spans, du, scale
-            backward.write_gradients[count, heads](*args, *shapes.numbers, **shapes.options())
-        if len(initial):
+            args = q, k, do, decay, scores, made.writer, None if shapes.delta else dstates, *spans, du, scale
+            backward.write_gradients[count, heads](*args, *shapes.numbers, DELTA=shapes.delta, **shapes.options())
+        if len(initial) and shapes.delta:
             options = shapes.narrow(len(initial))
             backward.pass_gradients[len(initial), heads, triton.cdiv(shapes.value, options["BV"])](
                 *(q, k, made.w, made.reader, made.writer, made.fade, do, du, chunks.cuts, chunks.bounds, dfinal, dstates, dinitial, scale),
@@ -221,7 +255,8 @@ class _Recurrence(torch.autograd.Function):
             ddecay = (ddecay.sum(0) if shapes.decay == 1 else ddecay).to(decay.dtype)
         if dbeta is not None:
             dbeta = dbeta.sum(0).add_(direct).to(beta.dtype)
-            dv.mul_(beta.unsqueeze(-1))
+            # torch takes three times as long for it
+            backward.scale_rows[(triton.cdiv(tokens * heads, ROWS),)](dv, beta, tokens * heads, shapes.value, ROWS, _padded(shapes.value))
         return dq, dk, dv, ddecay, dbeta, dinitial, None, None
 
 

@@ -7,15 +7,19 @@ U = T (beta V - (beta e^g K) S), T = (I + A)^{-1}. Forward:
 
     prepare         chunks at once: R (of decays per channel), T, W = T (beta e^g K), U0 = T (beta V), and the decays for the others
     pass_states     chunk by chunk: S before each, and U = U0 - W S
+    add_chunks      where nothing is erased, chunks at once: what each adds to S, and
+    accumulate      chunk by chunk, sums alone: S before each
     read            chunks at once: O = scale ((e^g Q) S + R U)
 
 Backward, after prepare (from the T and R that were kept) and pass_states; with D = T^T dU, dA = -D U^T below the diagonal and the gradient of
 beta e^g K is -D S^T:
 
     write_gradients     chunks at once: the part of dU that comes from O of its own chunk
-    pass_gradients      from the last chunk back: dS' after each, and dU
+    pass_gradients      from the last chunk back: dS' after each, and dU; where nothing is erased, add_chunks and accumulate before
+                        write_gradients, which then makes all of dU
     score_gradients     chunks at once: D (dV is beta D), dR and dA
     key_gradients       chunks at once: dQ, dK, dbeta and the decays' gradients
+    scale_rows          rows at once: dV
 
 Only sums of decays are exponentiated, never a positive difference: see `tiles.pair_spans` for decays per channel. A product's result
 is never transposed for another product: Triton 3.4 to 3.7 computes that wrongly on Hopper. Rows past the end of a chunk load as

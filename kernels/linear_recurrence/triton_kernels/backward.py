@@ -35,6 +35,8 @@ def write_gradients(
     do,
     decay,
     scores,
+    writer,
+    dstates,
     starts,
     stops,
     du,
@@ -47,11 +49,12 @@ def write_gradients(
     BK: tl.constexpr,
     BV: tl.constexpr,
     DECAY: tl.constexpr,
+    DELTA: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (chunks, H) -> du [T, H, V] = scale R^T dO"""
-    h = tl.program_id(1)
-    t, inside = rows_of(starts, stops, tl.program_id(0), C)
+    """Grid (chunks, H) -> du [T, H, V] = scale R^T dO, and where nothing is erased, what comes from the state after the chunk: K dS'"""
+    chunk, h = tl.program_id(0), tl.program_id(1)
+    t, inside = rows_of(starts, stops, chunk, C)
     if DECAY == CHANNEL:
         reads = tile_transposed(scores, t, inside, h, H, C, C, 0)  # [i, t]
     else:
@@ -61,7 +64,20 @@ def write_gradients(
         fade = tl.where(later, tl.exp(tl.where(later, g[None, :] - g[:, None], 0.0).to(tl.float32)), 0.0)
         reads = (products_of_rows(k, q, t, inside, h // G, H // G, K, C, BK, DOT) * fade).to(q.dtype.element_ty)
     for offset in range(0, V, BV):
-        put(du, tl.dot(reads, tile(do, t, inside, h, H, V, BV, offset), input_precision=DOT) * scale, t, inside, h, H, V, BV, offset)
+        write = tl.dot(reads, tile(do, t, inside, h, H, V, BV, offset), input_precision=DOT) * scale
+        if not DELTA:
+            later_reads = tl.zeros((C, BV), dtype=tl.float32)
+            for row in range(0, K, BK):
+                at, exists = state_at(dstates, chunk * H + h, K, V, BK, BV, row, offset)
+                if DECAY == CHANNEL:
+                    key = tile(writer, t, inside, h, H, K, BK, row)
+                else:
+                    key = tile(k, t, inside, h // G, H // G, K, BK, row)
+                later_reads += tl.dot(key, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
+            if DECAY == HEAD:
+                later_reads *= tl.load(writer + t * H + h, mask=inside, other=0.0)[:, None]
+            write += later_reads
+        put(du, write, t, inside, h, H, V, BV, offset)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -88,10 +104,10 @@ def pass_gradients(
     BK: tl.constexpr,
     BV: tl.constexpr,
     DECAY: tl.constexpr,
-    DELTA: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (segments, H, V / BV) -> dstates [chunks, H, K, V] after each chunk, dinitial [N, H, K, V]; adds to du what comes from there."""
+    """Of the delta rule. Grid (segments, H, V / BV) -> dstates [chunks, H, K, V] after each chunk, dinitial [N, H, K, V]; adds to du what comes
+    from there."""
     segment, h, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     at, exists = state_at(dfinal, segment * H + h, K, V, BK, BV, 0, offset)
     state = tl.load(at, mask=exists, other=0.0)
@@ -123,8 +139,7 @@ def pass_gradients(
             state *= following
             following = fade_of(fade, chunk - 1, place > 0, h, H, K, DECAY, BK)
         state += tl.dot(query, out, input_precision=DOT) * scale
-        if DELTA:
-            state -= tl.dot(tile_transposed(w, t, inside, h, H, K, BK, 0), write, input_precision=DOT)
+        state -= tl.dot(tile_transposed(w, t, inside, h, H, K, BK, 0), write, input_precision=DOT)
     at, exists = state_at(dinitial, segment * H + h, K, V, BK, BV, 0, offset)
     tl.store(at, state, mask=exists)
 
@@ -421,3 +436,14 @@ def key_gradients(
         )
     put(dq, dquery, t, inside, source, H // G, K, BK, here)
     put(dk, dkey, t, inside, source, H // G, K, BK, here)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def scale_rows(x, factors, rows, V: tl.constexpr, ROWS: tl.constexpr, BV: tl.constexpr):
+    """x [rows, V] times factors [rows], in place."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BV)
+    inside = (row < rows)[:, None] & (columns < V)[None, :]
+    at = x + row[:, None] * V + columns[None, :]
+    scaled = tl.load(at, mask=inside).to(tl.float32) * tl.load(factors + row, mask=row < rows).to(tl.float32)[:, None]
+    tl.store(at, scaled.to(x.dtype.element_ty), mask=inside)

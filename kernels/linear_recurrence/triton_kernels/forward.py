@@ -173,10 +173,9 @@ def pass_states(
     BK: tl.constexpr,
     BV: tl.constexpr,
     DECAY: tl.constexpr,
-    DELTA: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (segments, H, V / BV) -> states [chunks, H, K, V] before each chunk, final [N, H, K, V]; turns u from U0 to U.
+    """Of the delta rule. Grid (segments, H, V / BV) -> states [chunks, H, K, V] before each chunk, final [N, H, K, V]; turns u from U0 to U.
 
     cuts [N + 1]: the tokens, bounds [N + 1]: the chunks of each segment; initial [N, H, K, V].
     """
@@ -195,10 +194,9 @@ def pass_states(
         # No address is loaded, so that the tiles of the next chunk can be on their way.
         t = begin + (chunk - first) * C + rows
         inside = t < end
-        write = tile(u, t, inside, h, H, V, BV, offset)
-        if DELTA:
-            write = (write - tl.dot(tile(w, t, inside, h, H, K, BK, 0), low, input_precision=DOT)).to(k.dtype.element_ty)
-            put(u, write, t, inside, h, H, V, BV, offset)
+        erased = tl.dot(tile(w, t, inside, h, H, K, BK, 0), low, input_precision=DOT)
+        write = (tile(u, t, inside, h, H, V, BV, offset) - erased).to(k.dtype.element_ty)
+        put(u, write, t, inside, h, H, V, BV, offset)
         if DECAY == CHANNEL:
             key = tile_transposed(writer, t, inside, h, H, K, BK, 0)
         else:
@@ -211,6 +209,104 @@ def pass_states(
         state += tl.dot(key, write, input_precision=DOT)
     at, exists = state_at(final, segment * H + h, K, V, BK, BV, 0, offset)
     tl.store(at, state, mask=exists)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def add_chunks(
+    x,
+    y,
+    factors,
+    starts,
+    stops,
+    added,
+    scale,
+    H,
+    G,
+    K,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (chunks, H) -> added [chunks, H, K, V] = scale sum_t f_t x_t y_t^T over each chunk's tokens.
+
+    What its writes add to the state (x: keys, y: U) or, in the backward, its reads to the gradient (x: queries, y: dO). factors [T, H]: of
+    decays per head; those per channel are in x [T, H, K] already.
+    """
+    chunk, h = tl.program_id(0), tl.program_id(1)
+    t, inside = rows_of(starts, stops, chunk, C)
+    if DECAY == HEAD:
+        f = tl.load(factors + t * H + h, mask=inside, other=0.0)
+    for column in range(0, V, BV):
+        write = tile(y, t, inside, h, H, V, BV, column)
+        if DECAY == HEAD:
+            write = (write * f[:, None]).to(x.dtype.element_ty)
+        for row in range(0, K, BK):
+            if DECAY == CHANNEL:
+                key = tile_transposed(x, t, inside, h, H, K, BK, row)
+            else:
+                key = tile_transposed(x, t, inside, h // G, H // G, K, BK, row)
+            at, exists = state_at(added, chunk * H + h, K, V, BK, BV, row, column)
+            tl.store(at, (tl.dot(key, write, input_precision=DOT) * scale).to(added.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def meet(at, added, chunk, exists, fade, state, inside, h, H, K, rows, DECAY: tl.constexpr):
+    """One chunk of `accumulate`: the state is kept, fades and is added to."""
+    tl.store(at, state.to(at.dtype.element_ty), mask=inside & exists)
+    if DECAY == CHANNEL:
+        state *= tl.load(fade + (chunk * H + h).to(tl.int64) * K + rows, mask=inside & exists, other=1.0)
+    if DECAY == HEAD:
+        state *= tl.load(fade + (chunk * H + h).to(tl.int64), mask=exists, other=1.0)
+    return state + added.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def accumulate(
+    states,
+    fade,
+    bounds,
+    initial,
+    final,
+    H,
+    K,
+    V,
+    N: tl.constexpr,
+    DECAY: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """Grid (segments, H, K V / N): turns states [chunks, H, K, V] from what each chunk adds to what is there before it, in the order of the
+    chunks or from the last one back; initial and final [N, H, K, V] stand before and after all of a segment."""
+    segment, h = tl.program_id(0), tl.program_id(1)
+    place = tl.program_id(2) * N + tl.arange(0, N)
+    inside = place < K * V
+    whole = (segment * H + h).to(tl.int64) * K * V
+    state = tl.load(initial + whole + place, mask=inside, other=0.0)
+    rows = place // V
+    first = tl.load(bounds + segment)
+    count = tl.load(bounds + segment + 1) - first
+    step = 1
+    if BACKWARD:
+        first, step = first + count - 1, -1
+    # Four chunks are loaded together: each waits for memory, and the next state for each.
+    for done in range(0, count, 4):
+        a = first + step * done
+        b, c, d = a + step, a + 2 * step, a + 3 * step
+        at_a = states + (a * H + h).to(tl.int64) * K * V + place
+        at_b = states + (b * H + h).to(tl.int64) * K * V + place
+        at_c = states + (c * H + h).to(tl.int64) * K * V + place
+        at_d = states + (d * H + h).to(tl.int64) * K * V + place
+        added_a = tl.load(at_a, mask=inside, other=0.0)
+        added_b = tl.load(at_b, mask=inside & (done + 1 < count), other=0.0)
+        added_c = tl.load(at_c, mask=inside & (done + 2 < count), other=0.0)
+        added_d = tl.load(at_d, mask=inside & (done + 3 < count), other=0.0)
+        state = meet(at_a, added_a, a, True, fade, state, inside, h, H, K, rows, DECAY)
+        state = meet(at_b, added_b, b, done + 1 < count, fade, state, inside, h, H, K, rows, DECAY)
+        state = meet(at_c, added_c, c, done + 2 < count, fade, state, inside, h, H, K, rows, DECAY)
+        state = meet(at_d, added_d, d, done + 3 < count, fade, state, inside, h, H, K, rows, DECAY)
+    tl.store(final + whole + place, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=COUNTS)
