@@ -1,20 +1,11 @@
 """What happens between the two projections of a feed-forward."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from ltrain.kernels.glu import Gating, gated, gated_halves
 from ltrain.model.options.ffn import FeedForwardOptions
-
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
 
 
 @dataclass(frozen=True)
@@ -39,19 +30,14 @@ class Activation:
         """Widths that the projection before it gives for one of the projection after it."""
         return 2 if self.gated else 1
 
+    @property
+    def gating(self) -> Gating:
+        return Gating(self.name, self.gate_scale, self.alpha, self.limit, self.clamp, self.up_offset)
+
     def __call__(self, *parts: Tensor) -> Tensor:
         """gate and up, or up alone, [..., inner] each -> [..., inner]"""
-        gate = parts[0] if self.gate_scale == 1 else parts[0] * self.gate_scale
-        if self.limit and self.clamp == "before":
-            gate = gate.clamp(max=self.limit)
-        gate = gate * (gate * self.alpha).sigmoid() if self.alpha != 1 else FUNCTIONS[self.name](gate)
-        if not self.gated:
-            return gate
-        if self.limit and self.clamp == "after":
-            gate = gate.clamp(max=self.limit)
-        up = parts[1].clamp(-self.limit, self.limit) if self.limit else parts[1]
-        return gate * (up + self.up_offset if self.up_offset else up)
+        return gated(parts[0], parts[1], self.gating) if self.gated else self.gating.activated(parts[0])
 
     def fused(self, x: Tensor) -> Tensor:
         """[..., parts * inner], gate before up -> [..., inner]"""
-        return self(*x.chunk(self.parts, dim=-1))
+        return gated_halves(x, self.gating) if self.gated else self(x)

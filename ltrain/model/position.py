@@ -111,16 +111,6 @@ def shared_rotary_tables(seq: Sequence, width: int, rope: RopeOptions, dtype: to
     return seq.shared[f"{key} cos"], seq.shared[f"{key} sin"]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool = False) -> Tensor:
-    """x [T, H, D] with its first 2 x cos.shape[-1] numbers turned in the tables' precision; which two turn together: RopeOptions.pairs."""
-    half = cos.shape[-1]
-    turning, rest = x.split((2 * half, x.shape[-1] - 2 * half), dim=-1)
-    first, second = turning.unflatten(-1, (half, 2)).unbind(-1) if pairs else turning.split(half, dim=-1)
-    turned = first * cos - second * sin, second * cos + first * sin
-    together = torch.stack(turned, dim=-1).flatten(-2) if pairs else torch.cat(turned, dim=-1)
-    return torch.cat((together.to(x.dtype), rest), dim=-1) if rest.shape[-1] else together.to(x.dtype)
-
-
 def query_temperature(positions: Tensor, options: AttentionOptions | MLAOptions) -> Tensor:
     """[T, 1, 1], what grows a query with its position, in float64 (Llama 4; log-n scaling, Nakanishi 2025)."""
     steps = torch.floor((positions.double() + options.temperature_offset) / options.temperature_length)

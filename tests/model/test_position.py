@@ -5,8 +5,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ltrain.kernels.rope import rotate
 from ltrain.model.options import RopeOptions
-from ltrain.model.position import inverse_frequencies, rotary_tables, rotary_width, rotate
+from ltrain.model.position import inverse_frequencies, rotary_tables, rotary_width
 
 FACTORS = [1.0 + i / 8 for i in range(32)]
 

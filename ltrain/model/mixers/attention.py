@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from ltrain.kernels.attention import Mask, Score
+from ltrain.kernels.rope import rotate
 from ltrain.kernels.sparse_attention.block_means import block_attention, decode_block_attention
 from ltrain.model.layers import LocalLayers, ParamLayout, normal
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.mixers.kv_cache import KVCache, limit
 from ltrain.model.options import AttentionOptions
-from ltrain.model.position import alibi_slopes, query_temperature, rotary_width, rotate, shared_rotary_tables
+from ltrain.model.position import alibi_slopes, query_temperature, rotary_width, shared_rotary_tables
 from ltrain.model.recompute import cheap
 from ltrain.model.sequence import Sequence
 from ltrain.schema import ConfigError

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ltrain.kernels.rope import rotate
 from ltrain.kernels.sparse_attention import block_index as kernels
 from ltrain.model.layers import LocalLayers
 from ltrain.model.mixers.attention import Attention
 from ltrain.model.mixers.base import ExchangeNeed
 from ltrain.model.mixers.kv_cache import KVCache
 from ltrain.model.options import AttentionOptions
-from ltrain.model.position import rotary_width, rotate, shared_rotary_tables
+from ltrain.model.position import rotary_width, shared_rotary_tables
 from ltrain.model.router import attach_loss
 from ltrain.model.sequence import Sequence
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ltrain.kernels import sparse_attention as kernels
+from ltrain.kernels.rope import rotate
 from ltrain.model.layers import LocalLayers
 from ltrain.model.options import MLAOptions
-from ltrain.model.position import rotate, shared_rotary_tables
+from ltrain.model.position import shared_rotary_tables
 from ltrain.model.router import attach_loss
 from ltrain.model.sequence import Sequence
 

@@ -9,12 +9,13 @@ from torch import Tensor
 from ltrain.kernels import linear_recurrence as kernels
 from ltrain.kernels import short_conv
 from ltrain.kernels.recurrence import Linear
+from ltrain.kernels.rope import rotate
 from ltrain.model.layers import LocalLayers, constant
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.mixers.decay import constant_rates, inverse_softplus_step, log_decay, log_uniform_decay
 from ltrain.model.options import LinearRecurrenceOptions
 from ltrain.model.options.linear_recurrence import DATA_DECAYS
-from ltrain.model.position import rotary_width, rotate, shared_rotary_tables
+from ltrain.model.position import rotary_width, shared_rotary_tables
 from ltrain.model.recompute import cheap
 from ltrain.model.sequence import Sequence
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltrain.kernels.rope import rotate
 from ltrain.kernels.sparse_attention import index_loss
 from ltrain.kernels.sparse_attention.latent import latent_attention, latent_index_loss
 from ltrain.model.layers import LocalLayers
@@ -14,7 +15,7 @@ from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.mixers.indexer import SELECTION, Index, Indexer, selects_everything
 from ltrain.model.mixers.kv_cache import KVCache
 from ltrain.model.options import MLAOptions
-from ltrain.model.position import query_temperature, rotate, shared_rotary_tables
+from ltrain.model.position import query_temperature, shared_rotary_tables
 from ltrain.model.recompute import cheap
 from ltrain.model.sequence import Latent, Sequence
 

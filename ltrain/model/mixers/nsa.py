@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltrain.kernels.attention import Mask
+from ltrain.kernels.rope import rotate
 from ltrain.kernels.sparse_attention.native import Shape, decode_native_attention, native_attention
 from ltrain.model.layers import LocalLayers, ParamLayout, normal
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.mixers.kv_cache import KVCache
 from ltrain.model.options import NSAOptions
-from ltrain.model.position import rotary_width, rotate, shared_rotary_tables
+from ltrain.model.position import rotary_width, shared_rotary_tables
 from ltrain.model.sequence import Sequence
 
 
