@@ -85,7 +85,8 @@ def linear_cross_entropy_sum(
         z_loss: times the squared logsumexp of each labelled token's logits.
         scale: times the logits.
         softcap: the scaled logits z become softcap x tanh(z / softcap); 0: they do not.
-        factor: times the objective. Known here, it costs nothing, and half-precision gradients are rounded once.
+        factor: times the objective. Known here, it costs nothing, and gradients in bfloat16 are rounded once; in float16 those of the logits,
+            times a small factor, may vanish.
         weight_grad: [V, hidden] in float32 or wider, to which fused and triton add the weight's gradient in the forward; the backward gives
             the weight none. The objective's own gradient must then be exactly 1: the backward raises otherwise (on a GPU by a
             device-side assertion). A forward without a backward, or done twice, leaves it wrong. Elsewhere, or where the weight needs no gradient,

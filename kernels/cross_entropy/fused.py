@@ -16,9 +16,11 @@ from ltrain.kernels.cross_entropy import reference
 from ltrain.kernels.segments import accumulator
 
 CHUNK = 2**30  # bytes of the logits held at a time by the Triton kernel; few chunks: each reads and writes the whole weight's gradient
-CHUNK_BESIDE_SUM = 5 * 2**27  # where the sum of the weight's gradient takes twice the weight's memory besides
+CHUNK_BESIDE_SUM = 2**29  # where the sum of the weight's gradient takes twice the weight's memory besides
 CHUNK_REFERENCE = 2**26  # of plain torch, which makes wide copies of them
-TILE = 128  # tokens: a chunk is a multiple, of which no product's tile is partly empty
+# Tokens of which a chunk is a multiple where it can be. The gradient of x has few tiles, of 128 x 256 numbers: so many tokens have 128 at a width
+# of 4096, about one for each of an H100's or H200's 132 multiprocessors. Below, no product's tile is partly empty.
+UNITS = 1024, 128
 NARROWED = 2**24  # numbers of the weight's gradient rounded at a time
 
 
@@ -47,7 +49,7 @@ class Task(NamedTuple):
 def chunk_rows(tokens: int, row: int, most: int) -> int:
     """How many tokens at a time: about the same in each chunk, and no more than `most` bytes of logits, of `row` bytes a token."""
     limit = max(1, most // row)
-    unit = TILE if limit >= TILE else 1
+    unit = next((unit for unit in UNITS if unit <= limit), 1)
     limit -= limit % unit
     chunks = max(1, -(-tokens // limit))
     return max(1, -(-tokens // (chunks * unit)) * unit)

@@ -50,9 +50,9 @@ def rows(
     else:
         if READS:
             here = (local >= 0) & (local < V)
-            z = _logits(tl.load(products + local, mask=here, other=0.0).to(tl.float32), scale, softcap, SOFTCAP)
+            picked = _logits(tl.load(products + local, mask=here, other=0.0).to(tl.float32), scale, softcap, SOFTCAP)
             # a label outside the vocabulary has no logit: its loss is not a number
-            tl.store(target + row, tl.where(label >= total, float("nan"), tl.where(here, z, 0.0)))
+            tl.store(target + row, tl.where(label >= total, float("nan"), tl.where(here, picked, 0.0)))
             # each lane keeps a maximum and a sum of its own: one reduction, at the end
             top = tl.full((BLOCK,), -3.0e38, tl.float32)  # finite: minus infinity from itself would be no number
             sums = tl.zeros((BLOCK,), tl.float32)

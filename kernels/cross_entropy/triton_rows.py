@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ltrain.kernels.cross_entropy import triton_kernels as kernels
 
-BLOCK, WARPS = 8192, 16  # logits of a token at a time, and who computes them
+BLOCK = 16384  # logits of a token at a time: with 32 warps one token for each multiprocessor, so that their rows stay in the cache
+PER_WARP = 512  # of these
 
 
 def refusal(x: Tensor) -> str | None:
@@ -39,6 +40,7 @@ def rows(
     if not (reads or learns):
         return
     vocab = products.shape[1]
+    block = min(BLOCK, triton.next_power_of_2(vocab))
     kernels.rows[(len(products),)](
         products,
         labels,
@@ -54,6 +56,6 @@ def rows(
         SOFTCAP=bool(softcap),
         READS=reads,
         LEARNS=learns,
-        BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
-        num_warps=WARPS,
+        BLOCK=block,
+        num_warps=max(1, min(32, block // PER_WARP)),
     )
