@@ -16,7 +16,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ltrain.model import sequence as model
-from ltrain.model.head import WHOLE_LOGITS
 from ltrain.model.mixers.base import Mixer
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.pipeline import Stage
@@ -45,6 +44,7 @@ class Stream(NamedTuple):
 
 
 Documents = Sequence[ArrayLike]  # token ids of each
+LOGITS = 2**24  # held at a time
 
 
 def pack(documents: Documents, tokens: int, count: int) -> Stream:
@@ -144,7 +144,7 @@ class Inference:
         """hidden [T / tensor, hidden], labels [T] on the host -> loss and right [2, T] in float64; logits only where there are labels."""
         by_rank = labels.view(self.mesh.tensor.size(), -1)  # [tensor, T / tensor]
         out = torch.zeros(2, *by_rank.shape, dtype=torch.float64, device=self.device)
-        rows = max(1, WHOLE_LOGITS // (self.stack.vocab * len(by_rank)))
+        rows = max(1, LOGITS // (self.stack.vocab * len(by_rank)))
         for a in range(0, len(hidden), rows):
             part = by_rank[:, a : a + rows]
             if not (part >= 0).any():

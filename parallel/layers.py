@@ -20,7 +20,9 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from ltrain.config import Config
-from ltrain.model.head import bounded
+from ltrain.kernels.cross_entropy import Losses, linear_cross_entropy_sum
+from ltrain.kernels.cross_entropy.reference import bounded
+from ltrain.model.head import main_grad
 from ltrain.model.layers import Experts, LocalLayers, ParamLayout, declare, layout_of, normal, settings
 from ltrain.model.options import MoEOptions
 from ltrain.model.sequence import Sequence
@@ -96,33 +98,16 @@ class VocabEmbedding(VocabParallelEmbedding):
         return super().forward(tokens.unsqueeze(0)).squeeze(1)  # [1, T] -> [T / tensor, 1, hidden] -> [T / tensor, hidden]
 
 
-class _VocabCrossEntropy(torch.autograd.Function):
-    """Cross entropy and logsumexp of logits [T, vocab / tensor] that are sharded over a group."""
+class VocabShards:
+    """The tensor ranks, to `ltrain.kernels.cross_entropy`: each has as many rows of the vocabulary as `local`."""
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        local = logits.shape[-1]
-        top = logits.amax(-1)
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-        exp = (logits - top.unsqueeze(-1)).exp_()
-        index = labels - group.rank() * local
-        here = (index >= 0) & (index < local) & (labels >= 0)
-        index = index.clamp(0, local - 1).unsqueeze(-1)
-        target = torch.where(here, logits.gather(-1, index).squeeze(-1), 0)
-        sums = torch.stack([exp.sum(-1), target])
-        dist.all_reduce(sums, group=group)
-        lse = sums[0].log() + top
-        exp.div_(sums[0].unsqueeze(-1))
-        labelled = labels >= 0
-        ctx.save_for_backward(exp, index, here, labelled)
-        return torch.where(labelled, lse - sums[1], 0), torch.where(labelled, lse, 0)
+    def __init__(self, local: int, group: dist.ProcessGroup):
+        self.first, self.count, self._group = group.rank() * local, group.size(), group
 
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        softmax, index, here, labelled = ctx.saved_tensors
-        grad_loss, grad_lse = grad_loss * labelled, grad_lse * labelled
-        grad = softmax * (grad_loss + grad_lse).unsqueeze(-1)
-        return grad.scatter_add_(-1, index, -(grad_loss * here).unsqueeze(-1)), None, None
+    def gather(self, x: Tensor) -> Tensor:
+        parts = x.new_empty(self.count, *x.shape)
+        dist.all_gather(list(parts), x, group=self._group)
+        return parts
 
 
 class VocabHead(nn.Module):
@@ -150,11 +135,21 @@ class VocabHead(nn.Module):
         dist.all_gather(parts, local, group=self.group)
         return torch.cat(parts, dim=-1)
 
-    def loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """As `ltrain.model.layers.Head.loss`, for labels [T] of all the tokens; the same on every tensor rank."""
-        logits = self._local_logits(x)
-        wide = bounded(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.scale, self.softcap)
-        return _VocabCrossEntropy.apply(wide, labels, self.group)
+    def loss(self, x: Tensor, labels: Tensor, z_loss: float = 0.0, factor: float = 1.0) -> Losses:
+        """As `ltrain.model.layers.Head.loss`, of x [T / tensor, hidden] and labels [T] of all the tokens; the same on every tensor rank."""
+        whole = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.group)
+        weight = self._weight[0]
+        return linear_cross_entropy_sum(
+            whole,
+            weight,
+            labels,
+            z_loss=z_loss,
+            scale=self.scale,
+            softcap=self.softcap,
+            factor=factor,
+            weight_grad=main_grad(weight),
+            shards=VocabShards(len(weight), self.group),
+        )
 
 
 class ParallelLayers(LocalLayers):

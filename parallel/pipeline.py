@@ -69,22 +69,22 @@ class Stage(nn.Module):
             x = self._input.squeeze(1)
         with self.autocast():
             hidden = self.stack(x, seq)
-            further = self._further_loss(hidden, batch, seq)
+            further = self._further_loss(hidden, batch, seq, self.stack.model.mtp.weight / labels)
         sums = {"aux_loss": seq.metrics.get("aux_loss", torch.zeros((), device=self.mesh.device)) / micro_batches}
         if not self.mesh.last_stage:
             return hidden.unsqueeze(1), sums
         targets = self.layout.of(batch.cu_seqlens).take(batch.labels).to(self.mesh.device)
-        ce, z, count = self.stack.loss(hidden, targets, seq)
+        # divided in there, not here: where megatron's buffer has the head's gradient, nothing may scale it afterwards
+        loss, ce, z = self.stack.loss(hidden, targets, 1 / labels)
         # every tensor rank computes the same loss: one of them counts
         mine = float(self.mesh.tensor.rank() == 0)
-        sums |= {"loss": ce.detach() * mine, "z_loss": z.detach() * mine, "labels": count * mine}
-        loss = ce + self.stack.model.z_loss * z
+        sums |= {"loss": ce * mine, "z_loss": z * mine, "labels": (targets >= 0).sum() * mine}
         if further is not None:
-            sums["mtp_loss"] = further.detach() * mine
-            loss = loss + self.stack.model.mtp.weight * further
-        return loss / labels, sums
+            sums["mtp_loss"] = further[1] * mine
+            loss = loss + further[0]
+        return loss, sums
 
-    def _further_loss(self, hidden: Tensor, batch: MicroBatch, seq: Sequence) -> Tensor | None:
+    def _further_loss(self, hidden: Tensor, batch: MicroBatch, seq: Sequence, factor: float) -> tuple[Tensor, Tensor] | None:
         """Of the last stage in training, where the model predicts further ahead. Every rank has the whole stream, so that looking ahead
         crosses the cuts between context ranks without a message."""
         depth = self.stack.model.mtp.depth
@@ -95,7 +95,7 @@ class Stage(nn.Module):
             return self.layout.of(batch.cu_seqlens).take(x).to(self.mesh.device)
 
         further = [Ahead(mine(a.tokens), mine(a.labels)) for a in ahead(batch.tokens, batch.labels, batch.cu_seqlens, depth)]
-        return self.stack.further_loss(hidden, further, seq)
+        return self.stack.further_loss(hidden, further, seq, factor)
 
 
 def add_up_tied_embeddings(grad: Tensor, mesh: Mesh) -> None:

@@ -1,65 +1,36 @@
-"""Cross entropy of a linear head without the logits of the whole stream: chunk by chunk, once forwards and again backwards."""
+"""Cross entropy of a linear head without the logits of the whole stream.
 
-from typing import Any
+`linear_cross_entropy` gives each token's loss. `linear_cross_entropy_sum` gives a training objective, with three matrix products instead
+of four where its backend makes the gradient in the forward.
+
+Backends of the sum: `reference` (all logits at once), `chunked` (chunks of tokens, whose logits are made again in the backward), `fused`
+(chunks of tokens, the gradient in the forward) and `triton` (the same with one pass over a chunk's logits on a GPU); `auto` takes triton
+wherever it runs, fused elsewhere.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ltrain.kernels.segments import accumulator
+from ltrain.kernels.cross_entropy import chunked, fused, reference
+from ltrain.kernels.cross_entropy.fused import Shards
+from ltrain.kernels.segments import accumulator, choose, permitted, wants_triton
 
-__all__ = ["linear_cross_entropy"]
-
-LOGITS = 2**24  # logits held at a time: 64 MiB of float32
-
-
-def _logits(x: Tensor, weight: Tensor, scale: float, softcap: float) -> Tensor:
-    """[n, hidden], [V, hidden] -> [n, V] in the accumulator's type"""
-    logits = (x @ weight.T).to(accumulator(x.dtype))
-    if scale != 1:
-        logits = logits.mul_(scale)
-    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
+__all__ = ["Losses", "Shards", "linear_cross_entropy", "linear_cross_entropy_sum"]
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-        rows = max(1, LOGITS // len(weight))
-        loss = x.new_zeros(len(x), dtype=accumulator(x.dtype))
-        lse = torch.zeros_like(loss)
-        for begin in range(0, len(x), rows):
-            now = slice(begin, begin + rows)
-            logits, label = _logits(x[now], weight, scale, softcap), labels[now]
-            labelled = label >= 0
-            lse[now] = logits.logsumexp(-1) * labelled
-            loss[now] = lse[now] - logits.gather(-1, label.clamp(min=0).unsqueeze(-1)).squeeze(-1) * labelled
-        ctx.save_for_backward(x, weight, labels, lse)
-        ctx.rows, ctx.scale, ctx.softcap = rows, scale, softcap
-        return loss, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, labels, lse = ctx.saved_tensors
-        labelled = labels >= 0
-        of_loss, of_lse = grads[0] * labelled, grads[1] * labelled
-        grad_x = torch.empty_like(x)
-        grad_weight = torch.zeros_like(weight, dtype=accumulator(weight.dtype))
-        for begin in range(0, len(x), ctx.rows):
-            now = slice(begin, begin + ctx.rows)
-            # d lse / d logits = p and d loss / d logits = p - onehot(label)
-            logits = _logits(x[now], weight, ctx.scale, ctx.softcap)
-            p = (logits - lse[now].unsqueeze(-1)).exp_() if ctx.softcap else logits.sub_(lse[now].unsqueeze(-1)).exp_()
-            p.mul_((of_loss[now] + of_lse[now]).unsqueeze(-1))
-            p.scatter_add_(-1, labels[now].clamp(min=0).unsqueeze(-1), -of_loss[now].unsqueeze(-1))
-            if ctx.softcap:
-                p.mul_(logits.div_(ctx.softcap).square_().neg_().add_(1))  # d c tanh(z / c) / d z
-            if ctx.scale != 1:
-                p.mul_(ctx.scale)
-            grad_logits = p.to(x.dtype)  # [n, V]
-            grad_x[now] = grad_logits @ weight
-            grad_weight += grad_logits.T @ x[now]
-        return grad_x, grad_weight.to(weight.dtype), None, None, None
+def _check(x: Tensor, weight: Tensor, labels: Tensor, shards: int) -> None:
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype or not len(weight):
+        raise ValueError(
+            f"x is [T, hidden] and weight [V, hidden] of one type, but are {list(x.shape)} of {x.dtype} and {list(weight.shape)} of {weight.dtype}"
+        )
+    if labels.shape != x.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be {len(x)} int64 numbers, one per token, but is {labels.dtype} of shape {list(labels.shape)}")
+    vocab = len(weight) * shards
+    if labels.device.type == "cpu" and len(labels):
+        if ((labels < 0) & (labels != -100)).any() or labels.max() >= vocab:
+            raise ValueError(f"labels must lie in [0, {vocab}) or be -100, but range from {labels.min()} to {labels.max()}")
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, scale: float = 1.0, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -78,14 +49,77 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, scale: float
     Raises:
         ValueError: shapes or types do not fit, or (seen on a CPU) a label is outside the vocabulary.
     """
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype or not len(weight):
+    _check(x, weight, labels, 1)
+    return chunked.linear_cross_entropy(x, weight, labels, scale, softcap)
+
+
+class Losses(NamedTuple):
+    """Numbers in float32 or wider, in nats or their squares."""
+
+    objective: Tensor  # differentiable: factor x (loss + z_loss x squares)
+    loss: Tensor  # the sum of the cross entropies, without a gradient
+    squares: Tensor  # the sum of the squared logsumexps of labelled tokens, without a gradient
+
+
+def linear_cross_entropy_sum(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    z_loss: float = 0.0,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    factor: float = 1.0,
+    weight_grad: Tensor | None = None,
+    shards: Shards | None = None,
+    backend: str = "auto",
+) -> Losses:
+    """Summed cross entropy of softmax(x W^T) against labels with a z-loss (Chowdhery et al. 2022). Differentiable, once, in x and weight.
+
+    The gradients of fused and triton are made in the forward, those of the weight summed over tokens in float32 or wider.
+
+    Args:
+        x: [T, hidden].
+        weight: [V, hidden] in x's type.
+        labels: [T] int64 in [0, V), or -100 for a token without a label. With shards all labels of the vocabulary, [0, count x V).
+        z_loss: times the squared logsumexp of each labelled token's logits.
+        scale: times the logits.
+        softcap: the scaled logits z become softcap x tanh(z / softcap); 0: they do not.
+        factor: times the objective. Known here, it costs nothing, and gradients in bfloat16 are rounded once; in float16 those of the logits,
+            times a small factor, may vanish.
+        weight_grad: [V, hidden] in float32 or wider, to which fused and triton add the weight's gradient in the forward; the backward gives
+            the weight none. The objective's own gradient must then be exactly 1: the backward raises otherwise (on a GPU by a
+            device-side assertion). A forward without a backward, or done twice, leaves it wrong. Elsewhere, or where the weight needs no gradient,
+            it is left alone, and the weight has its gradient by autograd.
+        shards: the ranks that share the vocabulary out, where this weight is one's part (fused and triton only). The results are the same on all;
+            x's gradient is this part's, to be summed over the ranks.
+        backend: auto | reference | chunked | fused | triton.
+
+    Raises:
+        ValueError: shapes, types or the backend do not fit, or (seen on a CPU) a label is outside the vocabulary.
+        RuntimeError: in the backward, with weight_grad, a gradient of the objective that is not 1.
+    """
+    _check(x, weight, labels, 1 if shards is None else shards.count)
+    choose(backend, ("reference", "chunked", "fused", "triton"))
+    if backend in ("reference", "chunked"):
+        if shards is not None:
+            raise ValueError(f"backend={backend!r} has the whole vocabulary on each rank: choose fused, triton or auto with shards")
+        plain = reference.linear_cross_entropy if backend == "reference" else chunked.linear_cross_entropy
+        loss, lse = plain(x, weight, labels, scale, softcap)
+        total, squares = loss.sum(), lse.square().sum()
+        return Losses((total + z_loss * squares) * factor, total.detach(), squares.detach())
+    if weight_grad is not None and (
+        weight_grad.shape != weight.shape or weight_grad.dtype != accumulator(weight.dtype) or not weight_grad.is_contiguous()
+    ):
         raise ValueError(
-            f"x is [T, hidden] and weight [V, hidden] of one type, but are {list(x.shape)} of {x.dtype} and {list(weight.shape)} of {weight.dtype}"
+            f"weight_grad must be contiguous, {list(weight.shape)} of {accumulator(weight.dtype)}, but is {list(weight_grad.shape)} "
+            f"of {weight_grad.dtype}"
         )
-    if labels.shape != x.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be {len(x)} int64 numbers, one per token, but is {labels.dtype} of shape {list(labels.shape)}")
-    if labels.device.type == "cpu" and len(labels):
-        if ((labels < 0) & (labels != -100)).any() or labels.max() >= len(weight):
-            raise ValueError(f"labels must lie in [0, {len(weight)}) or be -100, but range from {labels.min()} to {labels.max()}")
-    loss, lse = _LinearCrossEntropy.apply(x, weight, labels, scale, softcap)
-    return loss, lse
+    rows = reference.rows
+    if len(x) and wants_triton(backend, x):
+        from ltrain.kernels.cross_entropy import triton_rows
+
+        if permitted(triton_rows.refusal(x), backend, "fused or auto"):
+            rows = triton_rows.rows
+    task = fused.Task(z_loss, scale, softcap, factor, shards, rows, torch.is_grad_enabled())
+    return Losses(*fused.linear_cross_entropy_sum(x.contiguous(), weight, labels.contiguous(), weight_grad, task))

@@ -1,19 +1,10 @@
 """The output head: logits and their cross entropy."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltrain.kernels import cross_entropy
-
-# Above so many logits they are made and dropped in chunks of tokens; below, keeping them saves a second product in the backward.
-WHOLE_LOGITS = 2**24
-
-
-def bounded(logits: Tensor, scale: float, softcap: float) -> Tensor:
-    """Of a matrix product: what the model calls its logits."""
-    logits = logits if scale == 1 else logits * scale
-    return logits if not softcap else (logits / softcap).tanh() * softcap
+from ltrain.kernels.cross_entropy import Losses, linear_cross_entropy_sum
+from ltrain.kernels.cross_entropy.reference import bounded
 
 
 class Head(nn.Module):
@@ -30,14 +21,17 @@ class Head(nn.Module):
         """x [T, hidden] -> [T, vocab]"""
         return bounded(F.linear(x, self.weight), self.scale, self.softcap)
 
-    def loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, hidden], labels [T] (-100: none) -> cross entropy [T] and logsumexp [T], float32 or wider; 0 without a label."""
-        labelled = labels >= 0
-        if len(x) * len(self.weight) > WHOLE_LOGITS:
-            loss, lse = cross_entropy.linear_cross_entropy(x, self.weight, labels, scale=self.scale, softcap=self.softcap)
-            return loss, lse.where(labelled, 0.0)
-        logits = F.linear(x, self.weight)
-        logits = bounded(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.scale, self.softcap)
-        lse = logits.logsumexp(-1)
-        target = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return (lse - target).where(labelled, 0.0), lse.where(labelled, 0.0)
+    def loss(self, x: Tensor, labels: Tensor, z_loss: float = 0.0, factor: float = 1.0) -> Losses:
+        """x [T, hidden], labels [T] (-100: none) -> sums over the labelled tokens, the objective times `factor`.
+
+        Where the engine keeps the weight's gradient in a buffer, the weight's `main_grad`, it is added there in the forward, and the
+        gradient of the objective must be exactly 1.
+        """
+        return linear_cross_entropy_sum(
+            x, self.weight, labels, z_loss=z_loss, scale=self.scale, softcap=self.softcap, factor=factor, weight_grad=main_grad(self.weight)
+        )
+
+
+def main_grad(weight: nn.Parameter) -> Tensor | None:
+    """The buffer in which an engine adds up a parameter's gradients, under the name that megatron-core gives it."""
+    return getattr(weight, "main_grad", None)

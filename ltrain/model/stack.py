@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltrain.config import further_layer, resolve_layers, shared_layer
+from ltrain.kernels.cross_entropy import Losses
 from ltrain.model.block import Block
 from ltrain.model.ffn import MoE
 from ltrain.model.layers import Embedding, Head, LocalLayers, layout_of
@@ -135,22 +136,27 @@ class Stack(nn.Module):
         x = self.embed(tokens)
         return x if self.model.embed_scale == 1 else x * self.model.embed_scale
 
-    def loss(self, hidden: Tensor, labels: Tensor, seq: Sequence) -> tuple[Tensor, Tensor, Tensor]:
-        """Last stage: hidden [T, hidden], labels [T] (-100: none) -> sums over this rank's labelled tokens of the cross entropy in
-        nats and of the squared logsumexp (z-loss, Chowdhery et al. 2022), and how many tokens those are (int64)."""
-        assert self.head is not None, "only the last stage has a head"
-        loss, lse = self.head.loss(hidden, labels)
-        return loss.sum(), lse.square().sum(), (labels >= 0).sum()
+    def loss(self, hidden: Tensor, labels: Tensor, factor: float = 1.0) -> Losses:
+        """Last stage: hidden [T, hidden], labels [T] (-100: none) -> sums over this rank's labelled tokens: of the cross entropy in nats, of
+        the squared logsumexp, and, times `factor`, the objective of both (z-loss, Chowdhery et al. 2022).
 
-    def further_loss(self, hidden: Tensor, further: list[Ahead], seq: Sequence) -> Tensor:
-        """Last stage: hidden [T, hidden] as `forward` gives them, and what lies ahead at each depth -> the mean over the depths of the
-        sum over this rank's labelled tokens of the cross entropy in nats."""
+        Under an engine that keeps gradients in buffers of its own the objective is differentiated as it is: see `Head.loss`.
+        """
         assert self.head is not None, "only the last stage has a head"
-        total = hidden.new_zeros(())
+        losses: Losses = self.head.loss(hidden, labels, self.model.z_loss, factor)
+        return losses
+
+    def further_loss(self, hidden: Tensor, further: list[Ahead], seq: Sequence, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Last stage: hidden [T, hidden] as `forward` gives them, and what lies ahead at each depth -> the mean over the depths of the
+        sum over this rank's labelled tokens of the cross entropy in nats: times `factor`, to be differentiated as in `loss`, and as it
+        is, without a gradient."""
+        assert self.head is not None, "only the last stage has a head"
+        objective = total = hidden.new_zeros(())
         for k, (tokens, labels) in enumerate(further):
             hidden = self.mtp["0" if self.model.mtp.shared else str(k)](hidden, self._embedded(tokens), seq)
-            total = total + self.head.loss(hidden, labels)[0].sum()
-        return total / len(further)
+            losses: Losses = self.head.loss(hidden, labels, factor=factor / len(further))
+            objective, total = objective + losses.objective, total + losses.loss
+        return objective, total / len(further)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last stage: normed hidden states [T, hidden] -> [T, vocab]"""

@@ -73,7 +73,9 @@ def test_loss_and_gradients(shared: bool) -> None:
         return total
 
     def ours() -> Tensor:
-        return stack.further_loss(stack(tokens, seq), ahead(tokens, labels, seq.cu_seqlens, 2), seq)
+        objective, loss = stack.further_loss(stack(tokens, seq), ahead(tokens, labels, seq.cu_seqlens, 2), seq, factor=0.5)
+        torch.testing.assert_close(objective.detach() * 2, loss)
+        return objective * 2
 
     found, expected = ours(), plain()
     torch.testing.assert_close(found, expected)

@@ -26,7 +26,7 @@ def losses_and_gradients(model: Stack) -> list[Any]:
     """Of two micro-batches whose backwards come in the order of their forwards, as under a pipeline schedule."""
     tokens, labels, _ = stream()
     first, second = Sequence.of(LENGTHS, exchange=CountingExchange()), Sequence.of([len(tokens)], exchange=CountingExchange())
-    losses = [model.loss(model(tokens, seq), labels, seq)[0] for seq in (first, second)]
+    losses = [model.loss(model(tokens, seq), labels).objective for seq in (first, second)]
     for loss in losses:
         loss.backward()
     for seq in (first, second):
@@ -102,7 +102,7 @@ def test_nothing_expensive_runs_twice(build: Build, monkeypatch: pytest.MonkeyPa
     model = build(recompute=recompute)
     tokens, labels, _ = stream()
     seq = Sequence.of(LENGTHS)
-    loss, _, _ = model.loss(model(tokens, seq), labels, seq)
+    loss = model.loss(model(tokens, seq), labels).objective
     assert len(calls) == 3 and all(calls.values()), calls
     calls.clear()
     loss.backward()

@@ -30,8 +30,7 @@ def stream(lengths: list[int] = LENGTHS) -> tuple[torch.Tensor, torch.Tensor, li
 def train(model: Stack, tokens: torch.Tensor, labels: torch.Tensor, seq: Sequence) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
     hidden = model(tokens, seq)
-    loss, z, _ = model.loss(hidden, labels, seq)
-    (loss + 1e-2 * z).backward()
+    model.loss(hidden, labels).objective.backward()
     return hidden.detach(), {name: p.grad for name, p in model.named_parameters()}  # type: ignore[misc]
 
 
@@ -83,8 +82,7 @@ def test_stages_in_a_row_are_the_whole(build: Build, tie: bool) -> None:
         x = stage(x, cut)
     assert torch.equal(x.detach(), hidden)
     torch.testing.assert_close(cut.metrics["aux_loss"], seq.metrics["aux_loss"])
-    loss, z, _ = stages[-1].loss(x, labels, cut)
-    (loss + 1e-2 * z).backward()
+    stages[-1].loss(x, labels).objective.backward()
     total: dict[str, torch.Tensor] = {}
     for stage in stages:
         for name, p in stage.named_parameters():
@@ -119,7 +117,7 @@ def test_full_recomputation_changes_nothing(build: Build) -> None:
         model = build(recompute=recompute)
         # Two micro-batches whose backwards come in the order of their forwards, as under a pipeline schedule.
         first, second = Sequence.of(LENGTHS, exchange=CountingExchange()), Sequence.of([len(tokens)], exchange=CountingExchange())
-        losses = [model.loss(model(tokens, seq), labels, seq)[0] for seq in (first, second)]
+        losses = [model.loss(model(tokens, seq), labels).objective for seq in (first, second)]
         for loss in losses:
             loss.backward()
         loads = torch.stack([router.load for router in model.routers().values()])
@@ -153,28 +151,23 @@ def test_loss_is_summed_over_labelled_tokens(build: Build) -> None:
     tokens, labels, _ = stream()
     seq = Sequence.of(LENGTHS)
     hidden = model(tokens, seq)
-    loss, z, labelled = model.loss(hidden, labels, seq)
-    logits = hidden @ model.embed.weight.T  # type: ignore[union-attr]
+    objective, loss, z = model.loss(hidden, labels, factor=0.3)
+    logits = hidden.detach() @ model.embed.weight.detach().T  # type: ignore[union-attr]
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
     torch.testing.assert_close(z, logits.logsumexp(-1)[labels >= 0].square().sum())
-    assert int(labelled) == sum(LENGTHS) - len(LENGTHS)
+    torch.testing.assert_close(objective.detach(), 0.3 * (loss + model.model.z_loss * z))
 
 
-def test_both_ways_of_the_head_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_with_a_main_gradient_has_the_heads_there() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 8, dtype=torch.float64, generator=generator, requires_grad=True)
-    head = Head(torch.nn.Parameter(torch.randn(30, 8, dtype=torch.float64, generator=generator)))
+    head = Head(torch.nn.Parameter(torch.randn(30, 8, dtype=torch.float64, generator=generator)), scale=0.7, softcap=2.0)
     labels = torch.randint(0, 30, (50,), generator=generator)
-    labels[::7] = -100
-
-    def run() -> list[torch.Tensor]:
-        loss, lse = head.loss(x, labels)
-        return [loss, lse, *torch.autograd.grad(loss.sum() + lse.square().sum(), (x, head.weight))]
-
-    whole = run()
-    monkeypatch.setattr("ltrain.model.head.WHOLE_LOGITS", 0)
-    for a, b in zip(whole, run(), strict=True):
-        torch.testing.assert_close(a, b)
+    expected = torch.autograd.grad(head.loss(x, labels, 0.1, 0.5).objective, (x, head.weight))
+    head.weight.main_grad = torch.zeros_like(head.weight)  # type: ignore[attr-defined]
+    head.loss(x, labels, 0.1, 0.5).objective.backward()
+    torch.testing.assert_close((x.grad, head.weight.main_grad), expected)
+    assert head.weight.grad is None
 
 
 def quickstart() -> ModelConfig:

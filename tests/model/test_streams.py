@@ -117,7 +117,7 @@ def test_stages_recomputation_and_decoding() -> None:
         stack, seq = build(recompute), Sequence.of(LENGTHS)
         labels = tokens().roll(-1)
         hidden = stack(tokens(), seq)
-        loss = stack.loss(hidden, labels, seq)[0] + stack.further_loss(hidden, ahead(tokens(), labels, seq.cu_seqlens, 1), seq)
+        loss = stack.loss(hidden, labels).objective + stack.further_loss(hidden, ahead(tokens(), labels, seq.cu_seqlens, 1), seq)[0]
         loss.backward()
         results.append({"loss": loss.detach(), **{name: p.grad for name, p in stack.named_parameters()}})
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)

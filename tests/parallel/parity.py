@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ltrain.config import Config, ModelConfig, ParallelConfig, TrainConfig
@@ -165,11 +166,13 @@ class Reference:
         for batch in batches:
             seq = Sequence(batch.cu_seqlens, batch.positions, aux_weight=1 / len(batches))
             hidden = self.stack(batch.tokens, seq)
-            ce, z, _ = self.stack.loss(hidden, batch.labels, seq)
+            logits = self.stack.logits(hidden)
+            ce = F.cross_entropy(logits, batch.labels, reduction="sum")
+            z = logits[batch.labels >= 0].logsumexp(-1).square().sum()
             loss, mtp = ce + self.config.model.z_loss * z, self.config.model.mtp
             if mtp.depth:
                 further = ahead(batch.tokens, batch.labels, batch.cu_seqlens, mtp.depth)
-                ahead_loss = self.stack.further_loss(hidden, further, seq)
+                ahead_loss, _ = self.stack.further_loss(hidden, further, seq)
                 loss = loss + mtp.weight * ahead_loss
                 self.further += float(ahead_loss.detach()) / labels
             (loss / labels).backward()

@@ -23,7 +23,7 @@ def run(layers: list[tuple[str, dict[str, Any]]], recompute: str) -> list[Any]:
     jitter(stack)
     tokens = torch.arange(sum(LENGTHS)) * 7 % VOCAB
     seq = Sequence.of(LENGTHS)
-    loss = stack.loss(stack(tokens, seq), tokens.roll(-1), seq)[0]
+    loss = stack.loss(stack(tokens, seq), tokens.roll(-1)).objective
     loss.backward()
     missing = [name for name, p in stack.named_parameters() if p.grad is None]
     assert missing == []
