@@ -17,7 +17,7 @@ from ltrain.kernels.attention import Score
 from ltrain.kernels.recurrence import Recurrence
 from ltrain.model.sequence import Tape
 from ltrain.parallel.context.layout import Plan
-from ltrain.parallel.context.messages import Messages
+from ltrain.parallel.context.messages import Messages, summed
 from ltrain.parallel.context.scan import Scan, incoming_states, scan
 
 
@@ -56,7 +56,7 @@ def last_hidden(x: Tensor, plan: Plan, tensor: tuple[int, int], group: dist.Proc
     out = x.new_zeros(documents, x.shape[1])
     out.index_copy_(0, places[mine].to(x.device, non_blocking=True), x[(rows[mine] % len(x)).to(x.device, non_blocking=True)])
     if group is not None:
-        dist.all_reduce(out, group=group)
+        summed("last hidden", out, group)
     return out.unflatten(0, (size, -1))[rank]
 
 

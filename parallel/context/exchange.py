@@ -18,7 +18,7 @@ from ltrain.parallel.context.cache import Cache
 from ltrain.parallel.context.gather import Gather, Units, gather
 from ltrain.parallel.context.halo import halo
 from ltrain.parallel.context.layout import ContextLayout, Plan
-from ltrain.parallel.context.messages import Messages, Silence
+from ltrain.parallel.context.messages import Messages, Silence, summed
 from ltrain.parallel.context.ring import Links, Ring, RingAttention, ring
 from ltrain.parallel.context.rows import RowExchange, Rows
 from ltrain.parallel.context.scan import Scan, recurrence_over_ranks, scan
@@ -241,7 +241,7 @@ class ContextExchange:
         """x summed over the tensor and context ranks of the micro-batch, without gradient."""
         x = x.detach().clone()
         if self.sum_group is not None:
-            dist.all_reduce(x, group=self.sum_group)
+            summed("sum", x, self.sum_group)
         return x
 
     def runs(self, seq: Sequence) -> list[tuple[int, int, int]]:

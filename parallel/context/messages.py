@@ -24,6 +24,26 @@ def _named(what: str) -> Iterator[None]:
         raise ExchangeError(f"{what}: {str(error).splitlines()[0]}") from error
 
 
+@contextmanager
+def _named_among(kind: str, doing: str, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """An error of a collective is one of this exchange, with the ranks that it is among."""
+    try:
+        yield
+    except RuntimeError as error:  # which of them it was a collective does not know: gloo closes all connections of a group when one is lost
+        ranks = ", ".join(map(str, dist.get_process_group_ranks(group)))
+        raise ExchangeError(f"{kind} exchange, {doing} ranks {ranks}: {str(error).splitlines()[0]}") from error
+
+
+def summed(kind: str, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """In place: x summed over the ranks of the group.
+
+    Raises ExchangeError where one of them is gone, or silent for longer than the group's time-out.
+    """
+    with _named_among(kind, "summing over", group):
+        dist.all_reduce(x, group=group)
+    return x
+
+
 class Transit:
     """Messages under way, each with whom it goes to or comes from. `wait` gives what arrived, by sender."""
 
@@ -92,8 +112,7 @@ class Messages:
         """In place: x summed over the ranks. Each counts x as sent once."""
         if self.size > 1:
             self.bytes[kind] += x.numel() * x.element_size()
-            with _named(f"{kind} exchange, summing over the context ranks"):
-                dist.all_reduce(x, group=self.group)
+            summed(kind, x, self.group)
         return x
 
     def all_gather(self, kind: str, x: Tensor) -> list[Tensor]:
@@ -102,7 +121,7 @@ class Messages:
             return [x]
         self.bytes[kind] += x.numel() * x.element_size()
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        with _named(f"{kind} exchange, gathering from the context ranks"):
+        with _named_among(kind, "gathering from", self.group):
             dist.all_gather(parts, x.contiguous(), group=self.group)
         return parts
 

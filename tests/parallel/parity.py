@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltrain.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from ltrain.data.order import Cursor
@@ -20,6 +20,9 @@ from ltrain.train.schedule import learning_rate
 
 # a vocabulary so large that the embedding lies in several data ranks' parts
 VOCAB, TOKENS, MICRO_BATCHES = 1024, 64, 4
+
+
+Rectangle = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]  # of the whole tensor of a name: its shape, where this part starts, and the part
 
 
 @dataclass(frozen=True)
@@ -274,14 +277,37 @@ def broken_on_ranks(config: Config, what: str) -> dict[str, Any]:
         return on_ranks(config, 0)
 
 
+def pieces_of(module: nn.Module, mesh: Any, rows: Tensor, of_tokens: dict[str, Tensor], tokens: int) -> list[Rectangle]:
+    """Of this rank: rows of what each token has, and its part of every weight's gradient, which tensor and context ranks add up here.
+
+    rows [n]: the stream's tokens that it holds, of so many. of_tokens: [n, width] each. Fails where a weight has no gradient.
+    """
+    import torch.distributed as dist
+
+    found: list[Rectangle] = []
+    for name, tensor in of_tokens.items():
+        found += [(name, (tokens, tensor.shape[1]), (int(row), 0), tensor[i : i + 1]) for i, row in enumerate(rows)]
+    for name, param in module.named_parameters():
+        assert param.grad is not None, f"{name} has no gradient"
+        if layout_of(param).partial_gradient:
+            dist.all_reduce(param.grad, group=mesh.tensor)
+        dist.all_reduce(param.grad, group=mesh.context)
+        found += [(p.name, p.shape, p.start, param.grad[p.index]) for p in pieces(name, param)]
+    return found
+
+
+def whole(parts: list[Rectangle]) -> dict[str, Tensor]:
+    """Whole tensors from the ranks' rectangles; NaN where nobody holds one."""
+    found: dict[str, Tensor] = {}
+    for name, shape, start, tensor in parts:
+        target = found.setdefault(name, torch.full(shape, float("nan"), dtype=tensor.dtype))
+        target[tuple(slice(s, s + n) for s, n in zip(start, tensor.shape, strict=True))] = tensor
+    return found
+
+
 def assemble(results: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Whole gradients from the ranks' pieces; NaN where nobody holds a piece."""
-    whole: dict[str, Tensor] = {}
-    for result in results:
-        for name, shape, start, tensor in result["gradients"]:
-            target = whole.setdefault(name, torch.full(shape, float("nan"), dtype=tensor.dtype))
-            target[tuple(slice(s, s + n) for s, n in zip(start, tensor.shape, strict=True))] = tensor
-    return whole
+    """Whole gradients of what `on_ranks` gave."""
+    return whole([piece for result in results for piece in result["gradients"]])
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:

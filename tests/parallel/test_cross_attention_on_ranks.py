@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ltrain.config import Config, ParallelConfig
 from ltrain.model.block import Block
-from ltrain.model.layers import LocalLayers, layout_of, pieces, seed_parameters
+from ltrain.model.layers import LocalLayers, seed_parameters
 from ltrain.model.options import ModelConfig, MoEOptions
 from ltrain.model.sequence import Memory, Sequence
 from ltrain.pattern import resolve_layers
 from tests.model.mixers.test_contract import jitter
-from tests.parallel.test_mixers_on_ranks import whole
+from tests.parallel.parity import Rectangle, pieces_of, whole
 
 HIDDEN, WIDTH = 32, 20
 LENGTHS, ROWS = [1, 37, 2, 40, 16], [3, 9, 0, 30, 1]  # documents that cross the cuts of 2 and of 4 ranks; one has no memory
@@ -56,7 +56,7 @@ def alone() -> tuple[Block, dict[str, Tensor]]:
     return block, {"y": y.detach(), "x": x.grad, "memory": states.grad, **{k: p.grad for k, p in block.named_parameters() if p.grad is not None}}
 
 
-def on_ranks(parallel: ParallelConfig) -> tuple[list[Any], Tensor]:
+def on_ranks(parallel: ParallelConfig) -> tuple[list[Rectangle], Tensor]:
     """On every rank of a pool: outputs and gradients as rectangles of the whole tensors, and what this rank decodes [MORE, documents, hidden]."""
     import torch.distributed as dist
 
@@ -84,15 +84,8 @@ def on_ranks(parallel: ParallelConfig) -> tuple[list[Any], Tensor]:
         (y * mine(drawn(TOKENS, HIDDEN, 3))).sum().backward()
         assert x.grad is not None and states.grad is not None
         dist.all_reduce(states.grad, group=mesh.tensor_context)
-        out: list[Any] = [("memory", (sum(ROWS), WIDTH), (0, 0), states.grad)]
-        for key, tensor in (("y", y.detach()), ("x", x.grad)):
-            out += [(key, (TOKENS, HIDDEN), (int(row), 0), tensor[i : i + 1]) for i, row in enumerate(mine(torch.arange(TOKENS)))]
-        for key, param in block.named_parameters():
-            assert param.grad is not None, f"{key} has no gradient"
-            if layout_of(param).partial_gradient:
-                dist.all_reduce(param.grad, group=mesh.tensor)
-            dist.all_reduce(param.grad, group=mesh.context)
-            out += [(p.name, p.shape, p.start, param.grad[p.index]) for p in pieces(key, param)]
+        out: list[Rectangle] = [("memory", (sum(ROWS), WIDTH), (0, 0), states.grad)]
+        out += pieces_of(block, mesh, mine(torch.arange(TOKENS)), {"y": y.detach(), "x": x.grad}, TOKENS)
         with torch.no_grad():
             _, state = block.prefill(x, seq)
             state.k, state.v, state.behind = state.k[1:], state.v[1:], state.behind[1:]

@@ -7,18 +7,19 @@ import torch
 from torch import Tensor
 
 from ltrain.config import ConfigError, ParallelConfig
-from ltrain.model.layers import LocalLayers, layout_of, pieces, seed_parameters
+from ltrain.model.layers import LocalLayers, seed_parameters
 from ltrain.model.sequence import Sequence
 from ltrain.schema import divides_heads
 from tests.model.mixers.cases import CASES, HIDDEN, build, config_of, decodes, specs_of
 from tests.model.mixers.test_contract import inputs, jitter
+from tests.parallel.parity import Rectangle, pieces_of, whole
 
 LENGTHS = [1, 37, 2, 40, 16]  # documents that cross the cuts of 2 and of 4 ranks
 MORE = 9  # tokens that are decoded of each document
 LONGER = [n + MORE for n in LENGTHS]
 LAYOUTS = {2: [(2, 1, 1), (1, 2, 1), (1, 2, 2)], 4: [(4, 1, 1), (2, 2, 1), (1, 4, 2)]}  # world size -> (tensor, context, ulysses)
 
-Found = dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]]  # case -> pieces of its results
+Found = dict[str, list[Rectangle]]  # by case
 
 
 def weight(lengths: list[int]) -> Tensor:
@@ -51,8 +52,6 @@ def alone(name: str, lengths: list[int] = LENGTHS) -> dict[str, Tensor]:
 
 def on_ranks(names: list[str], parallel: ParallelConfig, lengths: list[int] = LENGTHS) -> Found:
     """On every rank of a pool: each case's outputs and gradients, as rectangles of the whole tensors."""
-    import torch.distributed as dist
-
     from ltrain.parallel import cpu
     from ltrain.parallel.context.exchange import ContextExchange
     from ltrain.parallel.context.layout import ContextLayout
@@ -83,16 +82,7 @@ def on_ranks(names: list[str], parallel: ParallelConfig, lengths: list[int] = LE
             y = module(x, seq)
             (y * mine(weight(lengths))).sum().backward()
             assert x.grad is not None
-            out = []
-            for key, tensor in (("y", y.detach()), ("x", x.grad)):
-                out += [(key, (sum(lengths), HIDDEN), (int(row), 0), tensor[i : i + 1]) for i, row in enumerate(rows)]
-            for key, param in module.named_parameters():
-                assert param.grad is not None, f"{name}: {key} has no gradient"
-                if layout_of(param).partial_gradient:
-                    dist.all_reduce(param.grad, group=mesh.tensor)
-                dist.all_reduce(param.grad, group=mesh.context)
-                out += [(p.name, p.shape, p.start, param.grad[p.index]) for p in pieces(key, param)]
-            found[name] = out
+            found[name] = pieces_of(module, mesh, rows, {"y": y.detach(), "x": x.grad}, sum(lengths))
         return found
     finally:
         mesh.close()
@@ -133,14 +123,6 @@ def decoded_on_ranks(names: list[str], parallel: ParallelConfig) -> dict[str, Te
         return found
     finally:
         mesh.close()
-
-
-def whole(parts: list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for key, shape, start, tensor in parts:
-        into = found.setdefault(key, torch.full(shape, torch.nan, dtype=torch.float64))
-        into[tuple(slice(s, s + n) for s, n in zip(start, tensor.shape, strict=True))] = tensor
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -29,18 +29,32 @@ def attend(how: str) -> None:
     q, k, v = (torch.ones(8, 2, 4) for _ in range(3))
     for round_ in range(2):
         if round_ and rank == SILENT:
-            if how == "stalls":
+            if how.startswith("stalls"):
                 time.sleep(3 * TIMEOUT)
                 return
             os._exit(1)
-        if round_ and how in ("is gone", "is gone from a sum"):  # before the others post
+        if round_ and how.startswith("is gone"):  # before the others post
             time.sleep(1)
-        if round_ and how == "is gone from a sum":
-            exchange.last(q.flatten(1), exchange.sequence(whole.cu_seqlens, whole.positions), 1)
-        exchange.attention(q, k, v, exchange.sequence(whole.cu_seqlens, whole.positions), scale=1.0)
+        seq = exchange.sequence(whole.cu_seqlens, whole.positions)
+        collective, rows = how.split(" ")[-1] if round_ else "", q.flatten(1)
+        if collective == "last":
+            exchange.last(rows, seq, 1)
+        elif collective == "hidden":
+            exchange.last_hidden(rows, seq)
+        elif collective == "sum":
+            exchange.sum(rows)
+        elif collective == "gather":
+            exchange.decode_attention(q, k[:, None], v[:, None], torch.zeros(8, 1, dtype=torch.int64), scale=1.0)
+        exchange.attention(q, k, v, seq, scale=1.0)
 
 
-@pytest.mark.parametrize("how", ["stalls", "dies", "is gone", "is gone from a sum"])
+KINDS = {"last": "last exchange, summing over", "hidden": "last hidden exchange, summing over", "sum": "sum exchange, summing over"}
+KINDS["gather"] = "decode exchange, gathering from"
+
+
+@pytest.mark.parametrize(
+    "how", ["stalls", "dies", "is gone", *(f"{how} {kind}" for kind in KINDS for how in ("is gone from", "dies in")), "stalls in sum"]
+)
 def test_the_others_name_the_rank_and_the_exchange(how: str) -> None:
     pool = Pool(3)  # its groups are of no use afterwards
     try:
@@ -49,7 +63,8 @@ def test_the_others_name_the_rank_and_the_exchange(how: str) -> None:
             pool.run(attend, how, timeout=60.0)
         # rank 2 reads keys of rank 1, which reads keys of rank 0
         ring = rf"ExchangeError: ring exchange, (sending to|receiving from) rank {SILENT} \(context rank {SILENT}\): "
-        expected = "ExchangeError: last exchange, summing over the context ranks: " if how == "is gone from a sum" else ring
+        kind = KINDS.get(how.split(" ")[-1])
+        expected = f"ExchangeError: {kind} ranks 0, 1, 2: " if kind else ring
         assert re.search(expected, str(error.value)), str(error.value)
         assert time.monotonic() - started < 40
     finally:
