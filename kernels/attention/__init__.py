@@ -1,7 +1,8 @@
 """Softmax attention inside the segments of a packed stream, and the pieces ring attention is made of.
 
 Backends: `reference` (all scores at once), `blockwise` (plain torch, memory linear in the stream), `flash` (torch's own fused
-kernels: any floating type on a CPU, float16 and bfloat16 on CUDA). `auto` takes flash wherever it runs.
+kernels: any floating type on a CPU, float16 and bfloat16 on CUDA; plain scores without windows), `triton` (our own kernels on CUDA: up to
+float32, all but relative biases). `auto` takes flash wherever it runs, then triton, then blockwise.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.attention import blockwise, flash, reference
 from ltrain.kernels.attention.pairs import FULL, PLAIN, Mask, Pair, Score, masked_pairs, merge, seen
-from ltrain.kernels.segments import accumulator, boundaries, choose
+from ltrain.kernels.segments import accumulator, boundaries, choose, permitted, wants_triton
 
 __all__ = [
     "FULL",
@@ -63,19 +64,25 @@ def _check_pairs(pairs: Sequence[Pair], queries: int, keys: int) -> list[Pair]:
     return [pair for pair in pairs if pair.q_len and pair.k_len]
 
 
-def _backend(name: str, q: Tensor, v: Tensor, plain: bool = True) -> Any:
-    """plain: no windows inside pairs and scores as they are."""
-    choose(name, tuple(BACKENDS))
-    why = flash.refusal(q, v) if plain else "has no windows, soft caps, slopes and biases"
-    if name == "flash" and why is not None:
-        raise ValueError(f"backend='flash' {why}: choose blockwise or auto")
-    if name == "auto":
-        name = "flash" if why is None else "blockwise"
-    return BACKENDS[name]
+def _backend(name: str, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float, score: Score) -> Any:
+    choose(name, (*BACKENDS, "triton"))
+    if name in ("auto", "flash"):
+        plain = score.plain and not any(pair.window for pair in pairs)
+        why = flash.refusal(q, v) if plain else "has no windows, soft caps, slopes and biases"
+        if why is None:
+            return flash
+        if name == "flash":
+            raise ValueError(f"backend='flash' {why}: choose blockwise or auto")
+    if wants_triton(name, q):
+        from ltrain.kernels.attention import triton_attention
+
+        if permitted(triton_attention.refusal(q, k, v, scale, score), name, "blockwise or auto"):
+            return triton_attention
+    return BACKENDS["blockwise" if name == "auto" else name]
 
 
-def _pairs_backend(name: str, q: Tensor, v: Tensor, pairs: list[Pair], score: Score) -> Any:
-    chosen = _backend(name, q, v, score.plain and not any(p.window for p in pairs))
+def _pairs_backend(name: str, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float, score: Score) -> Any:
+    chosen = _backend(name, q, k, v, pairs, scale, score)
     if chosen is reference and not score.plain:
         raise ValueError("backend='reference' takes plain scores in pairs: choose blockwise or auto")
     return chosen
@@ -95,7 +102,7 @@ def forward_pairs(
         pairs: what sees what; of a causal one every query sees a key. No query should meet the same key in two pairs.
         scale: what scores are multiplied with, usually D ** -0.5.
         score: what becomes of scores before the softmax; distances are those of the pairs.
-        backend: auto | reference | blockwise | flash.
+        backend: auto | reference | blockwise | flash | triton.
 
     Returns:
         out [Tq, H, Dv] and lse [Tq, H], the natural log of the sum of exponentials of scaled scores, in float32 or wider.
@@ -105,7 +112,7 @@ def forward_pairs(
     """
     _check(q, k, v)
     kept = _check_pairs(pairs, len(q), len(k))
-    chosen = _pairs_backend(backend, q, v, kept, score)
+    chosen = _pairs_backend(backend, q, k, v, kept, scale, score)
     with torch.no_grad():
         out, lse = chosen.forward_pairs(q, k, v, kept, scale, *(() if score.plain else (score,)))
     return out.to(accumulator(q.dtype)), lse
@@ -143,12 +150,12 @@ def backward_pairs(
         given = ", ".join(str(list(x.shape)) for x in (dout, out, lse))
         raise ValueError(f"dout and out must be {[*q.shape[:2], v.shape[2]]} and lse {list(q.shape[:2])}, but dout, out and lse are {given}")
     kept = _check_pairs(pairs, len(q), len(k))
-    chosen, dbias = _pairs_backend(backend, q, v, kept, score), None
+    chosen, dbias = _pairs_backend(backend, q, k, v, kept, scale, score), None
     with torch.no_grad():
         if score.plain:
             dq, dk, dv = chosen.backward_pairs(dout, q, k, v, out, lse, kept, scale)
         else:
-            dq, dk, dv, dbias = blockwise.backward_scores(dout, q, k, v, out, lse, kept, scale, score)
+            dq, dk, dv, dbias = chosen.backward_scores(dout, q, k, v, out, lse, kept, scale, score)
     wide = accumulator(q.dtype)
     return dq.to(wide), dk.to(wide), dv.to(wide), dbias
 
@@ -182,11 +189,14 @@ class _Attention(torch.autograd.Function):
         score: Score,
         backend: Any,
     ) -> Tensor:
-        more = () if backend is flash else (score._replace(bias=bias),)
-        out, lse = backend.forward_pairs(q, k, v, pairs, scale, *more)
-        if sinks is not None:
-            out, lse = with_sinks(out, lse, sinks)
-        out = out.to(q.dtype)
+        if hasattr(backend, "attend"):  # sinks and the rounding in the same pass
+            out, lse = backend.attend(q, k, v, pairs, scale, score, sinks, q.dtype)
+        else:
+            more = () if backend is flash else (score._replace(bias=bias),)
+            out, lse = backend.forward_pairs(q, k, v, pairs, scale, *more)
+            if sinks is not None:
+                out, lse = with_sinks(out, lse, sinks)
+            out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, sinks, bias)
         ctx.pairs, ctx.scale, ctx.score, ctx.backend = pairs, scale, score, backend
         return out
@@ -200,7 +210,7 @@ class _Attention(torch.autograd.Function):
         if ctx.backend is flash:
             dq, dk, dv = flash.backward_pairs(*arguments)
         else:
-            dq, dk, dv, dbias = blockwise.backward_scores(*arguments, ctx.score._replace(bias=bias))
+            dq, dk, dv, dbias = ctx.backend.backward_scores(*arguments, ctx.score._replace(bias=bias))
             dbias = None if bias is None or dbias is None else dbias.to(bias.dtype)
         dsinks = None if sinks is None else sinks_gradient(grads[0], out, lse, sinks)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, dbias, None, None, None, None
@@ -230,7 +240,8 @@ def attention(
         starts: the position of each segment's first token in its document, for chunks, anchors and globals; None: 0.
         score: what becomes of scores before the softmax.
         sinks: [H], see `with_sinks`; None: there are none.
-        backend: auto | reference | blockwise | flash (without windows shorter than a segment, soft caps, slopes and biases).
+        backend: auto | reference | blockwise | flash (without windows shorter than a segment, soft caps, slopes and biases) | triton
+            (without biases).
 
     Returns:
         [T, H, Dv] in q's type.
@@ -250,7 +261,7 @@ def attention(
     bounds = boundaries(cu_seqlens, len(q))
     starts = starts or [0] * (len(bounds) - 1)
     pairs = masked_pairs(bounds, mask, starts)
-    chosen = _backend(backend, q, v, score.plain and not any(pair.window for pair in pairs))
+    chosen = _backend(backend, q, k, v, pairs, scale, score)
     if chosen is reference:
         return reference.attention(q, k, v, bounds, scale, mask, starts, score, sinks)
     out: Tensor = _Attention.apply(q, k, v, sinks, score.bias, pairs, scale, score._replace(bias=None), chosen)
@@ -268,7 +279,7 @@ def pair_attention(q: Tensor, k: Tensor, v: Tensor, pairs: Sequence[Pair], *, sc
     """
     _check(q, k, v)
     kept = _check_pairs(pairs, len(q), len(k))
-    chosen = _pairs_backend(backend, q, v, kept, PLAIN)
+    chosen = _pairs_backend(backend, q, k, v, kept, scale, PLAIN)
     if chosen is reference:
         raise ValueError("backend='reference' has no gradients of pairs: choose blockwise or auto")
     out: Tensor = _Attention.apply(q, k, v, None, None, kept, scale, PLAIN, chosen)

@@ -1,0 +1,141 @@
+"""Attention over pairs on a GPU by our own programs, those of `triton_kernels`: windows, soft caps, slopes and sinks beside plain scores.
+
+Work follows what the pairs leave, not queries x keys; memory is linear in the stream. The backward makes probabilities again from the
+log-sum-exp over all keys, so that a ring can hand it one piece at a time, and gives the same bits each time.
+"""
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ltrain.kernels.attention.intervals import Plan, plan
+from ltrain.kernels.attention.pairs import PLAIN, Pair, Score
+from ltrain.kernels.attention.triton_kernels import backward, forward
+
+WIDEST = 256  # of heads: what a program has room for
+MOST = 1 << 30  # rows: their numbers and sums of two are int32
+
+
+class Tiles(NamedTuple):
+    rows: int  # of the side whose results a program sums
+    columns: int  # of the other side, at a time
+    warps: int  # 8: with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
+    stages: int  # loads under way
+
+
+# by the width of heads up to which they hold, for inputs of 16 bits
+FORWARD = {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)}
+QUERY_GRADIENTS = {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 1)}
+KEY_GRADIENTS = {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 1)}
+EXACT = Tiles(32, 32, 8, 1)  # of float32 inputs, whose products take no tensor cores
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, scale: float, score: Score) -> str | None:
+    """Why the kernels do not take these, or None."""
+    if not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"runs on CUDA, not on {q.device.type}"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"takes bfloat16, float16 or float32, not {q.dtype}"
+    if max(q.shape[2], v.shape[2]) > WIDEST:
+        return f"takes heads up to {WIDEST} wide, not {max(q.shape[2], v.shape[2])}"
+    if score.bias is not None:
+        return "has no relative biases"
+    if not scale > 0:
+        return f"takes a scale above 0, not {scale}"
+    if max(len(q), len(k)) > MOST:
+        return f"takes at most {MOST} tokens, not {max(len(q), len(k))}"
+    return None
+
+
+def _laid(x: Tensor) -> Tensor:
+    """With the numbers of a head one after another, and steps between heads and in a tile of rows that int32 holds."""
+    return x if x.stride(2) == 1 and x.stride(0) < 1 << 23 and x.stride(1) * x.shape[1] < 1 << 31 else x.contiguous()
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _options(q: Tensor, k: Tensor, v: Tensor, score: Score, table: dict[int, Tiles]) -> dict[str, Any]:
+    """Compile-time options."""
+    width, exact = max(q.shape[2], v.shape[2]), q.dtype == torch.float32
+    tiles = EXACT if exact else next(found for most, found in table.items() if width <= most)
+    return {
+        "H": q.shape[1],
+        "G": q.shape[1] // k.shape[1],
+        "D": q.shape[2],
+        "DV": v.shape[2],
+        "BD": _padded(q.shape[2]),
+        "BV": _padded(v.shape[2]),
+        "ROWS": tiles.rows,
+        "COLUMNS": tiles.columns,
+        "CAPPED": bool(score.softcap),
+        "SLOPED": score.slopes is not None,
+        "DOT": "ieee" if exact else "tf32",
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+
+
+def _plan(pairs: list[Pair], keys: bool, side: Tensor, options: dict[str, Any]) -> Plan:
+    return plan(tuple(pairs), keys, len(side), options["ROWS"], side.device)
+
+
+def _steps(*tensors: Tensor) -> list[int]:
+    """From a token to the next, and from a head, of each."""
+    return [x.stride(axis) for x in tensors for axis in (0, 1)]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float, score: Score, sinks: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """-> out [Tq, H, Dv] in `dtype`, lse [Tq, H] float32 as of `with_sinks`"""
+    q, k, v = _laid(q), _laid(k), _laid(v)
+    out = q.new_empty(*q.shape[:2], v.shape[2], dtype=dtype)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    if not len(q):
+        return out, lse
+    options = _options(q, k, v, score, FORWARD)
+    intervals = _plan(pairs, False, q, options)
+    slopes, below = (lse if x is None else x.detach().to(q.device, torch.float32).contiguous() for x in (score.slopes, sinks))
+    forward.attend[(len(intervals.order) * q.shape[1],)](
+        *(q, k, v, slopes, below, out, lse, *intervals, scale, score.softcap, len(q), *_steps(q, k, v)), SUNK=sinks is not None, **options
+    )
+    return out, lse
+
+
+def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float, score: Score = PLAIN) -> tuple[Tensor, Tensor]:
+    return attend(q, k, v, pairs, scale, score)
+
+
+def backward_pairs(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float, score: Score = PLAIN
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, out, dout = (_laid(x) for x in (q, k, v, out, dout.to(q.dtype)))
+    lse = lse.to(torch.float32).contiguous()
+    dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
+    if not (len(q) and len(k)):
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    delta = torch.empty_like(lse)
+    slopes = lse if score.slopes is None else score.slopes.detach().to(q.device, torch.float32).contiguous()
+    options = _options(q, k, v, score, QUERY_GRADIENTS)
+    intervals = _plan(pairs, False, q, options)
+    backward.query_gradients[(len(intervals.order) * q.shape[1],)](
+        *(q, k, v, slopes, out, dout, lse, delta, dq, *intervals, scale, score.softcap, len(q), *_steps(q, k, v, out, dout)), **options
+    )
+    options = _options(q, k, v, score, KEY_GRADIENTS)
+    intervals = _plan(pairs, True, k, options)
+    backward.key_gradients[(len(intervals.order) * k.shape[1],)](
+        *(q, k, v, slopes, dout, lse, delta, dk, dv, *intervals, scale, score.softcap, len(k), *_steps(q, k, v, dout)), **options
+    )
+    return dq, dk, dv
+
+
+def backward_scores(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float, score: Score
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """As `backward_pairs`, with no gradient of score.bias: there is none."""
+    return *backward_pairs(dout, q, k, v, out, lse, pairs, scale, score), None

@@ -1,0 +1,247 @@
+"""The Triton kernels of attention against float64."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from ltrain.kernels.attention import Mask, Pair, Score, attention, backward_pairs, forward_pairs, intervals, pair_attention
+from tests.kernels.interpreter import DEVICE, INTERPRETED, on_gpu, runs
+
+if DEVICE == "cuda" or INTERPRETED:
+    from ltrain.kernels.attention import triton_attention
+
+LENGTHS = [1, 63, 64, 65, 0, 129]
+
+
+@pytest.fixture(autouse=True)
+def few_tiles(monkeypatch):
+    """Of float32: in the interpreter a tile costs the same whatever its size."""
+    if INTERPRETED:
+        monkeypatch.setattr(triton_attention, "EXACT", triton_attention.Tiles(64, 64, 8, 1))
+
+
+def cu(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def tensors(queries: int, keys: int, heads: int, kv_heads: int, width: int, value_width: int, dtype=torch.float32) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    shapes = [(queries, heads, width), (keys, kv_heads, width), (keys, kv_heads, value_width)]
+    return [torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in shapes]
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> None:
+    got, finite = got.detach().double().cpu(), expected.isfinite()
+    assert torch.equal(got.isfinite(), finite), what
+    error = (got - expected)[finite].norm() / expected[finite].norm().clamp(min=1e-9)
+    assert error < tolerance, f"{what}: relative error {error:.2e}"
+
+
+def compare(lengths, heads, kv_heads, width, value_width, tolerance, mask, score=None, *, starts=None, sunk=False, dtype=torch.float32):
+    """Output and every gradient of `attention` beside the token-by-token reference, relative RMS below `tolerance`, of the same rounded inputs."""
+    given, found, score = tensors(sum(lengths), sum(lengths), heads, kv_heads, width, value_width, dtype), [], score or Score()
+    weight = torch.randn(len(given[0]), heads, value_width, generator=torch.Generator().manual_seed(1)).to(dtype).double()
+    for backend in ("triton", "reference"):
+        cast = (lambda x: x.detach()) if backend == "triton" else (lambda x: x.detach().cpu().double())
+        leaves = [cast(x).requires_grad_() for x in given]
+        sinks = torch.linspace(-1, 3, heads, dtype=leaves[0].dtype, device=leaves[0].device).requires_grad_() if sunk else None
+        out = attention(*leaves, cu(lengths), scale=0.3, mask=mask, starts=starts, score=score, sinks=sinks, backend=backend)
+        wanted = [*leaves, sinks] if sunk else leaves
+        found.append([out, *torch.autograd.grad((out * weight.to(out)).sum(), wanted)])
+    for name, got, expected in zip(("out", "dq", "dk", "dv", "dsinks"), *found, strict=False):
+        close(got, expected.detach(), tolerance, f"{name} of {mask}")
+
+
+def slopes(heads: int) -> torch.Tensor:
+    return torch.linspace(0.01, 0.4, heads)
+
+
+@runs
+@pytest.mark.parametrize(
+    ("mask", "score"),
+    [
+        (Mask(), Score()),
+        (Mask(window=40), Score(softcap=1.5)),  # less than a block
+        (Mask(window=100), Score(slopes=slopes(2))),  # more
+        (Mask(window=1), Score()),
+        (Mask(window=20, anchors=5), Score(0.7, slopes(2))),
+        (Mask(window=40, chunk=50), Score()),
+        (Mask(causal=False, window=30), Score(slopes=slopes(2))),
+        (Mask(causal=False, window=20, globals=3), Score()),
+    ],
+    ids=str,
+)
+def test_masks_and_scores(mask, score):
+    """With sinks; the second document continued from an earlier stream."""
+    compare(LENGTHS, 2, 1, 24, 40, 4e-6, mask, score, starts=[0, 7, 0, 0, 0, 0], sunk=True)
+
+
+@runs
+@pytest.mark.parametrize("mask", [Mask(), Mask(window=40, anchors=3)], ids=str)
+def test_grouped_heads(mask):
+    compare([1, 64, 0, 15], 6, 2, 24, 40, 4e-6, mask)
+
+
+@runs
+@pytest.mark.parametrize(("width", "value_width"), [(256, 256), (16, 250), (130, 16)])
+def test_wide_heads(width, value_width):
+    compare([1, 70], 2, 1, width, value_width, 4e-6, Mask(window=9))
+
+
+@runs
+@pytest.mark.parametrize("lengths", [[1] * 9 + [66] + [3] * 30, [0], []], ids=lambda lengths: str(len(lengths)))
+def test_documents_far_shorter_than_a_block(lengths):
+    compare(lengths, 1, 1, 16, 16, 4e-6, Mask(window=60))
+
+
+@runs
+@pytest.mark.parametrize("mask", [Mask(), Mask(window=70)], ids=str)
+def test_half_precision(mask):
+    compare([1, 200, 63], 2, 1, 64, 64, 2e-3, mask, dtype=torch.float16)
+
+
+PAIRS = {
+    "keys before the queries": (70, 200, [Pair(0, 70, 0, 200, True)]),
+    "and a window": (70, 200, [Pair(0, 70, 5, 195, True, 33)]),
+    "keys far before": (70, 60, [Pair(3, 60, 0, 60, False, 90, 50), Pair(63, 7, 10, 20, False, 0, 4)]),
+    "queries in two pairs and in none": (90, 150, [Pair(40, 30, 0, 100, True), Pair(0, 60, 100, 40, False), Pair(40, 20, 140, 10, False)]),
+    "rows shared unevenly": (130, 130, [Pair(a, 10, b, 13, a % 80 == 0) for a in range(0, 130, 40) for b in range(0, 117, 50)]),
+    "none": (5, 6, []),
+    "no keys": (5, 0, []),
+    "no queries": (0, 5, []),
+}
+
+
+@runs
+@pytest.mark.parametrize("case", PAIRS)
+@pytest.mark.parametrize("score", [Score(), Score(2.0, slopes(2))], ids=["plain", "capped-slopes"])
+def test_pairs(case, score):
+    """Output, log-sum-exp and gradients, part of a softmax over keys elsewhere: `lse` and `out` of the backward are those over all."""
+    queries, keys, pairs = PAIRS[case]
+    given = tensors(queries, keys, 2, 1, 24, 40)
+    wide = [x.cpu().double() for x in given]
+    got, expected = (forward_pairs(*x, pairs, scale=0.3, score=score, backend=backend) for x, backend in ((given, "triton"), (wide, "blockwise")))
+    for name, *both in zip(("out", "lse"), got, expected, strict=True):
+        close(*both, 4e-6, name)
+    unseen = sorted(set(range(queries)).difference(*(range(p.q_start, p.q_start + p.q_len) for p in pairs)))
+    assert not got[0][unseen].any() and (got[1][unseen] == -torch.inf).all()
+    g = torch.Generator().manual_seed(1)
+    dout, lse = torch.randn(expected[0].shape, generator=g, dtype=torch.float64), expected[1] + 0.5
+    grads = []
+    for x, backend in ((given, "triton"), (wide, "blockwise")):
+        final = [y.to(x[0]) for y in (dout.to(torch.float32), expected[0] * 0.5, lse)]
+        grads.append(backward_pairs(final[0], *x, *final[1:], pairs, scale=0.3, score=score, backend=backend)[:3])
+    for name, *both in zip(("dq", "dk", "dv"), *grads, strict=True):
+        close(*both, 4e-6, name)
+    assert not grads[0][0][unseen].any()
+
+
+@runs
+def test_heads_whose_numbers_lie_apart_and_a_broadcast_gradient():
+    """Views of one projection need no copy; heads whose own numbers do not follow each other are copied."""
+    joint = torch.randn(60, 3, 3, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for x in (joint.unbind(1), [x.mT.contiguous().mT for x in joint.unbind(1)]):
+        grads = []
+        for cast, backend in ((lambda t: t, "triton"), (lambda t: t.cpu().double(), "blockwise")):
+            leaves = [cast(t).requires_grad_() for t in x]
+            out = pair_attention(*leaves, [Pair(10, 50, 0, 60, True, 20)], scale=0.3, backend=backend)
+            grads.append(torch.autograd.grad(out.sum(), leaves))
+        for got, expected in zip(*grads, strict=True):
+            close(got, expected, 4e-6, "gradient")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_intervals_are_the_pairs(seed):
+    """From either side, and each row's in one range at most once."""
+    r = random.Random(seed)
+    queries, keys, block, pairs = r.randint(1, 60), r.randint(1, 60), r.choice([1, 4, 16, 100]), []
+    for _ in range(r.randint(0, 6)):
+        k_len, q_start, k_start = r.randint(1, keys), r.randint(0, queries - 1), r.randint(0, keys - 1)
+        q_len, k_len = r.randint(1, queries - q_start), min(k_len, keys - k_start)
+        gap, window = r.randint(0, 9), r.choice([0, r.randint(10, 30), 10**12])
+        causal = q_len <= k_len and r.random() < 0.5
+        if window and q_len > k_len + gap:
+            window = 0
+        pairs.append(Pair(q_start, q_len, k_start, k_len, causal, window, gap))
+    expected = np.zeros((queries, keys), int)
+    for q_start, q_len, k_start, k_len, causal, window, gap in pairs:
+        behind = np.arange(q_len)[:, None] + k_len - q_len + gap - np.arange(k_len)
+        sees = np.ones_like(behind, bool)
+        if causal or window:
+            sees &= behind >= (gap if causal else 1 - window)
+        if window:
+            sees &= behind < window
+        expected[q_start : q_start + q_len, k_start : k_start + k_len] += sees
+    for keyed in (False, True):
+        table, rows = intervals.spans_of(pairs), keys if keyed else queries
+        order, bounds, ranges, spans = intervals.arrange(intervals.exchanged(table) if keyed else table, rows, block)
+        found = np.zeros_like(expected)
+        mine = found.T if keyed else found
+        assert sorted(order) == list(range(-(-rows // block)))
+        for number in range(len(order)):
+            for begin, end, first, last in ranges[bounds[number] : bounds[number + 1]]:
+                held: set[int] = set()
+                for start, stop, low, high, left, right, _ in spans[first:last]:
+                    assert number * block <= start < stop <= (number + 1) * block and held.isdisjoint(range(start, stop))
+                    held.update(range(start, stop))
+                    for row in range(start, stop):
+                        a, b = max(low, row + left), min(high, row + right + 1)
+                        assert a >= b or begin <= a and b <= end
+                        mine[row, a : max(a, b)] += 1
+        assert (found == expected).all()
+
+
+@runs
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": torch.float64}, "not torch.float64"),
+        ({"width": 257}, "up to 256 wide, not 257"),
+        ({"score": Score(bias=torch.zeros(2, 8))}, "no relative biases"),
+        ({"scale": -1.0}, "above 0, not -1.0"),
+    ],
+    ids=str,
+)
+def test_refusals(change, words):
+    given = tensors(4, 4, 2, 2, change.get("width", 8), 8, change.get("dtype", torch.float32))
+    with pytest.raises(ValueError, match=f"backend='triton' .*{words}.*: choose blockwise or auto"):
+        attention(*given, cu([4]), scale=change.get("scale", 1.0), score=change.get("score", Score()), backend="triton")
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="needs neither a GPU nor the interpreter")
+def test_refused_without_a_gpu():
+    with pytest.raises(ValueError, match="backend='triton' runs on CUDA, not on cpu"):
+        attention(*tensors(4, 4, 2, 2, 8, 8), cu([4]), scale=1.0, backend="triton")
+
+
+@on_gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "value_width"), [(4, 4, 64, 64), (8, 2, 128, 128), (6, 2, 192, 128), (2, 1, 256, 256), (2, 2, 24, 40)]
+)
+def test_every_shape_on_the_gpu(heads, kv_heads, width, value_width, dtype, tolerance):
+    for mask, score in (
+        (Mask(), Score()),
+        (Mask(window=300), Score()),
+        (Mask(window=40, anchors=4), Score(5.0)),
+        (Mask(window=100, chunk=200), Score(slopes=slopes(heads))),
+        (Mask(window=300, causal=False), Score(3.0, slopes(heads))),
+    ):
+        for lengths in ([900, 1, 0, 127], [3] * 100 + [500]):
+            compare(lengths, heads, kv_heads, width, value_width, tolerance, mask, score, sunk=True, dtype=dtype)
+
+
+@on_gpu
+def test_the_same_twice_and_auto():
+    """Windows on a GPU take these kernels, and their gradients are the same bits."""
+    given = [x.requires_grad_() for x in tensors(3000, 3000, 8, 2, 128, 128, torch.bfloat16)]
+
+    def once(backend):
+        out = attention(*given, cu([2000, 1000]), scale=0.1, mask=Mask(window=500), backend=backend)
+        return [out, *torch.autograd.grad(out.float().square().sum(), given)]
+
+    first = once("triton")
+    for backend in ("triton", "auto"):
+        assert all(torch.equal(a, b) for a, b in zip(first, once(backend), strict=True))
