@@ -1,5 +1,6 @@
 """Segments of a packed stream: reading their boundaries, and moving rows between the stream and a padded buffer."""
 
+import os
 from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
@@ -74,9 +75,21 @@ def _triton_is_installed() -> bool:
     return find_spec("triton") is not None  # looks through folders: not for every call of a layer
 
 
+def plain_only() -> bool:
+    """Whether LTRAIN_KERNELS=reference says that `auto` is to take plain torch everywhere, as when a kernel is suspected.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    forced = os.environ.get("LTRAIN_KERNELS", "")
+    if forced not in ("", "reference"):
+        raise ValueError(f"LTRAIN_KERNELS={forced} is not known: write LTRAIN_KERNELS=reference for plain torch everywhere, or unset it")
+    return bool(forced)
+
+
 def wants_triton(backend: str, x: Tensor) -> bool:
     """Whether the Triton kernels are to be asked: by name, or by auto for a tensor on a GPU."""
-    return backend == "triton" or (backend == "auto" and x.is_cuda and _triton_is_installed())
+    return backend == "triton" or (backend == "auto" and x.is_cuda and _triton_is_installed() and not plain_only())
 
 
 def permitted(why: str | None, backend: str, others: str) -> bool:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.attention import blockwise, flash, reference
 from ltrain.kernels.attention.pairs import FULL, PLAIN, Mask, Pair, Score, masked_pairs, merge, seen
-from ltrain.kernels.segments import accumulator, boundaries, choose, permitted, wants_triton
+from ltrain.kernels.segments import accumulator, boundaries, choose, permitted, plain_only, wants_triton
 
 __all__ = [
     "FULL",
@@ -66,6 +66,8 @@ def _check_pairs(pairs: Sequence[Pair], queries: int, keys: int) -> list[Pair]:
 
 def _backend(name: str, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float, score: Score) -> Any:
     choose(name, (*BACKENDS, "triton"))
+    if name == "auto" and plain_only():
+        return blockwise
     if name in ("auto", "flash"):
         plain = score.plain and not any(pair.window for pair in pairs)
         why = flash.refusal(q, v) if plain else "has no windows, soft caps, slopes and biases"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ltrain.kernels.segments import choose
+from ltrain.kernels.segments import choose, plain_only
 
 __all__ = ["grouped_bias", "grouped_linear"]
 
@@ -74,7 +74,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, *, backend: str = 
     why = _refusal(x, weight)
     if backend == "grouped" and why is not None:
         raise ValueError(f"backend='grouped' {why}: choose reference or auto")
-    if backend == "reference" or why is not None or not len(x):
+    if backend == "reference" or why is not None or not len(x) or (backend == "auto" and plain_only()):
         sizes: list[int] = counts.tolist()
         if sum(sizes) != len(x) or min(sizes) < 0:
             raise ValueError(f"counts must be non-negative and sum to x's {len(x)} rows, but sum to {sum(sizes)} with a least of {min(sizes)}")

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltrain.kernels.segments import plain_only
+
 __all__ = ["rms_norm"]
 
 
@@ -41,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     Returns:
         [..., width] in x's type.
     """
-    if x.is_cuda and x.dtype != torch.float64 and x.numel():
+    if x.is_cuda and x.dtype != torch.float64 and x.numel() and not plain_only():
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype) if not offset else (weight.float() + offset).to(x.dtype), eps)
     normed: Tensor = _RMSNorm.apply(x, weight, eps, offset)
     return normed
