@@ -180,6 +180,7 @@ def index_scores(
     q,
     k,
     weights,
+    sizes,
     scores,
     rows,
     keys,
@@ -193,7 +194,7 @@ def index_scores(
     DOT: tl.constexpr,
 ):
     """Grid (blocks of BN keys, blocks of BM queries): scores [rows, stride], sum_h w_h relu(q_h . k) in float32, of the blocks that have a key
-    which one of their queries sees: query i sees keys up to place + i."""
+    which one of their queries sees: query i sees keys up to place + i. sizes [keys]: what keys are to be multiplied with, None: nothing."""
     m, n = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     if tl.program_id(0) * BN <= place + tl.minimum(tl.program_id(1) * BM + BM, rows) - 1:
         there = m < rows
@@ -203,6 +204,8 @@ def index_scores(
             at = m.to(tl.int64) * H + h
             products = tl.dot(_tile(q, at, there, D, 0, D, BD), tl.trans(key), input_precision=DOT)
             total += tl.maximum(products, 0.0) * tl.load(weights + at, mask=there, other=0.0).to(tl.float32)[:, None]
+        if sizes is not None:  # above 0, as of queries in the weights: they may wait behind the relu
+            total *= tl.load(sizes + n, mask=n < keys, other=0.0)[None, :]
         tl.store(scores + m.to(tl.int64)[:, None] * stride + n[None, :], total, mask=there[:, None] & (n < keys)[None, :])
 
 

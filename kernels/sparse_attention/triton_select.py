@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ltrain.kernels.segments import Part
-from ltrain.kernels.sparse_attention import blocks
+from ltrain.kernels.sparse_attention import blocks, in_fp8
 from ltrain.kernels.sparse_attention import triton_kernels as kernels
 
 WIDEST = 128  # of the indexer's heads
@@ -48,8 +48,12 @@ def _beyond(part: Part, top_k: int) -> Part:
     return Part(part.start + few, part.stop, part.begin, part.first + few)
 
 
-def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int) -> Tensor:
+def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int, fp8: bool) -> Tensor:
     """-> [T, top_k] int32, in the keys' order"""
+    sizes = None
+    if fp8:
+        (q, of_queries), (k, sizes) = in_fp8(q), in_fp8(k)
+        weights = weights.float() * of_queries
     q, k, weights = q.contiguous(), k.contiguous(), weights.contiguous()
     tokens, heads, width = q.shape
     found = torch.empty(tokens, top_k, dtype=torch.int32, device=q.device)
@@ -62,7 +66,8 @@ def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int)
         stride = triton.cdiv(seen, 16) * 16
         scores = torch.empty(rows, stride, dtype=torch.float32, device=q.device)
         grid = triton.cdiv(seen, keys), triton.cdiv(rows, queries)
-        args = (q[block.rows], k[block.keys], weights[block.rows], scores, rows, seen, stride, block.first, heads)
+        of_keys = None if sizes is None else sizes[block.keys]
+        args = (q[block.rows], k[block.keys], weights[block.rows], of_keys, scores, rows, seen, stride, block.first, heads)
         kernels.index_scores[grid](*args, **options, num_warps=8, num_stages=2)
         kernels.best_keys[(rows,)](scores, found[block.rows], stride, block.first, block.keys.start, top_k, B=BLOCK, num_warps=8)
     return found

@@ -183,7 +183,7 @@ def _attention(s: Sizes, mask: Mask) -> Operator:
     return Operator("attention", inputs, run, flops, both=3.5)
 
 
-def _dsa(s: Sizes) -> Operator:
+def _dsa(s: Sizes, fp8: bool = False) -> Operator:
     """DeepSeek-V3.2's, for 16 heads x 128: 128 heads, latents of 512 + 64 numbers, an indexer of 64 heads x 128."""
     heads, rank, rest, index_heads = 8 * s.heads, 4 * s.head_dim, s.head_dim // 2, 4 * s.heads
 
@@ -194,7 +194,7 @@ def _dsa(s: Sizes) -> Operator:
 
     def run(x: Inputs, backend: str) -> Tensor:
         whole = parts(_alone(x["q"]), len(x["q"]))
-        indices = select(x["iq"], x["ik"], x["iw"], whole, min(s.selected, len(x["q"])), backend=backend)
+        indices = select(x["iq"], x["ik"], x["iw"], whole, min(s.selected, len(x["q"])), fp8=fp8, backend=backend)
         return latent_attention(x["q"], x["latent"], indices, width=rank, scale=(1.5 * s.head_dim) ** -0.5, backend=backend)[0]
 
     def flops(tokens: int) -> float:
@@ -257,6 +257,7 @@ def operators(s: Sizes) -> dict[str, Operator]:
         "causal": _attention(s, FULL),
         "window": _attention(s, Mask(window=s.window)),
         "dsa": _dsa(s),
+        "dsa_fp8": _dsa(s, fp8=True),
         "cross_entropy": _cross_entropy(s),
         "norm": _norm(s),
         "experts": _experts(s),

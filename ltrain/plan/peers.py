@@ -197,6 +197,7 @@ PEERS: dict[str, list[Peer]] = {
     ],
     "window": [Peer("flex", "torch", "torch", _flex_window, _heads_first)],
     "dsa": [Peer("dense sdpa cudnn", "torch", "torch", _sdpa(SDPBackend.CUDNN_ATTENTION), _dense_mla, same=False)],
+    "dsa_fp8": [Peer("dense sdpa cudnn", "torch", "torch", _sdpa(SDPBackend.CUDNN_ATTENTION), _dense_mla, same=False)],
     "cross_entropy": [
         Peer("liger", "liger_kernel", "liger-kernel", _liger_cross_entropy),
         Peer("whole logits", "torch", "torch", _torch_cross_entropy),

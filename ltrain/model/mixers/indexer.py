@@ -51,7 +51,9 @@ class Indexer(nn.Module):
         and the index with the keys of all tokens that these may see."""
         index = index[0], seq.exchange.gather(index[1], seq), index[2]
         dense = self.options.index_loss == "dense"
-        indices = None if dense else seq.tape.keep(lambda: kernels.select(*index, seq.exchange.parts(seq), self.options.top_k))
+        indices = (
+            None if dense else seq.tape.keep(lambda: kernels.select(*index, seq.exchange.parts(seq), self.options.top_k, fp8=self.options.index_fp8))
+        )
         seq.shared[SELECTION] = indices
         return None if selects_everything(indices, seq) else indices, index
 
@@ -64,7 +66,10 @@ class Indexer(nn.Module):
 
     def choose(self, index: Index, keys: Tensor, lengths: Tensor, seq: Sequence) -> Tensor:
         """Decoding: the index of N tokens, their documents' keys [N, L, Di] of which lengths [N] hold -> slots [N, K], the best first."""
-        scores = kernels.index_scores(index[0], keys, index[2])
+        q = index[0]
+        if self.options.index_fp8:
+            q, keys = kernels.rounded_to_fp8(q), kernels.rounded_to_fp8(keys)
+        scores = kernels.index_scores(q, keys, index[2])
         scores.masked_fill_(torch.arange(keys.shape[1], device=keys.device) >= lengths.unsqueeze(1), -torch.inf)
         seq.shared[SELECTION] = scores.topk(min(self.options.top_k, keys.shape[1]), dim=-1).indices
         chosen: Tensor = seq.shared[SELECTION]

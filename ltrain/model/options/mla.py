@@ -45,6 +45,7 @@ class MLAOptions(MixerOptions):
     index_heads: int = 64
     index_dim: int = 128  # of which the first rope_dim numbers turn
     index_pairs: bool = False  # RopeOptions.pairs of the indexer
+    index_fp8: bool = False  # the indexer chooses by queries and keys in 8 bits; its loss sees them as they are
     index_loss: str = "sparse"  # none (it is not trained) | dense (warm-up: attention sees all, the indexer learns its weights) | sparse
     index_loss_weight: float = 1.0
     rope: RopeOptions | None = field(default_factory=lambda: RopeOptions(pairs=True))  # null: the rope_dim numbers do not turn (Kimi Linear)
@@ -61,7 +62,7 @@ class MLAOptions(MixerOptions):
             if self.rope.fraction != 1:
                 raise ConfigError(f"{key}.rope.fraction={self.rope.fraction:g} has no effect: rope_dim says how many numbers turn, take it out")
         idle = ["top_k"] if self.select == "none" else []
-        idle += ["index_heads", "index_dim", "index_pairs", "index_loss", "index_loss_weight"] if self.select != "index" else []
+        idle += ["index_heads", "index_dim", "index_pairs", "index_fp8", "index_loss", "index_loss_weight"] if self.select != "index" else []
         for name in idle:
             if getattr(self, name) != default_of(self, name):
                 raise ConfigError(f"{key}.{name}={getattr(self, name)} has no effect with select: {self.select}: write select: index, or take it out")
