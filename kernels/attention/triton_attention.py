@@ -30,7 +30,7 @@ class Tiles(NamedTuple):
 FORWARD = {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)}
 QUERY_GRADIENTS = {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)}
 KEY_GRADIENTS = {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)}
-EXACT = Tiles(32, 32, 8, 1)  # of float32 inputs, whose products take no tensor cores
+EXACT = {128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)}  # for float32, whose products take no tensor cores
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, scale: float, score: Score) -> str | None:
@@ -62,7 +62,7 @@ def _padded(width: int) -> int:
 def _options(q: Tensor, k: Tensor, v: Tensor, score: Score, table: dict[int, Tiles]) -> dict[str, Any]:
     """Compile-time options."""
     width, exact = max(q.shape[2], v.shape[2]), q.dtype == torch.float32
-    tiles = EXACT if exact else next(found for most, found in table.items() if width <= most)
+    tiles = next(found for most, found in (EXACT if exact else table).items() if width <= most)
     return {
         "H": q.shape[1],
         "G": q.shape[1] // k.shape[1],
