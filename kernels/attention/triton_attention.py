@@ -28,9 +28,9 @@ class Tiles(NamedTuple):
 
 # by the width of heads up to which they hold, for inputs of 16 bits
 FORWARD = {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)}
-QUERY_GRADIENTS = {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 1)}
-KEY_GRADIENTS = {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 1)}
-EXACT = Tiles(32, 32, 8, 1)  # of float32 inputs, whose products take no tensor cores
+QUERY_GRADIENTS = {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)}
+KEY_GRADIENTS = {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)}
+EXACT = {128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)}  # for float32, whose products take no tensor cores
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, scale: float, score: Score) -> str | None:
@@ -62,7 +62,7 @@ def _padded(width: int) -> int:
 def _options(q: Tensor, k: Tensor, v: Tensor, score: Score, table: dict[int, Tiles]) -> dict[str, Any]:
     """Compile-time options."""
     width, exact = max(q.shape[2], v.shape[2]), q.dtype == torch.float32
-    tiles = EXACT if exact else next(found for most, found in table.items() if width <= most)
+    tiles = next(found for most, found in (EXACT if exact else table).items() if width <= most)
     return {
         "H": q.shape[1],
         "G": q.shape[1] // k.shape[1],
@@ -102,7 +102,9 @@ def attend(
     intervals = _plan(pairs, False, q, options)
     slopes, below = (lse if x is None else x.detach().to(q.device, torch.float32).contiguous() for x in (score.slopes, sinks))
     forward.attend[(len(intervals.order) * q.shape[1],)](
-        *(q, k, v, slopes, below, out, lse, *intervals, scale, score.softcap, len(q), *_steps(q, k, v)), SUNK=sinks is not None, **options
+        *(q, k, v, slopes, below, out, lse, *intervals, float(scale), float(score.softcap), len(q), *_steps(q, k, v)),
+        SUNK=sinks is not None,
+        **options,
     )
     return out, lse
 
@@ -119,17 +121,17 @@ def backward_pairs(
     dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
     if not (len(q) and len(k)):
         return dq.zero_(), dk.zero_(), dv.zero_()
-    delta = torch.empty_like(lse)
+    rest = torch.empty(2, q.shape[1], len(q), dtype=torch.float32, device=q.device)
     slopes = lse if score.slopes is None else score.slopes.detach().to(q.device, torch.float32).contiguous()
     options = _options(q, k, v, score, QUERY_GRADIENTS)
     intervals = _plan(pairs, False, q, options)
     backward.query_gradients[(len(intervals.order) * q.shape[1],)](
-        *(q, k, v, slopes, out, dout, lse, delta, dq, *intervals, scale, score.softcap, len(q), *_steps(q, k, v, out, dout)), **options
+        *(q, k, v, slopes, out, dout, lse, rest, dq, *intervals, float(scale), float(score.softcap), len(q), *_steps(q, k, v, out, dout)), **options
     )
     options = _options(q, k, v, score, KEY_GRADIENTS)
     intervals = _plan(pairs, True, k, options)
     backward.key_gradients[(len(intervals.order) * k.shape[1],)](
-        *(q, k, v, slopes, dout, lse, delta, dk, dv, *intervals, scale, score.softcap, len(k), *_steps(q, k, v, dout)), **options
+        *(q, k, v, slopes, dout, rest, dk, dv, *intervals, float(scale), float(score.softcap), len(q), len(k), *_steps(q, k, v, dout)), **options
     )
     return dq, dk, dv
 

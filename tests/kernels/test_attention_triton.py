@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ltrain.kernels.attention import Mask, Pair, Score, attention, backward_pairs, forward_pairs, intervals, pair_attention
+from ltrain.kernels.attention import Mask, Pair, Score, attention, backward_pairs, forward_pairs, intervals, merge, pair_attention, seen
 from tests.kernels.interpreter import DEVICE, INTERPRETED, on_gpu, runs
 
 if DEVICE == "cuda" or INTERPRETED:
@@ -19,7 +19,7 @@ LENGTHS = [1, 63, 64, 65, 0, 129]
 def few_tiles(monkeypatch):
     """Of float32: in the interpreter a tile costs the same whatever its size."""
     if INTERPRETED:
-        monkeypatch.setattr(triton_attention, "EXACT", triton_attention.Tiles(64, 64, 8, 1))
+        monkeypatch.setattr(triton_attention, "EXACT", {256: triton_attention.Tiles(64, 64, 8, 1)})
 
 
 def cu(lengths: list[int]) -> torch.Tensor:
@@ -136,6 +136,31 @@ def test_pairs(case, score):
     for name, *both in zip(("dq", "dk", "dv"), *grads, strict=True):
         close(*both, 4e-6, name)
     assert not grads[0][0][unseen].any()
+
+
+@runs
+def test_a_ring_of_two_steps_is_one_attention():
+    """Each half of the queries over each half of the keys, as a ring calls these, with windows."""
+    mask, halves, given = Mask(window=50), ((0, 45), (45, 90)), tensors(90, 90, 2, 1, 16, 16)
+    leaves = [x.cpu().double().requires_grad_() for x in given]
+    expected = attention(*leaves, cu([90]), scale=0.3, mask=mask, backend="reference")
+    dout = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(given[0])
+    expected_grads = torch.autograd.grad((expected * dout.to(expected)).sum(), leaves)
+    steps = [(q, k, [p.moved(-q[0], -k[0]) for p in seen(q, k, mask)]) for q in halves for k in halves if k <= q]
+    outs = {}
+    for (a, b), (c, d), pairs in steps:
+        found = forward_pairs(given[0][a:b], given[1][c:d], given[2][c:d], pairs, scale=0.3, backend="triton")
+        outs[a] = merge(*outs[a], *found) if a in outs else found
+    out, lse = (torch.cat([outs[a][i] for a, _ in halves]) for i in range(2))
+    close(out, expected.detach(), 4e-6, "out")
+    grads = [torch.zeros_like(x) for x in given]
+    for (a, b), (c, d), pairs in steps:
+        final = [x[a:b] for x in (out, lse)]
+        parts = backward_pairs(dout[a:b], given[0][a:b], given[1][c:d], given[2][c:d], *final, pairs, scale=0.3, backend="triton")[:3]
+        for total, part, rows in zip(grads, parts, ((a, b), (c, d), (c, d)), strict=True):
+            total[slice(*rows)] += part
+    for got, of in zip(grads, expected_grads, strict=True):
+        close(got, of, 4e-6, "gradient")
 
 
 @runs

@@ -60,7 +60,7 @@ def query_gradients(
     out,
     dout,
     lse,
-    delta,
+    rest,
     dq,
     order,
     bounds,
@@ -91,7 +91,8 @@ def query_gradients(
     SLOPED: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (blocks of ROWS queries, heads): dq [Q, H, D], and delta [Q, H], the sum of out times its gradient, which `key_gradients` reads."""
+    """Grid (blocks of ROWS queries, heads): dq [Q, H, D], and for `key_gradients` rest [2, H, Q]: lse to base 2, and the sum of out times its
+    gradient."""
     program = tl.program_id(0)
     head = program % H
     first = tl.load(order + program // H) * ROWS
@@ -100,9 +101,10 @@ def query_gradients(
     query = load(q + head * q_head, first, q_stride, Q, ROWS, D, BD, True)
     grad = load(dout + head * dout_head, first, dout_stride, Q, ROWS, DV, BV, True)
     less = tl.sum(load(out + head * out_head, first, out_stride, Q, ROWS, DV, BV, True).to(tl.float32) * grad.to(tl.float32), 1)
-    of_row = rows.to(tl.int64) * H + head
-    tl.store(delta + of_row, less, mask=rows < Q)
-    level = tl.load(lse + of_row, mask=rows < Q, other=0.0) * LOG2E
+    level = tl.load(lse + rows.to(tl.int64) * H + head, mask=rows < Q, other=0.0) * LOG2E
+    of_head = rest + head.to(tl.int64) * Q
+    tl.store(of_head + rows, level, mask=rows < Q)
+    tl.store(of_head + H * Q.to(tl.int64) + rows, less, mask=rows < Q)
     k += (head // G) * k_head
     v += (head // G) * v_head
     slope = 0.0
@@ -135,9 +137,8 @@ def _key_step(
     value,
     q,
     dout,
-    lse,
-    delta,
-    head,
+    levels,
+    lesses,
     q_stride,
     dout_stride,
     first,
@@ -149,7 +150,6 @@ def _key_step(
     scale,
     cap,
     slope,
-    H: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
@@ -164,13 +164,12 @@ def _key_step(
     columns = first + tl.arange(0, COLUMNS)
     query = load(q, first, q_stride, end, COLUMNS, D, BD, MASKED)
     grad = load(dout, first, dout_stride, end, COLUMNS, DV, BV, MASKED)
-    of_column = columns.to(tl.int64) * H + head
     if MASKED:
-        level = tl.load(lse + of_column, mask=columns < end, other=0.0) * LOG2E
-        less = tl.load(delta + of_column, mask=columns < end, other=0.0)
+        level = tl.load(levels + columns, mask=columns < end, other=0.0)
+        less = tl.load(lesses + columns, mask=columns < end, other=0.0)
     else:
-        level = tl.load(lse + of_column) * LOG2E
-        less = tl.load(delta + of_column)
+        level = tl.load(levels + columns)
+        less = tl.load(lesses + columns)
     product = tl.dot(key, tl.trans(query), input_precision=DOT)
     scores, bent = scored(product, columns[None, :] + apart[:, None] - rows[:, None], scale, cap, slope, CAPPED, SLOPED)
     scores = scores * unit(scale, CAPPED, SLOPED) - level[None, :]
@@ -184,15 +183,14 @@ def _key_step(
     return tl.dot(back.to(query.dtype), query, sums, input_precision=DOT), value_sums
 
 
-@triton.jit(do_not_specialize=["K"])
+@triton.jit(do_not_specialize=["Q", "K"])
 def key_gradients(
     q,
     k,
     v,
     slopes,
     dout,
-    lse,
-    delta,
+    rest,
     dk,
     dv,
     order,
@@ -201,6 +199,7 @@ def key_gradients(
     spans,
     scale,
     cap,
+    Q,
     K,
     q_stride,
     q_head,
@@ -234,21 +233,24 @@ def key_gradients(
     for number in range(tl.load(bounds + block), tl.load(bounds + block + 1)):
         begin, end, low, high, apart = sight(ranges, spans, number, rows)
         tiles, whole, stop = tiles_of(begin, end, low, high, COLUMNS)
-        for head in range(kv_head * G, kv_head * G + G):
+        for member in range(G):
+            head = kv_head * G + member
+            levels = rest + head.to(tl.int64) * Q
+            lesses = levels + H * Q.to(tl.int64)
             slope = 0.0
             if SLOPED:
                 slope = tl.load(slopes + head)
             for tile in range(whole, stop):
                 at = begin + tile * COLUMNS
                 sums, value_sums = _key_step(
-                    sums, value_sums, key, value, q + head * q_head, dout + head * dout_head, lse, delta, head, q_stride, dout_stride,
-                    at, end, rows, low, high, apart, scale, cap, slope, H, D, DV, BD, BV, COLUMNS, CAPPED, SLOPED, DOT, False,
+                    sums, value_sums, key, value, q + head * q_head, dout + head * dout_head, levels, lesses, q_stride, dout_stride,
+                    at, end, rows, low, high, apart, scale, cap, slope, D, DV, BD, BV, COLUMNS, CAPPED, SLOPED, DOT, False,
                 )  # fmt: skip
             for other in range(tiles - (stop - whole)):
                 at = begin + (other + tl.where(other >= whole, stop - whole, 0)) * COLUMNS
                 sums, value_sums = _key_step(
-                    sums, value_sums, key, value, q + head * q_head, dout + head * dout_head, lse, delta, head, q_stride, dout_stride,
-                    at, end, rows, low, high, apart, scale, cap, slope, H, D, DV, BD, BV, COLUMNS, CAPPED, SLOPED, DOT, True,
+                    sums, value_sums, key, value, q + head * q_head, dout + head * dout_head, levels, lesses, q_stride, dout_stride,
+                    at, end, rows, low, high, apart, scale, cap, slope, D, DV, BD, BV, COLUMNS, CAPPED, SLOPED, DOT, True,
                 )  # fmt: skip
     put(dk + kv_head * D, sums * scale, first, H // G * D, K, ROWS, D, BD)
     put(dv + kv_head * DV, value_sums, first, H // G * DV, K, ROWS, DV, BV)
