@@ -412,11 +412,13 @@ def bench_context_parallel(args: argparse.Namespace) -> None:
     from ltrain.schema import check_multiple
 
     size = int(os.environ.get("WORLD_SIZE", 1))
-    inner_ring = args.inner_ring if args.simulate and size % (args.ulysses * args.inner_ring) == 0 else 1
-    check_multiple("the number of ranks", size, "--ulysses", 1 if args.simulate and size == 1 else args.ulysses)
+    ulysses, inner_ring = args.ulysses, args.inner_ring if args.simulate else 1
+    if args.simulate and size % (ulysses * inner_ring):  # groups of the ranks that are not there: those that are only trace
+        ulysses = inner_ring = 1
+    check_multiple("the number of ranks", size, "--ulysses", ulysses)
     device, dtype = ranks.start(), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     try:
-        mesh = ranks.Mesh(ParallelConfig(context=size, ulysses=min(size, args.ulysses), inner_ring=inner_ring), device)
+        mesh = ranks.Mesh(ParallelConfig(context=size, ulysses=ulysses, inner_ring=inner_ring), device)
         sizes = Sizes(args.heads, args.kv_heads, args.head_dim, args.window)
         if args.simulate:
             from ltrain.plan.simulate import main

@@ -247,7 +247,7 @@ def simulate(
     """A row for each layer, stream and number of ranks, and one for all layers together; every rank calls and has the same result.
 
     most: tokens of the longest stream that one rank is timed on. Where several ranks are here, they are also measured on a stream of at
-    most so many tokens, beside what the traces say of them.
+    most so many tokens, beside what the traces say of them, if they divide into the groups of the cut.
     """
     check(layers, cut, sizes, tokens, most)
     results: list[dict[str, Any]] = []
@@ -262,7 +262,7 @@ def simulate(
         for n in tokens:
             documents = lengths(stream, n)
             alone = {layer.name: one_rank(layer, documents, most, dtype, steps, mesh) for layer in layers}
-            if mesh.size > 1:
+            if mesh.size > 1 and mesh.size % (cut.ulysses * cut.inner_ring) == 0:
                 short = min(n, most // (2 * mesh.size) * 2 * mesh.size)
                 few, layout = lengths(stream, short), cut.layout(short, mesh.size, mesh.rank)
                 rows = []
