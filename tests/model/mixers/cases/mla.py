@@ -10,6 +10,7 @@ CASES: dict[str, Any] = {
     "mla-compressed-queries-biases-yarn": ("mla", {**SMALL, "q_rank": 10, "bias": True, "rope": YARN}),
     "mla-dsa": DSA,
     "mla-dsa-shared": [DSA, ("mla", {**SELECTED, "select": "shared"})],
+    "mla-dsa-fp8": ("mla", {**SELECTED, "select": "index", "index_heads": 8, "index_dim": 6, "index_fp8": True}),
     "mla-dsa-warm-up": ("mla", {**SMALL, "select": "index", "index_heads": 2, "index_dim": 6, "index_pairs": True, "index_loss": "dense"}),
     "mla-nope-head-gate-temperature": ("mla", {**SMALL, "rope": None, "gate": "head", "temperature": 0.3, "temperature_length": 20}),
 }
