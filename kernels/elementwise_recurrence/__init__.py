@@ -1,7 +1,8 @@
 """Recurrences whose state is multiplied number by number: h_t = a_t h_{t-1} + b_t (RG-LRU), and with it Mamba's selective scan.
 
-Backends: `reference` (token by token) and `doubling` (plain torch): after d steps each token holds what the last 2^d made of it, so that a
-segment of T tokens takes log2(T) passes (Hillis & Steele 1986). Products of decays alone are taken, which are at most 1: nothing overflows.
+Backends: `reference` (token by token), `doubling` (plain torch): after d steps each token holds what the last 2^d made of it, so that a
+segment of T tokens takes log2(T) passes (Hillis & Steele 1986), and `triton`: chunks of tokens in parallel on a GPU; `auto` takes triton
+wherever it runs, doubling elsewhere. Products of decays alone are taken, which are at most 1: nothing overflows.
 """
 
 from bisect import bisect_left
@@ -14,11 +15,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ltrain.kernels.elementwise_recurrence import reference
-from ltrain.kernels.segments import accumulator, boundaries, choose
+from ltrain.kernels.segments import accumulator, boundaries, choose, permitted, wants_triton
 
 __all__ = ["scan", "selective_scan", "step"]
 
-BACKENDS = ("reference", "doubling")
+BACKENDS = ("reference", "doubling", "triton")
 CHUNK = 512  # tokens whose states [chunk, D, S] the selective scan holds at a time
 
 
@@ -56,13 +57,10 @@ def _firsts(bounds: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor([bounds[n] for n in filled], dtype=torch.int64, device=device), torch.tensor(filled, dtype=torch.int64, device=device)
 
 
-def _finals(h: Tensor, bounds: list[int], initial_state: Tensor) -> Tensor:
-    """The state after each segment: an empty one keeps its initial state."""
-    ends = torch.tensor([end - 1 for end in bounds[1:]], device=h.device)
-    filled = torch.tensor([end > begin for begin, end in zip(bounds, bounds[1:], strict=False)], device=h.device)
-    if not len(h):
-        return initial_state
-    return torch.where(filled.view(-1, *[1] * (h.ndim - 1)), h[ends.clamp(min=0)], initial_state.to(h.dtype))
+def _finals(after: Tensor, bounds: list[int], initial_state: Tensor) -> Tensor:
+    """The state after each segment, `after` [N, ...]; an empty one keeps its initial state."""
+    filled = torch.tensor([end > begin for begin, end in pairwise(bounds)], device=after.device)
+    return torch.where(filled.view(-1, *[1] * (after.ndim - 1)), after, initial_state.to(after.dtype))
 
 
 def scan(a: Tensor, b: Tensor, cu_seqlens: Tensor, *, initial_state: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -72,13 +70,13 @@ def scan(a: Tensor, b: Tensor, cu_seqlens: Tensor, *, initial_state: Tensor | No
         a, b: [T, ...], float32 or wider; a in 0..1.
         cu_seqlens: [N + 1] int32 boundaries, on the CPU.
         initial_state: [N, ...]; None: zeros.
-        backend: auto | reference | doubling.
+        backend: auto | reference | doubling | triton.
 
     Returns:
         h [T, ...], and the state after each segment [N, ...].
 
     Raises:
-        ValueError: shapes, boundaries or backend do not fit.
+        ValueError: shapes, boundaries or backend do not fit, or triton was asked for and does not take these tensors.
     """
     bounds = boundaries(cu_seqlens, len(b))
     choose(backend, BACKENDS)
@@ -90,11 +88,18 @@ def scan(a: Tensor, b: Tensor, cu_seqlens: Tensor, *, initial_state: Tensor | No
         raise ValueError(f"initial_state must be {[len(bounds) - 1, *b.shape[1:]]}, but is {list(state.shape)}")
     if backend == "reference":
         return reference.scan(a, b, bounds, state)
+    if b.numel() and wants_triton(backend, b):
+        from ltrain.kernels.elementwise_recurrence import triton_scan
+
+        if permitted(triton_scan.refusal(b), backend, "doubling or auto"):
+            h, after = triton_scan.scan(a, b, bounds, state if given else None)
+            return h, _finals(after, bounds, state)
     rows, segments = _firsts(bounds, b.device)
     if given and len(rows):
         b = b.index_add(0, rows, a[rows] * state[segments])
-    h: Tensor = _Scan.apply(a.index_fill(0, rows, 0.0), b)
-    return h, _finals(h, bounds, state)
+    h = _Scan.apply(a.index_fill(0, rows, 0.0), b)
+    ends = torch.tensor([max(end - 1, 0) for end in bounds[1:]], device=h.device)
+    return h, _finals(h[ends], bounds, state) if len(h) else state
 
 
 def _selective_chunk(
@@ -136,13 +141,13 @@ def selective_scan(
         cu_seqlens: [N + 1] int32 boundaries, on the CPU.
         initial_state: [N, D, S], the state before each segment; None: zeros.
         return_final_state: whether to return the state after each segment.
-        backend: auto | reference | doubling.
+        backend: auto | reference | doubling | triton.
 
     Returns:
         y [T, D] in x's type, and the final states [N, D, S] in float32 or wider; None if not asked for.
 
     Raises:
-        ValueError: shapes, boundaries or backend do not fit.
+        ValueError: shapes, boundaries or backend do not fit, or triton was asked for and does not take these tensors.
     """
     tokens, channels, states = *x.shape, rate.shape[-1]
     if step.shape != x.shape or rate.shape != (channels, states) or B.shape != (tokens, states) or C.shape != B.shape:
@@ -157,6 +162,12 @@ def selective_scan(
     if backend == "reference":
         y, final = reference.selective_scan(x, step, rate, B, C, bounds, before)
         return y, final if return_final_state else None
+    if x.numel() and states and wants_triton(backend, x):
+        from ltrain.kernels.elementwise_recurrence import triton_scan
+
+        if permitted(triton_scan.refusal(x, step, rate, B, C, states=states), backend, "doubling or auto"):
+            y, after = triton_scan.selective_scan(x, step, rate, B, C, bounds, None if initial_state is None else before, return_final_state)
+            return y, None if after is None else _finals(after, bounds, before)
     filled = [(begin, end, n) for n, (begin, end) in enumerate(pairwise(bounds)) if end > begin]
     first = torch.zeros(tokens, dtype=torch.bool, device=x.device).index_fill_(0, _firsts(bounds, x.device)[0], True)
     outputs, state, finals = [], before.new_zeros(channels, states), before

@@ -52,6 +52,26 @@ def test_selective_scan(lengths: list[int], initial: bool, monkeypatch: pytest.M
     close(run("auto"), run("reference"), [x, step, rate, B, C, *([state] if state is not None else [])])
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 5, 100])
+@pytest.mark.parametrize("initial", [False, True])
+def test_documents_across_the_chunks_of_the_selective_scan(chunk: int, initial: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents that begin and end on chunks' bounds and beside them, several in one chunk, one over several chunks, and empty ones on a bound,
+    first and last: each chunk finds its own, and no other's, by `inside`."""
+    monkeypatch.setattr(kernels, "CHUNK", chunk)
+    lengths = [0, 3, 1, 0, 4, 0, 0, 9, 1, 1, 1, 1, 1, 0, 2, 0]
+    tokens, g = sum(lengths), torch.Generator().manual_seed(0)
+    x, B, C = (torch.randn(tokens, n, dtype=torch.float64, generator=g).requires_grad_() for n in (2, 3, 3))
+    step = torch.rand(tokens, 2, dtype=torch.float64, generator=g).requires_grad_()
+    rate = (0.1 + torch.rand(2, 3, dtype=torch.float64, generator=g)).requires_grad_()
+    state = torch.randn(len(lengths), 2, 3, dtype=torch.float64, generator=g).requires_grad_() if initial else None
+
+    def run(backend: str, final: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return kernels.selective_scan(x, step, rate, B, C, cu(lengths), initial_state=state, return_final_state=final, backend=backend)
+
+    close(run("doubling"), run("reference"), [x, step, rate, B, C, *([state] if state is not None else [])])
+    torch.testing.assert_close(run("doubling", final=False)[0], run("reference")[0], rtol=1e-11, atol=1e-12)
+
+
 def test_decays_that_vanish_stay_finite_in_float32() -> None:
     step = torch.full((300, 2), 1e4)
     y, _ = kernels.selective_scan(torch.ones(300, 2), step, torch.ones(2, 3), torch.ones(300, 3), torch.ones(300, 3), cu([300]))
