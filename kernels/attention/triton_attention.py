@@ -14,6 +14,7 @@ from torch import Tensor
 from ltrain.kernels.attention.intervals import Plan, plan
 from ltrain.kernels.attention.pairs import PLAIN, Pair, Score
 from ltrain.kernels.attention.triton_kernels import backward, forward
+from ltrain.kernels.attention.triton_kernels.tiles import REST
 
 WIDEST = 256  # of heads: what a program has room for
 MOST = 1 << 30  # rows: their numbers and sums of two are int32
@@ -121,7 +122,7 @@ def backward_pairs(
     dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
     if not (len(q) and len(k)):
         return dq.zero_(), dk.zero_(), dv.zero_()
-    rest = torch.empty(2, q.shape[1], len(q), dtype=torch.float32, device=q.device)
+    rest = torch.empty(q.shape[1], len(q), REST.value, dtype=torch.float32, device=q.device)
     slopes = lse if score.slopes is None else score.slopes.detach().to(q.device, torch.float32).contiguous()
     options = _options(q, k, v, score, QUERY_GRADIENTS)
     intervals = _plan(pairs, False, q, options)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ltrain.kernels.attention.triton_kernels.tiles import LOG2E, load, put, scored, sight, tiles_of, unit
+from ltrain.kernels.attention.triton_kernels.tiles import LOG2E, REST, load, put, scored, sight, tiles_of, unit
 
 
 @triton.jit
@@ -91,8 +91,8 @@ def query_gradients(
     SLOPED: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (blocks of ROWS queries, heads): dq [Q, H, D], and for `key_gradients` rest [2, H, Q]: lse to base 2, and the sum of out times its
-    gradient."""
+    """Grid (blocks of ROWS queries, heads): dq [Q, H, D], and for `key_gradients` rest [H, Q, REST]: lse to base 2, and the sum of out
+    times its gradient."""
     program = tl.program_id(0)
     head = program % H
     first = tl.load(order + program // H) * ROWS
@@ -102,9 +102,9 @@ def query_gradients(
     grad = load(dout + head * dout_head, first, dout_stride, Q, ROWS, DV, BV, True)
     less = tl.sum(load(out + head * out_head, first, out_stride, Q, ROWS, DV, BV, True).to(tl.float32) * grad.to(tl.float32), 1)
     level = tl.load(lse + rows.to(tl.int64) * H + head, mask=rows < Q, other=0.0) * LOG2E
-    of_head = rest + head.to(tl.int64) * Q
-    tl.store(of_head + rows, level, mask=rows < Q)
-    tl.store(of_head + H * Q.to(tl.int64) + rows, less, mask=rows < Q)
+    of_row = rest + (head.to(tl.int64) * Q + rows) * REST
+    tl.store(of_row, level, mask=rows < Q)
+    tl.store(of_row + 1, less, mask=rows < Q)
     k += (head // G) * k_head
     v += (head // G) * v_head
     slope = 0.0
@@ -137,8 +137,7 @@ def _key_step(
     value,
     q,
     dout,
-    levels,
-    lesses,
+    rest,
     q_stride,
     dout_stride,
     first,
@@ -164,12 +163,10 @@ def _key_step(
     columns = first + tl.arange(0, COLUMNS)
     query = load(q, first, q_stride, end, COLUMNS, D, BD, MASKED)
     grad = load(dout, first, dout_stride, end, COLUMNS, DV, BV, MASKED)
-    if MASKED:
-        level = tl.load(levels + columns, mask=columns < end, other=0.0)
-        less = tl.load(lesses + columns, mask=columns < end, other=0.0)
-    else:
-        level = tl.load(levels + columns)
-        less = tl.load(lesses + columns)
+    # REST numbers of a query in one load: of tiles with fewer numbers than threads Triton lets each thread load all that it needs, one by one
+    both = load(rest, first, REST, end, COLUMNS, REST, REST, MASKED)
+    even, odd = tl.split(tl.reshape(both, (COLUMNS, 2, 2)))
+    level, less = tl.split(even)[0], tl.split(odd)[0]
     product = tl.dot(key, tl.trans(query), input_precision=DOT)
     scores, bent = scored(product, columns[None, :] + apart[:, None] - rows[:, None], scale, cap, slope, CAPPED, SLOPED)
     scores = scores * unit(scale, CAPPED, SLOPED) - level[None, :]
@@ -235,21 +232,20 @@ def key_gradients(
         tiles, whole, stop = tiles_of(begin, end, low, high, COLUMNS)
         for member in range(G):
             head = kv_head * G + member
-            levels = rest + head.to(tl.int64) * Q
-            lesses = levels + H * Q.to(tl.int64)
+            of_head = rest + head.to(tl.int64) * Q * REST
             slope = 0.0
             if SLOPED:
                 slope = tl.load(slopes + head)
             for tile in range(whole, stop):
                 at = begin + tile * COLUMNS
                 sums, value_sums = _key_step(
-                    sums, value_sums, key, value, q + head * q_head, dout + head * dout_head, levels, lesses, q_stride, dout_stride,
+                    sums, value_sums, key, value, q + head * q_head, dout + head * dout_head, of_head, q_stride, dout_stride,
                     at, end, rows, low, high, apart, scale, cap, slope, D, DV, BD, BV, COLUMNS, CAPPED, SLOPED, DOT, False,
                 )  # fmt: skip
             for other in range(tiles - (stop - whole)):
                 at = begin + (other + tl.where(other >= whole, stop - whole, 0)) * COLUMNS
                 sums, value_sums = _key_step(
-                    sums, value_sums, key, value, q + head * q_head, dout + head * dout_head, levels, lesses, q_stride, dout_stride,
+                    sums, value_sums, key, value, q + head * q_head, dout + head * dout_head, of_head, q_stride, dout_stride,
                     at, end, rows, low, high, apart, scale, cap, slope, D, DV, BD, BV, COLUMNS, CAPPED, SLOPED, DOT, True,
                 )  # fmt: skip
     put(dk + kv_head * D, sums * scale, first, H // G * D, K, ROWS, D, BD)

@@ -6,6 +6,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 SPAN = tl.constexpr(7)  # as in `intervals`
 RANGE = tl.constexpr(4)
+REST = tl.constexpr(4)  # numbers of a query and head that the gradients of keys read, two of them used
 
 
 @triton.jit
