@@ -6,6 +6,7 @@ float32, all but relative biases). `auto` takes flash wherever it runs, then tri
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -209,6 +210,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, sinks, bias = ctx.saved_tensors
         # exp(score - lse) is the final probability, the sink's share taken out: nothing else in these gradients knows of sinks
         arguments, dbias = (grads[0], q, k, v, out, lse, ctx.pairs, ctx.scale), None
+        if hasattr(ctx.backend, "attend"):
+            return *ctx.backend.gradients(*arguments, ctx.score, sinks, q.dtype), *[None] * 5
         if ctx.backend is flash:
             dq, dk, dv = flash.backward_pairs(*arguments)
         else:
@@ -216,6 +219,12 @@ class _Attention(torch.autograd.Function):
             dbias = None if bias is None or dbias is None else dbias.to(bias.dtype)
         dsinks = None if sinks is None else sinks_gradient(grads[0], out, lse, sinks)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, dbias, None, None, None, None
+
+
+@lru_cache(maxsize=64)  # all layers of a micro-batch share it: of thousands of documents it takes milliseconds
+def _masked_pairs(bounds: tuple[int, ...], mask: Mask, starts: tuple[int, ...]) -> list[Pair]:
+    """Not to be changed by who reads it."""
+    return masked_pairs(list(bounds), mask, list(starts))
 
 
 def attention(
@@ -262,7 +271,7 @@ def attention(
         raise ValueError("mask.globals go with a window alone that is not causal: leave them out, or write anchors")
     bounds = boundaries(cu_seqlens, len(q))
     starts = starts or [0] * (len(bounds) - 1)
-    pairs = masked_pairs(bounds, mask, starts)
+    pairs = _masked_pairs(tuple(bounds), mask, tuple(starts))
     chosen = _backend(backend, q, k, v, pairs, scale, score)
     if chosen is reference:
         return reference.attention(q, k, v, bounds, scale, mask, starts, score, sinks)

@@ -114,14 +114,25 @@ def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: flo
     return attend(q, k, v, pairs, scale, score)
 
 
-def backward_pairs(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float, score: Score = PLAIN
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pairs: list[Pair],
+    scale: float,
+    score: Score,
+    sinks: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """-> dq, dk and dv in `dtype`, and of sinks what these rows contribute as of `sinks_gradient`"""
     q, k, v, out, dout = (_laid(x) for x in (q, k, v, out, dout.to(q.dtype)))
     lse = lse.to(torch.float32).contiguous()
-    dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     if not (len(q) and len(k)):
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return dq.zero_(), dk.zero_(), dv.zero_(), None if sinks is None else torch.zeros_like(sinks)
     rest = torch.empty(q.shape[1], len(q), REST.value, dtype=torch.float32, device=q.device)
     slopes = lse if score.slopes is None else score.slopes.detach().to(q.device, torch.float32).contiguous()
     options = _options(q, k, v, score, QUERY_GRADIENTS)
@@ -134,7 +145,16 @@ def backward_pairs(
     backward.key_gradients[(len(intervals.order) * k.shape[1],)](
         *(q, k, v, slopes, dout, rest, dk, dv, *intervals, float(scale), float(score.softcap), len(q), len(k), *_steps(q, k, v, dout)), **options
     )
-    return dq, dk, dv
+    if sinks is None:
+        return dq, dk, dv, None
+    pull = rest[..., 1]  # [H, Tq]: the sum of out times its gradient
+    return dq, dk, dv, -((sinks.to(lse).unsqueeze(1) - lse.T).exp() * pull).sum(1).to(sinks.dtype)
+
+
+def backward_pairs(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float, score: Score = PLAIN
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gradients(dout, q, k, v, out, lse, pairs, scale, score)[:3]
 
 
 def backward_scores(
