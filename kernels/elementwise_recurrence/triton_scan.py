@@ -16,14 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.elementwise_recurrence import triton_kernels as kernels
 
+TYPES = (torch.bfloat16, torch.float16, torch.float32)  # of the selective scan, whose states are float32
 CHUNK = 64  # tokens of one program
 SCRATCH = 256 * 2**20  # bytes of states that the backward of the selective scan holds at a time
 STATES = 32  # a thread holds those of a channel and their rates in registers: 64 do not fit
 
 
 class Tile(NamedTuple):
-    """Channels of one program, at least 32 to a warp so that threads hold whole channels; tokens whose rows are read at a time; warps; registers
-    of a thread, or as many as the compiler likes."""
+    """Channels of one program, at least 32 to a warp so that threads hold whole channels; tokens whose rows are read at a time, of which CHUNK is
+    a multiple; warps; registers of a thread, or as many as the compiler likes."""
 
     BC: int
     L: int
@@ -37,14 +38,13 @@ FORWARD = Tile(128, 4, 4)  # of the selective scan
 BACKWARD = Tile(128, 4, 1, 168)  # one warp, four channels to a thread: sums over channels go through few threads and need no other warp
 
 
-def refusal(values: Tensor, *others: Tensor, states: int = 1) -> str | None:
+def refusal(values: Tensor, *others: Tensor, types: tuple[torch.dtype, ...] = TYPES, states: int = 1) -> str | None:
     """Why the kernels do not take these tensors, or None."""
     if not (values.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return f"runs on CUDA, not on {values.device.type}"
-    known = (torch.bfloat16, torch.float16, torch.float32)
-    unknown = [x.dtype for x in (values, *others) if x.dtype not in known]
+    unknown = [x.dtype for x in (values, *others) if x.dtype not in types]
     if unknown:
-        return f"takes bfloat16, float16 or float32, not {unknown[0]}"
+        return f"takes {', '.join(str(x).removeprefix('torch.') for x in types)}, not {unknown[0]}"
     if states > STATES:
         return f"takes at most {STATES} states of a channel, not {states}"
     return None

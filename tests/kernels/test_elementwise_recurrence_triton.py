@@ -147,8 +147,12 @@ def test_gradients_are_the_same_each_time():
 @runs
 def test_what_is_refused():
     x = torch.ones(3, 2, device=DEVICE)
-    with pytest.raises(ValueError, match="backend='triton' takes bfloat16, float16 or float32, not torch.float64: choose doubling or auto"):
-        kernels.scan(x.double(), x.double(), cu([3]), backend="triton")
+    for dtype in (torch.float64, torch.bfloat16):  # of what a state is made of in its own type
+        with pytest.raises(ValueError, match=f"backend='triton' takes float32, not {dtype}: choose doubling or auto"):
+            kernels.scan(x.to(dtype), x.to(dtype), cu([3]), backend="triton")
+    with pytest.raises(ValueError, match="backend='triton' takes bfloat16, float16, float32, not torch.float64: choose doubling or auto"):
+        kernels.selective_scan(x, x.double(), x[:2], x, x, cu([3]), backend="triton")
+    assert kernels.scan(x.double(), x.double(), cu([3]))[0].dtype == torch.float64
     wide = torch.ones(3, 33, device=DEVICE)
     with pytest.raises(ValueError, match="takes at most 32 states of a channel, not 33"):
         kernels.selective_scan(x, x, torch.ones(2, 33, device=DEVICE), wide, wide, cu([3]), backend="triton")
