@@ -91,7 +91,7 @@ def scan(a: Tensor, b: Tensor, cu_seqlens: Tensor, *, initial_state: Tensor | No
     if b.numel() and wants_triton(backend, b):
         from ltrain.kernels.elementwise_recurrence import triton_scan
 
-        if permitted(triton_scan.refusal(b), backend, "doubling or auto"):
+        if permitted(triton_scan.refusal(b, types=(torch.float32,)), backend, "doubling or auto"):
             h, after = triton_scan.scan(a, b, bounds, state if given else None)
             return h, _finals(after, bounds, state)
     rows, segments = _firsts(bounds, b.device)

@@ -45,6 +45,15 @@ def _documents(base, t, T, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _numbers(base, S, COUNT: tl.constexpr):
+    """The numbers that COUNT rows [S] have at `base`"""
+    numbers = tl.tuple(())
+    for i in tl.static_range(COUNT):
+        numbers = numbers + (tl.load(base + i * S),)
+    return numbers
+
+
+@triton.jit
 def _before(h, document, initial, width, at, exists, INITIAL: tl.constexpr):
     """The state before a token: h, unless `document` begins with it, at the offsets `at` of initial states [documents, width]"""
     given = 0.0
@@ -153,13 +162,13 @@ def scan_gradients(
 
 
 # ---- h_t = exp(-step_t rate) h_{t-1} + step_t x_t B_t, y_t = C_t h_t: x, step, y [T, C], rate [S, C], B, C [T, S]; here B and C are `keys` and
-# `queries`, and C the number of channels
+# `queries`, float32 with zeros behind the stream up to the end of the last chunk, and C is the number of channels
 
 
 @triton.jit
 def _decay_rate(rate, at, exists):
     """Of 2 instead of e, which the GPU has an instruction for"""
-    return tl.load(rate + at, mask=exists, other=0.0).to(tl.float32) * -LOG2E
+    return tl.load(rate + at, mask=exists, other=0.0) * -LOG2E
 
 
 @triton.jit(do_not_specialize=["T", "C"])
@@ -260,18 +269,18 @@ def selective_local_gradients(
     tl.store(local + chunk * S * C + at, g, mask=exists)
 
 
-@triton.jit(do_not_specialize=["T", "start", "tokens"])
+@triton.jit(do_not_specialize=["T", "start", "chunks"])
 def selective_gradients(
     x, step, rate, keys, queries, dy, begins, ends, initial, dfinal, inner, ahead,
-    dx, dstep, drate, dkeys, dqueries, dinitial, T, start, tokens, C,
+    dx, dstep, drate, dkeys, dqueries, dinitial, T, start, chunks, C,
     S: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr, L: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of `tokens` tokens, the chunks from number `start` on, from the states before every L tokens, `inner`, and the gradients of
+    """The gradients of `chunks` chunks from number `start` on, from the states before every L tokens, `inner`, and the gradients of
     the states that chunks end with, ahead [chunks, S, C], which are overwritten.
 
-    drate [chunks here, S, C] and dkeys, dqueries [channel blocks, tokens, S] are each program's part. What a run of L tokens needs of one s fits
+    drate [chunks here, S, C] and dkeys, dqueries [channel blocks, tokens here, S] are each program's part. What a run of L tokens needs of one s fits
     into registers: decays, and states times decays; s is the inner loop, and what sums over s stays in registers meanwhile. What goes from one
-    run to the run before it, the state's gradient and the sum of drate, waits in memory, each number for the thread that wrote it.
+    run to the run before it, the state's gradient and the sum of drate, waits in memory.
     """
     slot, chunk, c = _place(C, start, BC)
     block = tl.program_id(0) % tl.cdiv(C, BC)
@@ -293,19 +302,18 @@ def selective_gradients(
             h = tl.load(inner + (slot * (CHUNK // L) + run) * S * C + at, mask=exists, other=0.0)
             g = tl.load(ahead + chunk * S * C + at, mask=exists, other=0.0)
             total = tl.load(drate + slot * S * C + at, mask=exists & (i > 0), other=0.0)
-            key, query = _rows(keys, t, T, S, s, True, L), _rows(queries, t, T, S, s, True, L)
-            part = dqueries + (block * tokens + (t - start * CHUNK)) * S + s
+            key, query = _numbers(keys + t * S + s, S, L), _numbers(queries + t * S + s, S, L)
+            part = ((block * chunks + slot) * CHUNK + run * L) * S + s
             decays, left = tl.tuple(()), tl.tuple(())
             for j in tl.static_range(L):
                 decays = decays + (tl.exp2(speed * steps[j]),)
                 left = left + (decays[j] * _before(h, first[j], initial, S * C, at, exists, INITIAL),)
                 h = left[j] + stored[j] * key[j]
-                tl.store(part + j * S, tl.sum(grads[j] * h, 0), mask=t + j < T)
-            part = dkeys + (block * tokens + (t - start * CHUNK)) * S + s
+                tl.store(dqueries + part + j * S, tl.sum(grads[j] * h, 0))
             now_written, now_faded = tl.tuple(()), tl.tuple(())
             for k in tl.static_range(L - 1, -1, -1):
                 g = _after(g + grads[k] * query[k], last[k], dfinal, S * C, at, exists, FINAL)
-                tl.store(part + k * S, tl.sum(g * stored[k], 0), mask=t + k < T)
+                tl.store(dkeys + part + k * S, tl.sum(g * stored[k], 0))
                 forgotten = g * left[k]
                 now_written = tl.tuple((written[k] + g * key[k],)) + now_written
                 now_faded = tl.tuple((faded[k] + forgotten * speed,)) + now_faded
@@ -317,6 +325,7 @@ def selective_gradients(
             written, faded = now_written, now_faded
             tl.store(ahead + chunk * S * C + at, g, mask=exists)
             tl.store(drate + slot * S * C + at, total, mask=exists)
+        tl.debug_barrier()  # what was written is there for the next run, whichever thread reads it
         for j in tl.static_range(L):
             here = exists & (t + j < T)
             tl.store(dx + (t + j) * C + c, (steps[j] * written[j]).to(dx.dtype.element_ty), mask=here)

@@ -9,20 +9,22 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.elementwise_recurrence import triton_kernels as kernels
 
+TYPES = (torch.bfloat16, torch.float16, torch.float32)  # of the selective scan, whose states are float32
 CHUNK = 64  # tokens of one program
 SCRATCH = 256 * 2**20  # bytes of states that the backward of the selective scan holds at a time
 STATES = 32  # a thread holds those of a channel and their rates in registers: 64 do not fit
 
 
 class Tile(NamedTuple):
-    """Channels of one program, at least 32 to a warp so that threads hold whole channels; tokens whose rows are read at a time; warps; registers
-    of a thread, or as many as the compiler likes."""
+    """Channels of one program, at least 32 to a warp so that threads hold whole channels; tokens whose rows are read at a time, of which CHUNK is
+    a multiple; warps; registers of a thread, or as many as the compiler likes."""
 
     BC: int
     L: int
@@ -33,17 +35,16 @@ class Tile(NamedTuple):
 SCAN = Tile(128, 8, 4)
 CARRY = Tile(32, 8, 1)
 FORWARD = Tile(128, 4, 4)  # of the selective scan
-BACKWARD = Tile(64, 4, 1)  # one warp: sums over channels need no other
+BACKWARD = Tile(128, 4, 1, 168)  # one warp, four channels to a thread: sums over channels go through few threads and need no other warp
 
 
-def refusal(values: Tensor, *others: Tensor, states: int = 1) -> str | None:
+def refusal(values: Tensor, *others: Tensor, types: tuple[torch.dtype, ...] = TYPES, states: int = 1) -> str | None:
     """Why the kernels do not take these tensors, or None."""
     if not (values.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return f"runs on CUDA, not on {values.device.type}"
-    known = (torch.bfloat16, torch.float16, torch.float32)
-    unknown = [x.dtype for x in (values, *others) if x.dtype not in known]
+    unknown = [x.dtype for x in (values, *others) if x.dtype not in types]
     if unknown:
-        return f"takes bfloat16, float16 or float32, not {unknown[0]}"
+        return f"takes {', '.join(str(x).removeprefix('torch.') for x in types)}, not {unknown[0]}"
     if states > STATES:
         return f"takes at most {STATES} states of a channel, not {states}"
     return None
@@ -119,8 +120,8 @@ def _scan_bounds(a: Tensor, b: Tensor, places: Places, initial: Tensor | None, d
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """x, step [T, C], rate [S, C], B, C [T, S], initial [N, S, C] -> y [T, C] and, if asked for, final [N, S, C], zeros for documents without
-    tokens"""
+    """x, step [T, C] and in float32 rate [S, C], B, C [T, S], initial [N, S, C] -> y [T, C] and, if asked for, final [N, S, C], zeros for
+    documents without tokens"""
 
     @staticmethod
     def forward(
@@ -129,6 +130,7 @@ class _SelectiveScan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         places = _places(bounds, CHUNK, x.device)
         (states, channels), chunks = rate.shape, len(places.whole)
+        B, C = (F.pad(t, (0, 0, 0, chunks * CHUNK - len(x))) for t in (B, C))  # so that no program need look where they end
         starts = x.new_empty(chunks, states, channels, dtype=torch.float32)
         totals = x.new_empty(chunks, channels, dtype=torch.float32)
         options = {"CHUNK": CHUNK, **FORWARD._asdict(), "S": states, "BS": triton.next_power_of_2(states), "INITIAL": initial is not None}
@@ -159,27 +161,27 @@ class _SelectiveScan(torch.autograd.Function):
         kernels.selective_local_gradients[_grid(chunks, x, FORWARD)](*args, **tile, **ended)
         _selective_carry(ahead, totals, rate, places, reverse=True)
 
-        dx, dstep, dB, dC = (torch.empty_like(t) for t in (x, step, B, C))
+        dx, dstep = torch.empty_like(x), torch.empty_like(step)
+        dB, dC = torch.empty_like(B), torch.empty_like(C)
         dinitial = None if initial is None else torch.zeros_like(initial)  # documents without tokens have no part in it
         runs = CHUNK // BACKWARD.L
         at_once = max(1, min(chunks, SCRATCH // (4 * runs * states * channels)))
         inner = starts.new_empty(at_once, runs, states, channels)
         drates = starts.new_empty(at_once, states, channels)
-        dBC = starts.new_empty(2, blocks * at_once * CHUNK * states)
-        drate = torch.zeros_like(rate, dtype=torch.float32)
+        parts = starts.new_empty(2, blocks * at_once * CHUNK * states)
+        drate = torch.zeros_like(rate)
         for first in range(0, chunks, at_once):
             count = min(at_once, chunks - first)
-            rows = slice(first * CHUNK, min((first + count) * CHUNK, len(x)))
-            tokens = rows.stop - rows.start
+            rows = slice(first * CHUNK, (first + count) * CHUNK)
             again = x, step, rate, B, None, places.begins, None, initial, starts, None, None, inner, len(x), first, channels
             kernels.selective_states[_grid(count, x, FORWARD)](*again, **tile | {"L": BACKWARD.L}, **given, FINAL=False, INNER=True)
-            dB_, dC_ = (part[: blocks * tokens * states].view(blocks, tokens, states) for part in dBC)
+            dB_, dC_ = (part[: blocks * count * CHUNK * states].view(blocks, count * CHUNK, states) for part in parts)
             own = x, step, rate, B, C, dy, places.begins, places.ends, initial, dfinal, inner, ahead, dx, dstep, drates, dB_, dC_, dinitial
             grid = _grid(count, x, BACKWARD)
-            kernels.selective_gradients[grid](*own, len(x), first, tokens, channels, S=states, CHUNK=CHUNK, **BACKWARD._asdict(), **given, **ended)
+            kernels.selective_gradients[grid](*own, len(x), first, count, channels, S=states, CHUNK=CHUNK, **BACKWARD._asdict(), **given, **ended)
             drate += drates[:count].sum(0)
             dB[rows], dC[rows] = dB_.sum(0), dC_.sum(0)
-        return dx, dstep, drate.to(rate.dtype), dB, dC, dinitial, None, None
+        return dx, dstep, drate, dB[: len(x)], dC[: len(x)], dinitial, None, None
 
 
 def _selective_carry(local: Tensor, totals: Tensor, rate: Tensor, places: Places, *, reverse: bool) -> None:
@@ -202,6 +204,7 @@ def selective_scan(
     """x, step [T, D], rate [D, S], B, C [T, S], initial [N, D, S] -> y [T, D] in x's type, and if `final` the state after each document
     [N, D, S] in float32, of documents without tokens zeros"""
     before = None if initial is None else initial.transpose(1, 2).contiguous()
-    inputs = x.contiguous(), step.contiguous(), rate.t().contiguous(), B.contiguous(), C.contiguous()
+    # every thread reads all of B and C, which are small: they are made wide here once instead of there each time
+    inputs = x.contiguous(), step.contiguous(), *(t.float().contiguous() for t in (rate.t(), B, C))
     y, after = _SelectiveScan.apply(*inputs, before, tuple(bounds), final)
     return y, None if after is None else after.transpose(1, 2)

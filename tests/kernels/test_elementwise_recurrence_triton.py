@@ -25,11 +25,13 @@ def drawn(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def decays(*shape):
-    """Of near 1, middling ones, exp(-40) and 0, at random."""
+def decays(*shape, strongest=1e4):
+    """Logarithms, negated: small ones in even channels, which carry states over many chunks, and in odd ones those that forget at once among them."""
     g = torch.Generator().manual_seed(7)
-    levels = torch.tensor([0.0, 1e-3, 1e-3, 0.3, 0.3, 5.0, 40.0, 1e4], dtype=torch.float64)
-    return levels[torch.randint(len(levels), shape, generator=g)] * torch.rand(*shape, generator=g, dtype=torch.float64)
+    strong = torch.tensor([0.0, 1e-3, 0.3, 5.0, 40.0, strongest], dtype=torch.float64)[torch.randint(6, shape, generator=g)]
+    weak = torch.tensor([0.0, 1e-3, 0.03, 0.1], dtype=torch.float64)[torch.randint(4, shape, generator=g)]
+    odd = torch.arange(shape[-1]) % 2 == 1
+    return torch.where(odd, strong, weak) * torch.rand(*shape, generator=g, dtype=torch.float64)
 
 
 def compare(call, inputs, tolerance):
@@ -67,9 +69,10 @@ def compare_scan(lengths, channels, tolerance=1e-6, *, a=None, initial=True, fin
 
 def compare_selective(lengths, channels, states, tolerance=1e-5, *, dtype=torch.float32, initial=True, final=True, steps=None):
     tokens = sum(lengths)
+    step = decays(tokens, channels, strongest=40.0) if steps is None else torch.full((tokens, channels), steps)
     inputs = {
-        "x": drawn(tokens, channels, seed=1).to(dtype),
-        "step": (decays(tokens, channels) if steps is None else torch.full((tokens, channels), steps)).float(),
+        "x": (drawn(tokens, channels, seed=1) / step.clamp(min=1)).to(dtype),  # strong steps are not to hide all others in sums of squares
+        "step": step.float(),
         "rate": (0.1 + 2 * drawn(channels, states, seed=3).abs()).float(),
         "B": drawn(tokens, states, seed=4).to(dtype),
         "C": drawn(tokens, states, seed=5).to(dtype),
@@ -144,8 +147,12 @@ def test_gradients_are_the_same_each_time():
 @runs
 def test_what_is_refused():
     x = torch.ones(3, 2, device=DEVICE)
-    with pytest.raises(ValueError, match="backend='triton' takes bfloat16, float16 or float32, not torch.float64: choose doubling or auto"):
-        kernels.scan(x.double(), x.double(), cu([3]), backend="triton")
+    for dtype in (torch.float64, torch.bfloat16):  # of what a state is made of in its own type
+        with pytest.raises(ValueError, match=f"backend='triton' takes float32, not {dtype}: choose doubling or auto"):
+            kernels.scan(x.to(dtype), x.to(dtype), cu([3]), backend="triton")
+    with pytest.raises(ValueError, match="backend='triton' takes bfloat16, float16, float32, not torch.float64: choose doubling or auto"):
+        kernels.selective_scan(x, x.double(), x[:2], x, x, cu([3]), backend="triton")
+    assert kernels.scan(x.double(), x.double(), cu([3]))[0].dtype == torch.float64
     wide = torch.ones(3, 33, device=DEVICE)
     with pytest.raises(ValueError, match="takes at most 32 states of a channel, not 33"):
         kernels.selective_scan(x, x, torch.ones(2, 33, device=DEVICE), wide, wide, cu([3]), backend="triton")
