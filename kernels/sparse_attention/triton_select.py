@@ -31,7 +31,7 @@ def refusal(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
-@lru_cache(maxsize=64)  # all layers of a micro-batch share it
+@lru_cache(maxsize=4)  # all layers of a micro-batch share it; 8 bytes a token on the device
 def _ranges(parts: tuple[Part, ...], tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The first key that each query sees and how many, [T] int32; a query of no part sees none."""
     begins, counts = torch.zeros(2, tokens, dtype=torch.int32)
