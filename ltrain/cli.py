@@ -172,7 +172,8 @@ def parser() -> argparse.ArgumentParser:
     simulated.add_argument("--per-node", type=_count, default=8, help="devices of a node (default 8)")
     simulated.add_argument("--latency", type=_rate, default=30.0, help="microseconds of a batch of messages (default %(default)g)")
     simulated.add_argument("--longest", type=_count, default=131072, help="tokens of the longest stream that one rank is timed on (default 131072)")
-    sub.set_defaults(verb=bench_context_parallel, every=every.split(","))
+    alone = ("config", "ranks", "inner_ring", "inside", "across", "per_node", "latency", "longest")
+    sub.set_defaults(verb=bench_context_parallel, every=every.split(","), simulated={name: sub.get_default(name) for name in alone})
     sub = bench.add_parser(
         "kernels", help="our kernels beside every other one that is installed: time, memory, distance from the floor and the truth"
     )
@@ -409,8 +410,13 @@ def bench_context_parallel(args: argparse.Namespace) -> None:
     from ltrain.config import ParallelConfig
     from ltrain.parallel import mesh as ranks
     from ltrain.plan.context_parallel import Sizes, bench, write
-    from ltrain.schema import check_multiple
+    from ltrain.schema import ConfigError, check_multiple
 
+    for name, default in args.simulated.items():
+        if not args.simulate and getattr(args, name) != default:
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect without --simulate: add that, or take it out")
+    if args.config and args.operators:
+        raise ConfigError("--operators and --config both name the layers that are simulated: write one of them")
     size = int(os.environ.get("WORLD_SIZE", 1))
     ulysses, inner_ring = args.ulysses, args.inner_ring if args.simulate else 1
     if args.simulate and size % (ulysses * inner_ring):  # groups of the ranks that are not there: those that are only trace

@@ -3,7 +3,8 @@
 Parameters are ours: bfloat16, under the names and with the layouts they have without FP8, so that checkpoints are the same. Transformer
 Engine quantises weights, inputs and gradients for each product, inside `FP8Layers.autocast`; outside of it (evaluation, decoding) the
 same layers multiply in bfloat16. Embedding, head, routers, convolutions, norms without a projection after them and numbers per head
-are never in FP8.
+are never in FP8, nor is what expands latents where it is multiplied into queries (attention over what an indexer selects) or into latents
+of other ranks.
 """
 
 from collections.abc import Callable

@@ -37,11 +37,11 @@ class Block(NamedTuple):
         return torch.arange(self.keys.stop - self.keys.start, device=device) > self.places(device).unsqueeze(1)
 
 
-def blocks(parts: Iterable[Part], heads: int) -> Iterator[Block]:
-    """All queries in their order, so many at a time that their scores stay below SCORES."""
+def blocks(parts: Iterable[Part], heads: int, least: int = 16) -> Iterator[Block]:
+    """All queries in their order, so many at a time that their scores stay below SCORES, but at least so many."""
     for part in parts:
         before = part.first - part.begin
-        step = max(SCORES // (heads * max(before + part.stop - part.start, 1)), 16)
+        step = max(SCORES // (heads * max(before + part.stop - part.start, 1)), least)
         for at in range(part.start, part.stop, step):
             stop = min(at + step, part.stop)
             yield Block(slice(at, stop), slice(part.begin, part.first + stop - part.start), before + at - part.start)

@@ -17,6 +17,7 @@ from ltrain.kernels.sparse_attention import triton_kernels as kernels
 
 WIDEST = 128  # of the indexer's heads
 TILE, EXACT_TILE = (64, 256), (32, 32)  # queries and keys; of float32
+LEAST = 128  # queries at a time, whatever their keys: fewer leave most of a GPU idle (512 MiB of scores for a million keys)
 BLOCK = 4096  # scores that the selection reads at a time
 
 
@@ -31,7 +32,7 @@ def refusal(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
-@lru_cache(maxsize=64)  # all layers of a micro-batch share it
+@lru_cache(maxsize=4)  # all layers of a micro-batch share it; 8 bytes a token on the device
 def _ranges(parts: tuple[Part, ...], tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The first key that each query sees and how many, [T] int32; a query of no part sees none."""
     begins, counts = torch.zeros(2, tokens, dtype=torch.int32)
@@ -61,7 +62,7 @@ def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int,
     exact = q.dtype == torch.float32
     queries, keys = EXACT_TILE if exact else TILE
     options = {"D": width, "BD": max(16, triton.next_power_of_2(width)), "BM": queries, "BN": keys, "DOT": "ieee" if exact else "tf32"}
-    for block in blocks((_beyond(part, top_k) for part in parts), 1):
+    for block in blocks((_beyond(part, top_k) for part in parts), 1, LEAST):
         rows, seen = block.rows.stop - block.rows.start, block.keys.stop - block.keys.start
         stride = triton.cdiv(seen, 16) * 16
         scores = torch.empty(rows, stride, dtype=torch.float32, device=q.device)

@@ -219,13 +219,13 @@ def with_efficiency(row: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check(layers: list[Layer], cut: Cut, sizes: list[int], tokens: list[int], most: int) -> None:
-    """Raises ConfigError for what does not divide."""
+def check(layers: list[Layer], cut: Cut, sizes: list[int], tokens: list[int], most: int, here: int = 1) -> None:
+    """Raises ConfigError for what does not divide, and for a longest stream that leaves a rank of those that are here nothing."""
     for size in sizes:
         for n in tokens:
             cut.layout(n, size)
-    if most < 8:
-        raise ConfigError(f"--longest {most} is too short to be timed: write at least 8 tokens")
+    if most < max(8, 2 * here):
+        raise ConfigError(f"--longest {most} is too short to be timed: write at least {max(8, 2 * here)} tokens")
     for layer in layers:
         for heads, kv_heads in layer.heads:
             if not divides_heads(heads, kv_heads, cut.ulysses):
@@ -249,7 +249,7 @@ def simulate(
     most: tokens of the longest stream that one rank is timed on. Where several ranks are here, they are also measured on a stream of at
     most so many tokens, beside what the traces say of them, if they divide into the groups of the cut.
     """
-    check(layers, cut, sizes, tokens, most)
+    check(layers, cut, sizes, tokens, most, mesh.size)
     results: list[dict[str, Any]] = []
 
     def add(stream: str, n: int, size: int, rows: list[dict[str, Any]]) -> None:

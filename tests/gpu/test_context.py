@@ -53,6 +53,6 @@ def test_two_gpus_are_as_near_to_float64_in_bf16_as_one_is(gpus: Pools, kind: st
         for key, x in whole(case, torch.float64).items():
             limit, off = (float((values[key].double() - x).square().mean().sqrt() / x.square().mean().sqrt()) for values in (alone, cut))
             # half a step of bf16, which one rank may happen to be nearer than; of parameters each rank rounds its own part
-            if not off <= max(2 * limit, 2**-7 if key in SHARED else 2**-8):
+            if not off <= max(2 * limit, 2**-7 if key in SHARED else 2**-8) or off > 0.05:
                 wrong.append(f"{name} {key}: {off:.2e} on two, {limit:.2e} on one")
     assert wrong == []

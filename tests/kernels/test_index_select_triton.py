@@ -41,6 +41,7 @@ def compare(which: list[Part], keys: int, heads: int, width: int, top_k: int, dt
 @pytest.mark.parametrize(("heads", "width", "top_k", "dtype"), [(3, 6, 7, torch.float32), (1, 16, 1, torch.float16), (20, 20, 5, torch.float32)])
 def test_packed_documents(heads, width, top_k, dtype, monkeypatch):
     monkeypatch.setattr(sparse_attention, "SCORES", 500)  # several blocks of queries
+    monkeypatch.setattr(triton_select, "LEAST", 16)
     monkeypatch.setattr(triton_select, "BLOCK", 16)
     monkeypatch.setattr(triton_select, "TILE", (16, 16))
     monkeypatch.setattr(triton_select, "EXACT_TILE", (16, 32))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ltrain.config import Config, ConfigError, DeepSpeedConfig, ParallelConfig, validate
+from ltrain.config import Config, ConfigError, DeepSpeedConfig, ModelConfig, ParallelConfig, validate
+from ltrain.model.options import MoEOptions
 from tests.parallel.parity import MICRO_BATCHES, Layout, Reference, assemble, config, config_of_blocks, on_ranks, prepared_engine, step_batches, worst
 from tests.parallel.test_layouts import expected_gradients, expected_run
 
@@ -61,6 +62,32 @@ def test_blocks_and_heads_of_other_kinds(pool: Any) -> None:
     reference = Reference(made)
     loss = reference.backward(step_batches(0))
     assert reference.margin > 3e-6
+    results = pool(2).run(on_ranks, made, 0, timeout=240)
+    error, name = worst(assemble(results), reference.gradients())
+    assert error < 1e-5, f"{name} is off by {error:.1e}"
+    assert results[0]["losses"][0] == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize(("context", "recompute"), [(1, "none"), (1, "full"), (2, "none")])
+def test_weights_used_beside_their_module(pool: Any, context: int, recompute: str) -> None:
+    """What expands latents is multiplied into queries where an indexer selects: ZeRO-3 has to gather it for that, too."""
+    latent = {"mixer": "mla", "heads": 4, "kv_rank": 12, "nope_dim": 8, "rope_dim": 4, "value_dim": 6, "q_rank": 10, "top_k": 9}
+    model = ModelConfig(
+        hidden=32,
+        depth=2,
+        pattern=["chooses", "shares"],
+        layers={
+            "chooses": {**latent, "select": "index", "index_heads": 8, "index_dim": 6},
+            "shares": {**latent, "select": "shared"},
+        },
+        ffn=MoEOptions(experts=0, inner=32),
+        tie_embeddings=False,
+    )
+    made = config(Layout(context=context, recompute=recompute, tie=False), "fp32", model)
+    made = replace(made, engine="deepspeed", deepspeed=DeepSpeedConfig(3), seed=7)
+    validate(made, 2)
+    reference = Reference(made)
+    loss = reference.backward(step_batches(0))
     results = pool(2).run(on_ranks, made, 0, timeout=240)
     error, name = worst(assemble(results), reference.gradients())
     assert error < 1e-5, f"{name} is off by {error:.1e}"

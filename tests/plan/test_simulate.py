@@ -229,3 +229,21 @@ def test_the_command_says_what_it_assumes_and_refuses_what_does_not_divide(tmp_p
         check(some, Cut(ulysses=3), [3], [18], 64)
     with pytest.raises(ConfigError, match="--ranks 6 do not divide into groups of 4"):
         check(some, Cut(ulysses=2, inner_ring=2), [6], [36], 64)
+    with pytest.raises(ConfigError, match="--longest 15 is too short to be timed: write at least 16 tokens"):
+        check(some, Cut(), [2], [36], 15, here=8)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--per-node", "4"], "--per-node has no effect without --simulate"),
+        (["--config", "configs/quickstart.yaml"], "--config has no effect without --simulate"),
+        (["--simulate", "--config", "configs/quickstart.yaml", "--operators", "kda"], "--operators and --config both name the layers"),
+    ],
+)
+def test_options_without_effect_are_refused(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from ltrain.cli import main as cli
+
+    with pytest.raises(SystemExit) as ended:
+        cli(["bench", "context-parallel", *words])
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err

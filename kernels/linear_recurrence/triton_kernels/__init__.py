@@ -21,7 +21,7 @@ beta e^g K is -D S^T:
     key_gradients       chunks at once: dQ, dK, dbeta and the decays' gradients
     scale_rows          rows at once: dV
 
-Only sums of decays are exponentiated, never a positive difference: see `tiles.pair_spans` for decays per channel. A product's result
-is never transposed for another product: Triton 3.4 to 3.7 computes that wrongly on Hopper. Rows past the end of a chunk load as
-zeros: no write, no decay.
+Only sums of decays are exponentiated, and of positive differences none that 16 bits could not hold: see `tiles.pair_spans` for decays per
+channel. A product's result is never transposed for another product: Triton 3.4 to 3.7 computes that wrongly on Hopper. Rows past the end of
+a chunk load as zeros: no write, no decay.
 """

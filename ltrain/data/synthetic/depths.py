@@ -1,9 +1,10 @@
 """Where a needle lies: its depth is the share of the haystack's tokens before the question that come before the needle.
 
 Evaluation uses depths within 0.002 of a tenth (0, 0.1, ..., 1) and neither the first line nor the last; training uses all the others and none of
-these, so that no evaluated depth was seen. The bands are narrow: with 0.01, no needle of training lay in the first 1310 of 131072 tokens, and a
-model that found needles everywhere else found none there. And the first line is training's: without a needle there that is ever asked for, what
-is said at the beginning goes unheard (0.1 of passkeys at 131072 tokens, 0.40 at 4096, where other depths have 0.8 to 1).
+these, so that no evaluated depth was seen. (In short texts a band may have no line, and the nearest one is taken: of 4096 tokens for one or two
+needles in a hundred, all at the ends.) The bands are narrow: with 0.01, no needle of training lay in the first 1310 of 131072 tokens, and a model
+that found needles everywhere else found none there. And the first line is training's: without a needle there that is ever asked for, what is said
+at the beginning goes unheard (0.1 of passkeys at 131072 tokens, 0.40 at 4096, where other depths have 0.8 to 1).
 """
 
 import random

@@ -308,7 +308,14 @@ def _spread(fact: Fact, first: int, cuts: Cuts, rng: random.Random) -> list[tupl
 
 
 def _window(haystack: Haystack, rng: random.Random, tokens: int, depth: float) -> tuple[Ids, Cuts, int]:
-    """`tokens` of the haystack from some line's beginning on, its cuts, and which of them lies at the depth (within BAND, unless lines are long)."""
+    """`tokens` of the haystack from some line's beginning on, its cuts, and which of them lies at the depth (within BAND, unless lines are long).
+
+    For a depth of evaluation it is a cut that training leaves out, if there is any such window: beside the ends, the ends themselves are training's.
+    """
+
+    def fits(cut: int, whole: int) -> bool:
+        return not depths.is_held_out(depth) or (depths.is_held_out(cut / whole) and abs(cut / whole - depth) <= 2 * depths.BAND)
+
     spare = min(tokens, 2048)
     ids = haystack.take(rng, tokens, spare)
     cuts = haystack.cuts(ids)
@@ -317,14 +324,15 @@ def _window(haystack: Haystack, rng: random.Random, tokens: int, depth: float) -
         wanted = begin + depth * tokens
         after = int(np.searchsorted(cuts.at, wanted))
         near = [begin, begin + tokens, *(c for c in cuts.at[max(0, after - 1) : after + 1].tolist() if begin <= c <= begin + tokens)]
-        error = min(abs(c - wanted) for c in near)
+        error = min((abs(c - wanted) for c in near if fits(c - begin, tokens)), default=float("inf"))
         if error < least:
             best, least = begin, error
         if error <= tokens * depths.BAND / 4:
             break
     hay = haystack.trimmed(ids[best : best + tokens])
     cuts = haystack.cuts(hay)
-    return hay, cuts, int(np.argmin(np.abs(cuts.at - depth * len(hay))))
+    fitting = [n for n, at in enumerate(cuts.at.tolist()) if fits(at, len(hay))] or range(len(cuts.at))
+    return hay, cuts, min(fitting, key=lambda n: abs(float(cuts.at[n]) - depth * len(hay)))
 
 
 def _insert(hay: Ids, cuts: Cuts, lines: list[tuple[int, Ids]], haystack: Haystack) -> list[Ids]:

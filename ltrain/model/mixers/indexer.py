@@ -64,16 +64,15 @@ class Indexer(nn.Module):
             return y
         return attach_loss(y, loss() * (o.index_loss_weight * seq.aux_weight / max(int(seq.cu_seqlens[-1]), 1)))
 
-    def choose(self, index: Index, keys: Tensor, lengths: Tensor, seq: Sequence) -> Tensor:
-        """Decoding: the index of N tokens, their documents' keys [N, L, Di] of which lengths [N] hold -> slots [N, K], the best first."""
+    def choose(self, index: Index, keys: Tensor, lengths: Tensor, seq: Sequence) -> None:
+        """Decoding: of the index of N tokens and their documents' keys [N, L, Di], of which lengths [N] hold, the slots [N, K] become the
+        selection, the best first."""
         q = index[0]
         if self.options.index_fp8:
             q, keys = kernels.rounded_to_fp8(q), kernels.rounded_to_fp8(keys)
         scores = kernels.index_scores(q, keys, index[2])
         scores.masked_fill_(torch.arange(keys.shape[1], device=keys.device) >= lengths.unsqueeze(1), -torch.inf)
         seq.shared[SELECTION] = scores.topk(min(self.options.top_k, keys.shape[1]), dim=-1).indices
-        chosen: Tensor = seq.shared[SELECTION]
-        return chosen
 
 
 def selects_everything(indices: Tensor | None, seq: Sequence) -> bool:
