@@ -155,11 +155,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--documents", type=_names, default=["one"], help="of a stream: one, long (ten), short (of 256 to 8192 tokens) (default one)")
     sub.add_argument("--layout", choices=("zigzag", "contiguous", "balanced"), default="zigzag")
     sub.add_argument("--ulysses", type=_count, default=1, help="neighbouring ranks that divide the heads of attention (default 1)")
-    sub.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    sub.add_argument("--heads", type=_count, default=16)
-    sub.add_argument("--kv-heads", type=_count, default=4)
-    sub.add_argument("--head-dim", type=_count, default=128)
-    sub.add_argument("--window", type=_count, default=4096)
+    _add_sizes(sub)
     sub.add_argument("--steps", type=_count, default=5, help="runs of each that are timed (default 5)")
     sub.add_argument("--out", default="runs/bench-context-parallel", help="folder for the results (default %(default)s)")
     simulated = sub.add_argument_group("efficiency on ranks that are not there, from times measured here and a network of this speed")
@@ -181,11 +177,7 @@ def parser() -> argparse.ArgumentParser:
     what = f"{families}, or operators of them (default: all)"
     sub.add_argument("families", metavar="FAMILY", nargs="*", help=what)
     sub.add_argument("--tokens", type=_lengths, default=[2048, 8192, 32768], help="of the streams, with commas (default 2048,8192,32768)")
-    sub.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    sub.add_argument("--heads", type=_count, default=16)
-    sub.add_argument("--kv-heads", type=_count, default=4)
-    sub.add_argument("--head-dim", type=_count, default=128)
-    sub.add_argument("--window", type=_count, default=4096)
+    _add_sizes(sub)
     sub.add_argument("--selected", type=_count, default=2048, help="keys that DSA gives each query (default 2048)")
     sub.add_argument("--hidden", type=_count, default=4096, help="width of the cross entropy's, the norm's and the experts' inputs (default 4096)")
     sub.add_argument("--vocab", type=_count, default=131072)
@@ -220,6 +212,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="the same as JSON")
     sub.set_defaults(verb=doctor)
     return top
+
+
+def _add_sizes(sub: argparse.ArgumentParser) -> None:
+    """Of the operators that a bench runs."""
+    sub.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    sub.add_argument("--heads", type=_count, default=16)
+    sub.add_argument("--kv-heads", type=_count, default=4)
+    sub.add_argument("--head-dim", type=_count, default=128)
+    sub.add_argument("--window", type=_count, default=4096)
 
 
 def _add_config(sub: argparse.ArgumentParser) -> None:

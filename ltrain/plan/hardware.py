@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -30,32 +31,30 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The rate of a square matrix product, the fastest of five, in FLOP/s."""
+    """The rate of a square matrix product, the fastest of six, in FLOP/s."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):
-        synchronise(device)
-        began = time.perf_counter()
-        a @ b
-        synchronise(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best
+    return 2 * n**3 / _fastest(lambda: a @ b, device)
 
 
 def measured_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a copy inside the device's memory, read and written together, the fastest of five."""
+    """Bytes per second of a copy inside the device's memory, read and written together, the fastest of six."""
     size = 2**30 if device.type == "cuda" else 2**26
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
+    return 2 * size / _fastest(lambda: target.copy_(source), device)
+
+
+def _fastest(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest run of six."""
     best = float("inf")
     for _ in range(6):
         synchronise(device)
         began = time.perf_counter()
-        target.copy_(source)
+        run()
         synchronise(device)
         best = min(best, time.perf_counter() - began)
-    return 2 * size / best
+    return best
 
 
 def synchronise(device: torch.device) -> None:

@@ -331,8 +331,8 @@ def _window(haystack: Haystack, rng: random.Random, tokens: int, depth: float) -
             break
     hay = haystack.trimmed(ids[best : best + tokens])
     cuts = haystack.cuts(hay)
-    fitting = [n for n, at in enumerate(cuts.at.tolist()) if fits(at, len(hay))] or range(len(cuts.at))
-    return hay, cuts, min(fitting, key=lambda n: abs(float(cuts.at[n]) - depth * len(hay)))
+    nearest = np.argsort(np.abs(cuts.at - depth * len(hay)), kind="stable").tolist()
+    return hay, cuts, next((n for n in nearest if fits(int(cuts.at[n]), len(hay))), nearest[0])
 
 
 def _insert(hay: Ids, cuts: Cuts, lines: list[tuple[int, Ids]], haystack: Haystack) -> list[Ids]:
