@@ -1,8 +1,9 @@
 """Softmax attention inside the segments of a packed stream, and the pieces ring attention is made of.
 
 Backends: `reference` (all scores at once), `blockwise` (plain torch, memory linear in the stream), `flash` (torch's own fused
-kernels: any floating type on a CPU, float16 and bfloat16 on CUDA; plain scores without windows), `triton` (our own kernels on CUDA: up to
-float32, all but relative biases). `auto` takes flash wherever it runs, then triton, then blockwise.
+kernels: any floating type on a CPU, float16 and bfloat16 on CUDA; plain scores without windows), `cudnn` (the same on GPUs from Hopper on,
+faster on long documents), `triton` (our own kernels on CUDA: up to float32, all but relative biases). `auto` takes the first that runs of
+cudnn, flash, triton and blockwise.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ltrain.kernels.attention import blockwise, flash, reference
+from ltrain.kernels.attention import blockwise, cudnn, flash, reference
 from ltrain.kernels.attention.pairs import FULL, PLAIN, Mask, Pair, Score, masked_pairs, merge, seen
 from ltrain.kernels.segments import accumulator, boundaries, choose, permitted, plain_only, wants_triton
 
@@ -34,7 +35,8 @@ __all__ = [
     "with_sinks",
 ]
 
-BACKENDS = {"reference": reference, "blockwise": blockwise, "flash": flash}
+BACKENDS = {"reference": reference, "blockwise": blockwise, "cudnn": cudnn, "flash": flash}
+FUSED = (cudnn, flash)  # for plain scores without windows
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -69,13 +71,14 @@ def _backend(name: str, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scal
     choose(name, (*BACKENDS, "triton"))
     if name == "auto" and plain_only():
         return blockwise
-    if name in ("auto", "flash"):
-        plain = score.plain and not any(pair.window for pair in pairs)
-        why = flash.refusal(q, v) if plain else "has no windows, soft caps, slopes and biases"
-        if why is None:
-            return flash
-        if name == "flash":
-            raise ValueError(f"backend='flash' {why}: choose blockwise or auto")
+    plain = score.plain and not any(pair.window for pair in pairs)
+    for fused in FUSED:
+        if name == "auto" or BACKENDS.get(name) is fused:
+            why = fused.refusal(q, k, v, pairs) if plain else "has no windows, soft caps, slopes and biases"
+            if why is None:
+                return fused
+            if name != "auto":
+                raise ValueError(f"backend={name!r} {why}: choose blockwise or auto")
     if wants_triton(name, q):
         from ltrain.kernels.attention import triton_attention
 
@@ -105,7 +108,7 @@ def forward_pairs(
         pairs: what sees what; of a causal one every query sees a key. No query should meet the same key in two pairs.
         scale: what scores are multiplied with, usually D ** -0.5.
         score: what becomes of scores before the softmax; distances are those of the pairs.
-        backend: auto | reference | blockwise | flash | triton.
+        backend: auto | reference | blockwise | cudnn | flash | triton.
 
     Returns:
         out [Tq, H, Dv] and lse [Tq, H], the natural log of the sum of exponentials of scaled scores, in float32 or wider.
@@ -195,7 +198,7 @@ class _Attention(torch.autograd.Function):
         if hasattr(backend, "attend"):  # sinks and the rounding in the same pass
             out, lse = backend.attend(q, k, v, pairs, scale, score, sinks, q.dtype)
         else:
-            more = () if backend is flash else (score._replace(bias=bias),)
+            more = () if backend in FUSED else (score._replace(bias=bias),)
             out, lse = backend.forward_pairs(q, k, v, pairs, scale, *more)
             if sinks is not None:
                 out, lse = with_sinks(out, lse, sinks)
@@ -212,8 +215,8 @@ class _Attention(torch.autograd.Function):
         arguments, dbias = (grads[0], q, k, v, out, lse, ctx.pairs, ctx.scale), None
         if hasattr(ctx.backend, "attend"):
             return *ctx.backend.gradients(*arguments, ctx.score, sinks, q.dtype), *[None] * 5
-        if ctx.backend is flash:
-            dq, dk, dv = flash.backward_pairs(*arguments)
+        if ctx.backend in FUSED:
+            dq, dk, dv = ctx.backend.backward_pairs(*arguments)
         else:
             dq, dk, dv, dbias = ctx.backend.backward_scores(*arguments, ctx.score._replace(bias=bias))
             dbias = None if bias is None or dbias is None else dbias.to(bias.dtype)
@@ -251,8 +254,8 @@ def attention(
         starts: the position of each segment's first token in its document, for chunks, anchors and globals; None: 0.
         score: what becomes of scores before the softmax.
         sinks: [H], see `with_sinks`; None: there are none.
-        backend: auto | reference | blockwise | flash (without windows shorter than a segment, soft caps, slopes and biases) | triton
-            (without biases).
+        backend: auto | reference | blockwise | cudnn or flash (without windows shorter than a segment, soft caps, slopes and biases) |
+            triton (without biases).
 
     Returns:
         [T, H, Dv] in q's type.

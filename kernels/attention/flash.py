@@ -4,20 +4,20 @@ Both take the log-sum-exp over all keys in their backward, which is what lets a 
 Source: FlashAttention-2 (Dao 2023); torch.ops.aten._flash_attention_* and _scaled_dot_product_flash_attention_for_cpu*.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltrain.kernels.attention import by_pair
 from ltrain.kernels.attention.pairs import Pair, merge
 from ltrain.kernels.segments import accumulator
 
 MAX_WIDTH = 256  # widest head the CUDA kernels take
 
 
-def refusal(q: Tensor, v: Tensor) -> str | None:
+def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
     """Why these tensors cannot go through the flash kernels, or None."""
     if q.device.type not in ("cpu", "cuda"):
         return f"has no kernel for device {q.device.type}"
@@ -43,58 +43,23 @@ def _widened(x: Tensor, width: int) -> Tensor:
 # CPU
 
 
-def _square_pairs(pairs: list[Pair]) -> Iterator[Pair]:
-    """The CPU kernel aligns a causal mask at the start, so a causal pair becomes the keys all its queries see and a square."""
-    for pair in pairs:
-        extra = pair.k_len - pair.q_len
-        if pair.causal and extra:
-            yield pair._replace(k_len=extra, causal=False)
-            yield pair._replace(k_start=pair.k_start + extra, k_len=pair.q_len)
-        else:
-            yield pair
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """[T, H, D] -> [1, H, T, D]"""
-    return x.transpose(0, 1).unsqueeze(0)
-
-
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float) -> tuple[Tensor, Tensor]:
-    wide = accumulator(q.dtype)
-    out = torch.zeros_like(q, dtype=wide)
-    lse = q.new_full(q.shape[:2], -torch.inf, dtype=wide)
-    reach = 0  # rows before it may hold a part already; merging is right everywhere, and needless from there on
-    for pair in _square_pairs(pairs):
-        rows, keys = slice(pair.q_start, pair.q_start + pair.q_len), slice(pair.k_start, pair.k_start + pair.k_len)
-        part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _heads_first(q[rows]), _heads_first(k[keys]), _heads_first(v[keys]), 0.0, pair.causal, scale=scale
-        )
-        part, part_lse = part[0].transpose(0, 1), part_lse[0].T  # [rows, H, D], [rows, H]
-        if rows.start >= reach:
-            out[rows], lse[rows] = part, part_lse
-        else:
-            out[rows], lse[rows] = merge(out[rows], lse[rows], part, part_lse)
-        reach = max(reach, rows.stop)
-    return out, lse
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return out, lse
+
+    return by_pair.forward(q, k, v, pairs, attend)
 
 
 def _cpu_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = accumulator(q.dtype)
-    dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
-    for pair in _square_pairs(pairs):
-        rows, keys = slice(pair.q_start, pair.q_start + pair.q_len), slice(pair.k_start, pair.k_start + pair.k_len)
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(_heads_first(x) for x in (dout[rows], q[rows], k[keys], v[keys], out[rows])),
-            lse[rows].T.contiguous().unsqueeze(0),
-            0.0,
-            pair.causal,
-            scale=scale,
-        )
-        for total, where, part in zip((dq, dk, dv), (rows, keys, keys), grads, strict=True):
-            total[where] += part[0].transpose(0, 1)
-    return dq, dk, dv
+    def differentiate(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        args = dout, q, k, v, out, lse.contiguous(), 0.0, causal
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args, scale=scale)
+        return dq, dk, dv
+
+    return by_pair.backward(dout, q, k, v, out, lse, pairs, differentiate)
 
 
 # CUDA

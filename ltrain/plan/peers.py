@@ -146,7 +146,7 @@ def _flex(tokens: int, window: int, device: torch.device) -> tuple[Any, Any]:
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (query - key < window)
 
-    return torch.compile(flex_attention, dynamic=False), create_block_mask(sees, None, None, tokens, tokens, device)
+    return torch.compile(flex_attention, dynamic=False), create_block_mask(sees, None, None, tokens, tokens, device, _compile=True)
 
 
 def _flex_window(x: Inputs, s: Any) -> Tensor:

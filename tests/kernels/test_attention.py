@@ -13,6 +13,8 @@ from ltrain.kernels.attention import (
     attention,
     backward_pairs,
     blockwise,
+    by_pair,
+    cudnn,
     decode_attention,
     flash,
     forward_pairs,
@@ -388,6 +390,7 @@ def test_decode_is_the_last_row_of_attention():
         ({"mask": Mask(window=4, globals=2)}, "write anchors"),
         ({"mask": Mask(globals=2, causal=False)}, "go with a window"),
         ({"mask": Mask(window=4, causal=False), "backend": "flash"}, "backend='flash' has no windows"),
+        ({"backend": "cudnn"}, "backend='cudnn' runs on CUDA"),
     ],
 )
 def test_refusals(change, words):
@@ -406,10 +409,48 @@ def test_pairs_are_refused_by_name():
         forward_pairs(q, q, q, [Pair(0, 6, 0, 3, False, 2)], scale=1.0)
 
 
+def test_squares_with_more_rows():
+    """What cuDNN's few lengths need, with the kernels of a CPU: keys and queries behind the last change nothing."""
+    q, k, v = (x.detach() for x in tensors(70, 4, 2, 8, 8))
+    pairs = [Pair(0, 20, 0, 20, True), Pair(20, 30, 10, 50, True), Pair(50, 20, 3, 7, False), Pair(55, 1, 60, 1, True)]
+    given: list[tuple[int, bool]] = []
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def attend(q, k, v, causal):
+        given.append((q.shape[2], causal))
+        return kernel(q, k, v, 0.0, causal, scale=0.3)
+
+    def differentiate(dout, q, k, v, out, lse, causal):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse.contiguous(), 0.0, causal, scale=0.3)
+
+    dout = torch.randn(70, 4, 8, dtype=torch.float64)
+    found = []
+    for lengths in (lambda rows: rows, lambda rows: -(-rows // 16) * 16):
+        out, lse = by_pair.forward(q, k, v, pairs, attend, lengths)
+        found.append([out, lse, *by_pair.backward(dout, q, k, v, out, lse, pairs, differentiate, lengths)])
+    assert given[-5:] == [(32, True), (30, False), (32, True), (20, False), (16, True)]
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close((found[0][0], found[0][1]), forward_pairs(q, k, v, pairs, scale=0.3, backend="reference"))
+
+
+def test_few_lengths_have_plans():
+    lengths = {n: cudnn.rounded(n) for n in range(1, 9000)}
+    assert all(n <= more <= n * 17 / 16 for n, more in lengths.items())
+    assert len({lengths[n] for n in range(4097, 8193)}) == 16
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("heads", "kv_heads", "width", "value_width"), [(4, 4, 64, 64), (8, 2, 128, 128), (4, 1, 20, 12), (4, 4, 192, 128)])
-def test_cuda_flash(heads, kv_heads, width, value_width):
-    """Packed calls against float64 on the same bfloat16 numbers: whole streams, and pairs that overlap."""
+@pytest.mark.parametrize(
+    ("backend", "heads", "kv_heads", "width", "value_width"),
+    [
+        *(("flash", *sizes) for sizes in ((4, 4, 64, 64), (8, 2, 128, 128), (4, 1, 20, 12), (4, 4, 192, 128))),
+        *(("cudnn", *sizes) for sizes in ((4, 4, 64, 64), (8, 2, 128, 128), (3, 1, 24, 24))),
+    ],
+)
+def test_fused_on_cuda(backend, heads, kv_heads, width, value_width, monkeypatch):
+    """Packed calls (cuDNN: one for each long pair) against float64 on the same bfloat16 numbers: whole streams, and pairs that overlap."""
+    monkeypatch.setattr(cudnn, "LEAST", 6)
+    monkeypatch.setattr(cudnn, "LENGTHS", 2)
     inputs = [x.detach().cuda().requires_grad_() for x in tensors(70, heads, kv_heads, width, value_width, torch.bfloat16)]
     wide = [x.detach().double().requires_grad_() for x in inputs]
     scale = width**-0.5
@@ -419,7 +460,7 @@ def test_cuda_flash(heads, kv_heads, width, value_width):
         assert (got.double() - expected.double()).norm() <= 1e-2 * expected.double().norm() + 1e-4
 
     for lengths in ([70], [1, 1, 0, 30, 38]):
-        got, expected = attention(*inputs, cu(lengths), scale=scale, backend="flash"), attention(*wide, cu(lengths), scale=scale, backend="reference")
+        got, expected = attention(*inputs, cu(lengths), scale=scale, backend=backend), attention(*wide, cu(lengths), scale=scale, backend="reference")
         close(got, expected)
         weight = torch.randn_like(expected)
         for a, b in zip(torch.autograd.grad(got, inputs, weight.bfloat16()), torch.autograd.grad(expected, wide, weight), strict=True):
@@ -427,13 +468,14 @@ def test_cuda_flash(heads, kv_heads, width, value_width):
     q, k, v = (x.detach() for x in inputs)
     k, v = torch.cat([k, k[:30].flip(0)]), torch.cat([v, v[:30].flip(0)])  # [100, Hk, .]
     kept = [p for p in PAIRS if p.k_len]
-    for pairs in (kept, kept[-2:-1], kept[-1:]):
-        out, lse = forward_pairs(q, k, v, pairs, scale=scale, backend="flash")
+    some = (kept[-2:-1], kept[-1:]) if backend == "flash" else (kept[:1], kept[1:2], kept[2:3])  # one query is a case of its own for flash
+    for pairs in (kept, *some):
+        out, lse = forward_pairs(q, k, v, pairs, scale=scale, backend=backend)
         expected_out, expected_lse = forward_pairs(q.double(), k.double(), v.double(), pairs, scale=scale, backend="reference")
         close(out, expected_out)
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-3)
         dout = torch.randn_like(out)
-        got_grads = backward_pairs(dout, q, k, v, out, lse, pairs, scale=scale, backend="flash")[:3]
+        got_grads = backward_pairs(dout, q, k, v, out, lse, pairs, scale=scale, backend=backend)[:3]
         exact = backward_pairs(
             dout.double(), q.double(), k.double(), v.double(), expected_out, expected_lse, pairs, scale=scale, backend="reference"
         )[:3]
