@@ -1,30 +1,11 @@
 """Routed experts of one device."""
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from ltrain.kernels import experts as kernels
+from ltrain.kernels import routing
 from ltrain.model.activation import Activation
 from ltrain.model.recompute import cheap
-
-
-class _Gather(torch.autograd.Function):
-    """x[order // copies] for a permutation `order` of copies * len(x) rows, `inverse` its inverse. The gradient is gathered too: no sum
-    of unordered additions, so it is the same every time."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.copies = copies
-        return x.index_select(0, order // copies if copies > 1 else order)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        grad = grads[0].index_select(0, inverse)
-        return (grad.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else grad), None, None, None
 
 
 class Experts(nn.Module):
@@ -63,16 +44,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """x [T, hidden], weights and indices [T, k] (global expert ids) -> [T, hidden]"""
-        tokens, k = indices.shape
-        flat = indices.flatten()  # [T * k]
-        by_expert, order = flat.sort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k, device=order.device))
-        ends = torch.searchsorted(by_expert, torch.arange(self.up.shape[0], device=flat.device), right=True)
-        counts = ends.diff(prepend=ends.new_zeros(1))
-        rows = cheap(_Gather.apply, x, order, inverse, k)  # [T * k, hidden] by expert
+        p = routing.permutation(indices, self.up.shape[0])
+        rows = cheap(lambda x: routing.spread(x, p), x)  # [T * k, hidden] by expert
         if self.scale_input:
-            y = self.weighted(rows, _Gather.apply(weights.flatten(), order, inverse, 1), counts)
-            return _Gather.apply(y, inverse, order, 1).unflatten(0, (tokens, k)).sum(1)  # type: ignore[no-any-return]
-        y = self.grouped(rows, counts)
-        y = _Gather.apply(y, inverse, order, 1).unflatten(0, (tokens, k))  # [T, k, hidden]
-        return (weights.to(y.dtype).unsqueeze(-1) * y).sum(1)
+            of_rows = routing.spread(weights.flatten().unsqueeze(-1), p._replace(choices=1)).squeeze(-1)
+            return routing.combine(self.weighted(rows, of_rows, p.counts), p)
+        return routing.combine(self.grouped(rows, p.counts), p, weights)

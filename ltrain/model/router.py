@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltrain.kernels import routing
 from ltrain.model.layers import LocalLayers
 from ltrain.model.options import MoEOptions
 from ltrain.model.recompute import cheap
@@ -83,7 +84,7 @@ class Router(nn.Module):
         """What must happen once per forward: the selection [T, k], the counting, and the balance [E] that the auxiliary loss needs."""
         o = self.options
         gradients = torch.is_grad_enabled()
-        indices = self._choices(scores).topk(o.top_k, dim=-1).indices
+        indices = routing.best(self._choices(scores), o.top_k)
         counts = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, indices, True).sum(0)  # [E]; bincount would wait for the device
         if gradients and self.training:
             self.load += counts

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltrain.kernels import routing
 from ltrain.kernels.attention import FULL, Mask, attention
 from ltrain.kernels.cross_entropy import linear_cross_entropy_sum
 from ltrain.kernels.elementwise_recurrence import scan, selective_scan
@@ -242,6 +243,21 @@ def _experts(s: Sizes) -> Operator:
     return Operator("experts", inputs, run, lambda n: 2 * n * s.hidden * s.inner)
 
 
+def _routing(s: Sizes) -> Operator:
+    """To two experts of each token and back, without what these do."""
+
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw = _Random(dtype, generator)
+        return {"x": draw(tokens, s.hidden), "scores": draw(tokens, s.experts, dtype=torch.float32)}
+
+    def run(x: Inputs, backend: str) -> Tensor:
+        indices = routing.best(x["scores"].detach(), 2, backend=backend)
+        p = routing.permutation(indices, s.experts, backend=backend)
+        return routing.combine(routing.spread(x["x"], p, backend=backend), p, x["scores"].gather(1, indices), backend=backend)
+
+    return Operator("experts", inputs, run, lambda n: 8 * n * s.hidden)
+
+
 def operators(s: Sizes) -> dict[str, Operator]:
     """By name, in the sizes asked for."""
     return {
@@ -261,4 +277,5 @@ def operators(s: Sizes) -> dict[str, Operator]:
         "cross_entropy": _cross_entropy(s),
         "norm": _norm(s),
         "experts": _experts(s),
+        "routing": _routing(s),
     }

@@ -177,6 +177,13 @@ def _liger_rms_norm(x: Inputs, s: Any) -> Tensor:
     return normed
 
 
+def _torch_routing(x: Inputs, s: Any) -> Tensor:
+    weights, indices = x["scores"].topk(2, dim=-1)
+    by_expert = indices.flatten().sort(stable=True).indices
+    rows = x["x"][by_expert // 2]
+    return torch.zeros_like(x["x"]).index_add(0, by_expert // 2, rows * weights.flatten()[by_expert].to(rows.dtype).unsqueeze(-1))
+
+
 def _fla(name: str, run: Callable[[Inputs, Any], Tensor]) -> Peer:
     return Peer(f"fla {name}", "fla", "flash-linear-attention", run)
 
@@ -202,5 +209,6 @@ PEERS: dict[str, list[Peer]] = {
         Peer("liger", "liger_kernel", "liger-kernel", _liger_cross_entropy),
         Peer("whole logits", "torch", "torch", _torch_cross_entropy),
     ],
+    "routing": [Peer("index_add", "torch", "torch", _torch_routing)],
     "norm": [Peer("liger", "liger_kernel", "liger-kernel", _liger_rms_norm)],
 }
