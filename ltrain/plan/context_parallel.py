@@ -26,6 +26,7 @@ from ltrain.model.sequence import Latent, LocalExchange, Sequence
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.layout import ContextLayout
 from ltrain.parallel.context.needs import sent_bytes
+from ltrain.parallel.context.peers import PEERS, Place, Shape, rounded
 from ltrain.parallel.context.ulysses import layout_over_groups
 from ltrain.parallel.mesh import Mesh
 from ltrain.plan.hardware import device_name, synchronise
@@ -235,6 +236,30 @@ def timed_alone(
     return timed(lambda: both(run, leaves, Sequence(whole.cu_seqlens, whole.positions, LocalExchange()), weights), steps, mesh)
 
 
+def measure_peers(name: str, documents: list[int], dtype: torch.dtype, steps: int, sizes: Sizes, mesh: Mesh) -> list[dict[str, Any]]:
+    """What is installed of other context parallelism for an operator, on as many tokens. All of it is for GPUs.
+
+    One that does not take these inputs says so in `error`, on all ranks alike.
+    """
+    if mesh.device.type != "cuda" or mesh.exchange.size() == 1:
+        return []
+    found: list[dict[str, Any]] = []
+    given = rounded(documents, mesh.exchange.size())
+    shape = Shape(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.rope, sizes.window)
+    for peer in PEERS:
+        if name not in peer.operators or peer.version is None:
+            continue
+        row: dict[str, Any] = {"implementation": peer.name, "version": peer.version, "tokens": sum(given)}
+        try:
+            for key, group in (("seconds_on_one_rank", None), ("seconds", mesh.exchange)):
+                row[key] = timed(peer.build(given, shape, Place(group, mesh.device, dtype)), steps, mesh)
+            row["efficiency"] = row["seconds_on_one_rank"] / row["seconds"] / mesh.exchange.size()
+        except Exception as error:  # whatever another package has to say of these inputs is a result
+            row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        found.append(row)
+    return found
+
+
 def measure(
     name: str, operator: Operator, exchange: ContextExchange, documents: list[int], dtype: torch.dtype, steps: int, mesh: Mesh
 ) -> dict[str, Any]:
@@ -296,6 +321,13 @@ def table(results: list[dict[str, Any]]) -> str:
         )
         line = f"{r['operator']:17} {r['tokens']:8} {r['documents']:5} {ms[0]:10.2f} {ms[1]:9.2f} {r['efficiency']:10.1%} {ms[2]:10.2f} {ms[3]:8.2f}"
         lines.append(f"{line} {sent:9.3f} {expected:9.3f} {'' if ring is None else f'{ring:9.3f}'}")
+        for peer in r["peers"]:
+            if "error" in peer:
+                lines.append(f"  {peer['implementation']} {peer['version']}: {peer['error'][:150]}")
+                continue
+            called = f"  {peer['implementation']} {peer['version']}"
+            alone, together = peer["seconds_on_one_rank"] * 1e3, peer["seconds"] * 1e3
+            lines.append(f"{called:32} {alone:10.2f} {together:9.2f} {peer['efficiency']:10.1%}")
     return "\n".join(lines)
 
 
@@ -355,9 +387,10 @@ def bench(
         for stream in streams:
             for name in names:
                 found = measure(name, known[name], exchange.resized(n), lengths(stream, n), dtype, steps, mesh)
-                results.append({"stream": stream, **found})
+                beside = measure_peers(name, lengths(stream, n), dtype, steps, sizes, mesh)
+                results.append({"stream": stream, **found, "peers": beside})
                 if rank == 0:
-                    print(table(results[-1:]).splitlines()[-1] if len(results) > 1 else table(results), flush=True)
+                    print("\n".join(table(results[-1:]).splitlines()[len(results) > 1 :]), flush=True)
     return results
 
 

@@ -12,7 +12,8 @@ from ltrain.kernels.attention import Mask
 from ltrain.model.mixers.base import ExchangeNeed
 from ltrain.parallel.context.layout import ContextLayout
 from ltrain.parallel.context.needs import sent_bytes
-from ltrain.plan.context_parallel import lengths
+from ltrain.parallel.context.peers import rounded
+from ltrain.plan.context_parallel import lengths, table
 
 TOKENS = 96
 
@@ -44,7 +45,7 @@ def test_every_operator_sends_what_its_reach_asks_for(pool: Any, tmp_path: Path,
     for r in results[0]:
         assert r["forward_bytes"] == r["forward_bytes_expected"], r
         assert r["stream"] != "one" or r["forward_bytes"] > 0, r
-        assert r["seconds"] > 0 and r["efficiency"] > 0
+        assert r["seconds"] > 0 and r["efficiency"] > 0 and r["peers"] == []  # these are for GPUs
     full = {r["operator"]: r["forward_bytes_of_a_full_ring"] for r in results[0] if r["stream"] == "one"}
     assert full["attention"] == TOKENS * (size - 1) * 2 * 2 * 8 * 4 and full["kda"] is None
     written = json.loads((tmp_path / "bench-context-parallel.json").read_text())
@@ -105,3 +106,13 @@ def test_what_does_not_exist_is_refused_in_one_sentence(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("ltrain: --operators lstm is not known: write some of attention,window,mla,")
+
+
+def test_peers_stand_below_what_they_are_beside() -> None:
+    ours = dict.fromkeys(("seconds_on_one_rank", "seconds", "seconds_of_computing", "seconds_exposed", "efficiency"), 0.5)
+    bytes_ = {"forward_bytes": 1, "forward_bytes_expected": 1, "forward_bytes_of_a_full_ring": None}
+    timed = {"implementation": "fla", "version": "0.6.0", "seconds_on_one_rank": 0.5, "seconds": 0.25, "efficiency": 0.999}
+    refused = {"implementation": "Transformer Engine", "version": "2.20", "error": "ValueError: no such mask"}
+    lines = table([{"operator": "kda", "tokens": 96, "documents": 1, **ours, **bytes_, "peers": [timed, refused]}]).splitlines()
+    assert lines[2].split() == ["fla", "0.6.0", "500.00", "250.00", "99.9%"] and lines[3].endswith("2.20: ValueError: no such mask")
+    assert rounded([100, 7, 8, 0, 31], 4) == [96, 8, 24]
