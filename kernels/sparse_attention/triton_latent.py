@@ -6,7 +6,7 @@ what the query adds to its key's gradient: memory is linear in the stream.
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,37 +48,37 @@ def power(number: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(number)))
 
 
-def _options(q: Tensor, width: int, heads: int, slots: int) -> dict[str, Any]:
-    """Compile-time options; heads, slots: of a tile."""
-    exact = q.dtype == torch.float32
-    if exact:  # twice the bytes
-        heads = slots = 16
-    return {
-        "D": q.shape[2],
-        "R": width,
-        "BR": power(width, WIDEST),
-        "BP": power(q.shape[2] - width, WIDEST_REST),
-        "BH": power(q.shape[1], heads),
-        "BK": slots,
-        "DOT": "ieee" if exact else "tf32",
-        "num_warps": WARPS,
-    }
+class Tiles(NamedTuple):
+    heads: int
+    slots: int
+    stages: int  # loads under way
+    warps: int = WARPS
+
+    def options(self, x: Tensor) -> dict[str, Any]:
+        """Compile-time options that all kernels have, for inputs like x."""
+        exact = x.dtype == torch.float32  # twice the bytes
+        launch = {"num_warps": self.warps, "num_stages": self.stages}
+        return {"BK": 16 if exact else self.slots, "DOT": "ieee" if exact else "tf32", **launch}
+
+    def of_heads(self, x: Tensor) -> int:
+        return power(x.shape[1], 16 if x.dtype == torch.float32 else self.heads)
 
 
-def _index_options(q: Tensor, heads: int, slots: int) -> dict[str, Any]:
-    """Of the indexer's queries [T, Hi, Di]; heads, slots: of a tile."""
-    exact = q.dtype == torch.float32
-    if exact:
-        heads = slots = 16
-    width = q.shape[2]
-    return {"DI": width, "BD": power(width, WIDEST_INDEX), "BI": power(q.shape[1], heads), "BK": slots, "DOT": "ieee" if exact else "tf32"}
+ATTEND = Tiles(64, 64, 2)
+GRADIENTS = Tiles(64, 64, 1)
+INDEX_TERMS = Tiles(32, 128, 2)
+INDEX_GRADIENTS = Tiles(64, 64, 2)
 
 
-# (heads, slots) of a tile, and how many loads are under way, of each kernel
-ATTEND = (64, 64), 2
-GRADIENTS = (64, 64), 1
-INDEX_TERMS = (32, 128), 2
-INDEX_GRADIENTS = (64, 64), 2
+def _options(q: Tensor, width: int, tiles: Tiles) -> dict[str, Any]:
+    rest = q.shape[2] - width
+    sizes = {"D": q.shape[2], "R": width, "BR": power(width, WIDEST), "BP": power(rest, WIDEST_REST), "BH": tiles.of_heads(q)}
+    return sizes | tiles.options(q)
+
+
+def _index_options(q: Tensor, tiles: Tiles) -> dict[str, Any]:
+    """Of the indexer's queries [T, Hi, Di]"""
+    return {"DI": q.shape[2], "BD": power(q.shape[2], WIDEST_INDEX), "BI": tiles.of_heads(q), **tiles.options(q)}
 
 
 def stops(indices: Tensor) -> Tensor:
@@ -108,10 +108,9 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, latent: Tensor, indices: Tensor, width: int, scale: float) -> tuple[Tensor, Tensor]:
         rows, heads, _ = q.shape
         out, lse, last = q.new_empty(rows, heads, width), q.new_empty(rows, heads, dtype=torch.float32), stops(indices)
-        tile, stages = ATTEND
-        options = _options(q, width, *tile)
+        options = _options(q, width, ATTEND)
         grid = (rows, triton.cdiv(heads, options["BH"]))
-        kernels.attend[grid](q, latent, indices, last, out, lse, scale, heads, indices.shape[1], **options, num_stages=stages)
+        kernels.attend[grid](q, latent, indices, last, out, lse, scale, heads, indices.shape[1], **options)
         ctx.save_for_backward(q, latent, indices, last, out, lse)
         ctx.width, ctx.scale = width, scale
         return out, lse
@@ -124,14 +123,13 @@ class _Attention(torch.autograd.Function):
         (_, heads, wide), slots = q.shape, indices.shape[1]
         delta = torch.empty_like(lse)
         dq, dlatent = torch.empty_like(q), torch.zeros_like(latent, dtype=torch.float32)
-        tile, stages = GRADIENTS
-        options = _options(q, ctx.width, *tile)
+        options = _options(q, ctx.width, GRADIENTS)
         for some in chunks(indices):
             rows = some.stop - some.start
             torch.sub(torch.linalg.vecdot(dout[some].float(), out[some].float()), dlse[some], out=delta[some])
             weights = q.new_empty(rows, 2, heads, slots)
             kernels.score_gradients[rows, triton.cdiv(heads, options["BH"])](
-                *(q, latent, indices, last, lse, delta, dout, dq, weights, some.start, ctx.scale, heads, slots), **options, num_stages=stages
+                *(q, latent, indices, last, lse, delta, dout, dq, weights, some.start, ctx.scale, heads, slots), **options
             )
             # dK = dS^T Q, and where keys are values P^T dO besides: one product, whose sums are rounded once
             factors = torch.stack((q[some], F.pad(dout[some], (0, wide - ctx.width))), 1)
@@ -153,9 +151,8 @@ class _IndexLoss(torch.autograd.Function):
         ctx: Any, iq: Tensor, ik: Tensor, weights: Tensor, q: Tensor, latent: Tensor, lse: Tensor, indices: Tensor, scale: float, share: float
     ) -> Tensor:
         heads, slots, last = q.shape[1], indices.shape[1], stops(indices)
-        tile, stages = INDEX_TERMS
-        of_index = _index_options(iq, *tile)
-        options = {**_options(q, min(q.shape[2], WIDEST), *tile), **of_index}  # where values end does not matter here
+        # where values end does not matter here
+        options = _options(q, min(q.shape[2], WIDEST), INDEX_TERMS) | _index_options(iq, INDEX_TERMS)
         loss = torch.zeros((), dtype=torch.float32, device=q.device)
         dscores = torch.empty(indices.shape, dtype=torch.float32, device=q.device) if any(ctx.needs_input_grad) else None
         for some in chunks(indices):
@@ -165,7 +162,6 @@ class _IndexLoss(torch.autograd.Function):
             kernels.index_terms[rows, triton.cdiv(slots, options["BK"])](
                 *(q, latent, lse, iq, ik, weights, indices, last, target, scores, some.start, scale, share, heads, slots, iq.shape[1]),
                 **options,
-                num_stages=stages,
             )
             log_p = scores - scores.logsumexp(1, keepdim=True)
             loss -= torch.linalg.vecdot(target, log_p.masked_fill(scores == -torch.inf, 0.0)).sum()
@@ -179,8 +175,7 @@ class _IndexLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         iq, ik, weights, indices, last, dscores = ctx.saved_tensors
         (rows, heads, width), slots = iq.shape, indices.shape[1]
-        tile, stages = INDEX_GRADIENTS
-        options = _index_options(iq, *tile) | {"num_warps": WARPS, "num_stages": stages}
+        options = _index_options(iq, INDEX_GRADIENTS)
         diq, dweights, dik = torch.empty_like(iq), torch.empty_like(weights), torch.zeros_like(ik, dtype=torch.float32)
         factor = grads[0].to(torch.float32)
         kernels.index_query_gradients[rows, triton.cdiv(heads, options["BI"])](
