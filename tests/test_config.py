@@ -177,7 +177,6 @@ PARALLEL, BRANCHES = "model.pattern=[parallel] model.layers.parallel", "model.la
         ),
         ("model.layers.attention.window=9 model.layers.attention.globals=2", "write model.layers.attention.anchors=2"),
         ("model.layers.attention.causal=false model.layers.attention.globals=2", "has no effect without a window"),
-        ("model.layers.attention.causal=false parallel.context=2", "the ring carries causal attention alone: write parallel.context=1"),
         (
             "model.depth=2 model.pattern=[source,shared] model.layers.attention=null model.layers.gated_delta_net=null "
             "model.layers.source.mixer=attention model.layers.source.kv=source "

@@ -57,7 +57,8 @@ def _check_pairs(pairs: Sequence[Pair], queries: int, keys: int) -> list[Pair]:
         q_start, q_len, k_start, k_len, causal, window, gap = pair
         if min(pair[:4]) < 0 or q_start + q_len > queries or k_start + k_len > keys:
             raise ValueError(f"pairs: {pair} leaves q's {queries} or k's {keys} rows")
-        if causal and q_len > k_len or window and q_len > k_len + gap:
+        ahead = 0 if causal else window - 1  # how far past itself a query sees
+        if causal and q_len > k_len or window and q_len > k_len + gap + ahead:
             of = "is causal" if causal else "has a window"
             raise ValueError(f"pairs: {pair} {of} with more queries than keys, so its first queries see nothing: leave those out")
         if window and gap >= window:

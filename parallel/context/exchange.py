@@ -134,7 +134,6 @@ class ContextExchange:
         if self.layout.size == 1:
             starts = seq.starts() if mask.placed else None
             return attention.attention(q, k, v, seq.cu_seqlens, scale=scale, mask=mask, starts=starts, score=score, sinks=sinks)
-        assert mask.causal, "the ring carries causal attention"
         plan = self._local(q, "q", seq)
         if self._ulysses is not None:
             inner = self._with_heads(self._ulysses, plan, seq, mask)

@@ -164,7 +164,6 @@ class AttentionOptions(MixerOptions):
         found = {"context decode": "the blocks of a decoded token are chosen by means of all keys"} if self.block_size else {}
         if not self.causal:
             found = {
-                "context": "the ring carries causal attention alone",
                 "decode": "each new token would change what all before it give",
                 "training": "each token would see the next one, which it is to predict: write causal: true",
             }
