@@ -25,7 +25,7 @@ class Shape(NamedTuple):
         """How many compressed blocks lie in so many tokens of a document."""
         return max((tokens - self.length) // self.stride + 1, 0)
 
-    def judged(self, tokens: int) -> int:
+    def weighed(self, tokens: int) -> int:
         """Of how many blocks that may be selected all compressed blocks that they share tokens with lie in so many tokens of a document."""
         return max((tokens - self.length + self.stride) // self.block, 0)
 

@@ -159,7 +159,7 @@ class NSA(Mixer):
         scores = (queries @ k.permute(0, 2, 3, 1)).to(lse.dtype) * self.scale  # [N, Hk, G, B]
         importance = decode_importance(scores, of_all, numbers, count, self.shape)
         every = torch.arange(count, device=q.device)
-        others = state.judges(count, seq) & (every > 0) & (every < (seq.positions // self.shape.block - 1).unsqueeze(1))
+        others = (every > 0) & (every < (seq.positions // self.shape.block - 1).unsqueeze(1))
         return seq.exchange.best(importance.masked_fill(~others.unsqueeze(1), -torch.inf), every.expand(importance.shape), self.shape.top - 3)
 
     def flops(self, tokens: int, context: int) -> float:

@@ -3,9 +3,10 @@
 Keys and values of the selected branch and of the window lie where a prefill leaves them, and decoded ones with the ranks in turn. A
 compressed block lives on the rank that has its last token, where the prefill has made it of its tokens and of those that a halo brings.
 
-A block that may be selected is judged by one rank, which must have the keys of all compressed blocks that share tokens with it: by the rank of
-the last token of the last of these, which has the others too, or gets copies of their keys from what the prefill gathers. Where
-these are not all complete at the end of a prompt, every rank has copies of those that are.
+What a compressed block makes of the importance of those that may be selected adds up, so one rank must have the keys of all compressed blocks
+that share tokens with one: the rank of the last token of the last of them, which gets copies of the others' keys from what the prefill
+gathers. What further ranks find of it is a part of the sum and lower, and of a block's scores the highest counts. Where its compressed
+blocks are not all complete at the end of a prompt, every rank has copies of those that are.
 
 What is made after the prompt goes to the ranks in turn, by the number of the block that may be selected: every rank computes each decoded
 token, and with the last ones of the prompt it can make all compressed blocks from there on.
@@ -31,7 +32,6 @@ class NSACache:
     window: KVCache
     blocks: KVCache  # compressed, by their numbers
     copies: KVCache  # keys alone of compressed blocks that live elsewhere
-    judge: Tensor  # [N, S] bool: whether this rank judges a block that may be selected, as far as the prefill says so
     recent: Tensor  # [N, l - 1, 2 Hk, D]: keys and values, not compressed, of the last tokens
 
     @classmethod
@@ -43,16 +43,8 @@ class NSACache:
         ahead = shape.block + 2 * shape.length  # tokens that blocks not complete at the end of a document share
         last = seq.exchange.last(raw.flatten(1), seq, ahead).unflatten(-1, raw.shape[1:])
         blocks = KVCache.of(*own, seq, units=shape.compressed)
-        lengths = seq.cu_seqlens.diff().tolist()
-        judge = torch.zeros(len(lengths), max(map(shape.judged, lengths), default=0), dtype=torch.bool)
-        for document, first, count in seq.exchange.runs(seq):
-            judge[document, shape.judged(first) : shape.judged(first + count)] = True
-        judge = judge.to(raw.device)
-        later = torch.arange(judge.shape[1], device=raw.device)
-        complete = torch.tensor([shape.judged(n) for n in lengths], device=raw.device)
-        judge |= (later >= complete.unsqueeze(1)) & seq.exchange.takes(later)
-        copies = _copies(blocks, last, whole, seq, shape, compress)
-        return cls(tokens, window, blocks, copies, judge, last[:, ahead - shape.length + 1 :])
+        copies = _copies(last, whole, seq, shape, compress)
+        return cls(tokens, window, blocks, copies, last[:, ahead - shape.length + 1 :])
 
     def append(self, kv: list[Tensor], seq: Sequence, shape: Shape, compress: Compress) -> None:
         """kv: keys and values to be compressed, selected and of the window, [N, Hk, D] each."""
@@ -68,14 +60,9 @@ class NSACache:
         self.blocks.append_blocks(k, v, number, here, shape.stride)
         self.copies.append_blocks(k, v[..., :0], number, made & ~here & seq.exchange.takes(begins), shape.stride)
 
-    def judges(self, count: int, seq: Sequence) -> Tensor:
-        """[N, count]: whether this rank judges a block that may be selected."""
-        later = torch.arange(self.judge.shape[1], count, device=self.judge.device)
-        return torch.cat((self.judge, seq.exchange.takes(later).expand(len(self.judge), -1)), 1)[:, :count]
 
-
-def _copies(blocks: KVCache, last: Tensor, whole: Tensor, seq: Sequence, shape: Shape, compress: Compress) -> KVCache:
-    """Of NSACache after a prefill. last [N, R, 2 Hk, D]: the last tokens of each document. For `blocks`, whole: see there."""
+def _copies(last: Tensor, whole: Tensor, seq: Sequence, shape: Shape, compress: Compress) -> KVCache:
+    """Of NSACache after a prefill. last [N, R, 2 Hk, D]: the last tokens of each document; whole: see there."""
     runs, lengths = seq.exchange.runs(seq), seq.cu_seqlens.diff().tolist()
     begins, at = {}, 0  # where a document's keys begin -> where its compressed blocks do
     for begin, stop in documents(seq.exchange.parts(seq)).items():
@@ -85,13 +72,13 @@ def _copies(blocks: KVCache, last: Tensor, whole: Tensor, seq: Sequence, shape: 
         held[document].update(range(shape.compressed(first), shape.compressed(first + count)))
     from_whole: list[tuple[int, int, int]] = []  # document, number, row of `whole`
     for (document, first, count), part in zip(runs, seq.exchange.parts(seq), strict=True):
-        if shape.judged(first) < shape.judged(first + count):
-            missing = [n for n in range(shape.first_of(shape.judged(first)), shape.compressed(first)) if n not in held[document]]
+        if shape.weighed(first) < shape.weighed(first + count):
+            missing = [n for n in range(shape.first_of(shape.weighed(first)), shape.compressed(first)) if n not in held[document]]
             held[document].update(missing)
             from_whole += [(document, n, begins[part.begin] + n) for n in missing]
     from_last: list[tuple[int, int, int]] = []  # document, number, first of its tokens among the last
     for document, length in enumerate(lengths):
-        missing = [n for n in range(shape.first_of(shape.judged(length)), shape.compressed(length)) if n not in held[document]]
+        missing = [n for n in range(shape.first_of(shape.weighed(length)), shape.compressed(length)) if n not in held[document]]
         from_last += [(document, n, last.shape[1] - length + n * shape.stride) for n in missing]
     made = [last[document, start : start + shape.length].permute(1, 2, 0) for document, _, start in from_last]
     k = torch.cat((whole[[row for *_, row in from_whole]], compress(torch.stack(made))[0] if made else whole[:0]))
