@@ -140,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
     bench = verbs.add_parser("bench", help="measure").add_subparsers(metavar="WHAT", required=True)
     sub = bench.add_parser("step", help="speed, memory and FLOPs utilisation of training steps")
     sub.add_argument("--steps", type=_count, default=10, help="steps that are timed, after at most 3 others (default 10)")
+    sub.add_argument("--profile", action="store_true", help="one more step under torch's profiler: where its time goes, and a trace for each rank")
     _add_config(sub)
     sub.set_defaults(verb=bench_step)
     sub = bench.add_parser("fp8", help="the same training in bf16 and in each FP8 recipe: losses, time and memory")
@@ -391,7 +392,7 @@ def bench_step(args: argparse.Namespace) -> None:
     config = _load(args)
     from ltrain.plan.bench import step
 
-    step(config, args.steps)
+    step(config, args.steps, args.profile)
 
 
 def bench_fp8(args: argparse.Namespace) -> None:

@@ -16,7 +16,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ltrain.model import sequence as model
-from ltrain.model.mixers.base import Mixer
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.pipeline import Stage
 
@@ -75,12 +74,8 @@ class Inference:
 
     @property
     def decodes(self) -> bool:
-        """Whether every rank has all layers, and these decode over the context ranks there are. Without, what a greedy decoding would say has to
-        be read from `score`."""
-        if self.mesh.pipeline.size() > 1:
-            return False
-        mixers = [m for m in self.stack.modules() if isinstance(m, Mixer)]
-        return self.mesh.context.size() == 1 or not any("context decode" in mixer.options.refuses() for mixer in mixers)
+        """Whether every rank has all layers. Without that, what a greedy decoding would say has to be read from `score`."""
+        return self.mesh.pipeline.size() == 1
 
     def exchange(self, tokens: int) -> ContextExchange:
         """For streams of so many tokens."""

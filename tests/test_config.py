@@ -166,6 +166,7 @@ PARALLEL, BRANCHES = "model.pattern=[parallel] model.layers.parallel", "model.la
         ("model.layers.attention.local_blocks=2", "local_blocks=2 has no effect without blocks"),
         ("model.layers.attention.block_score=index", "block_score=index has no effect without blocks"),
         ("model.layers.attention.block_size=64 model.layers.attention.local_blocks=9", "local_blocks=9 is above top_blocks=8"),
+        ("model.layers.attention.block_size=64 model.layers.attention.local_blocks=0", "own block by the mean of later ones"),
         ("model.layers.attention.block_size=64 model.layers.attention.index_dim=32", "has no effect with block_score: mean"),
         (
             "model.layers.attention.block_size=64 model.layers.attention.block_score=index model.layers.attention.index_dim=8",
@@ -177,7 +178,6 @@ PARALLEL, BRANCHES = "model.pattern=[parallel] model.layers.parallel", "model.la
         ),
         ("model.layers.attention.window=9 model.layers.attention.globals=2", "write model.layers.attention.anchors=2"),
         ("model.layers.attention.causal=false model.layers.attention.globals=2", "has no effect without a window"),
-        ("model.layers.attention.causal=false parallel.context=2", "the ring carries causal attention alone: write parallel.context=1"),
         (
             "model.depth=2 model.pattern=[source,shared] model.layers.attention=null model.layers.gated_delta_net=null "
             "model.layers.source.mixer=attention model.layers.source.kv=source "

@@ -59,7 +59,8 @@ def _check_pairs(pairs: Sequence[Pair], queries: int, keys: int) -> list[Pair]:
         q_start, q_len, k_start, k_len, causal, window, gap = pair
         if min(pair[:4]) < 0 or q_start + q_len > queries or k_start + k_len > keys:
             raise ValueError(f"pairs: {pair} leaves q's {queries} or k's {keys} rows")
-        if causal and q_len > k_len or window and q_len > k_len + gap:
+        ahead = 0 if causal else window - 1  # how far past itself a query sees
+        if causal and q_len > k_len or window and q_len > k_len + gap + ahead:
             of = "is causal" if causal else "has a window"
             raise ValueError(f"pairs: {pair} {of} with more queries than keys, so its first queries see nothing: leave those out")
         if window and gap >= window:
@@ -300,7 +301,9 @@ def pair_attention(q: Tensor, k: Tensor, v: Tensor, pairs: Sequence[Pair], *, sc
     return out
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, behind: Tensor, *, scale: float, score: Score = PLAIN) -> tuple[Tensor, Tensor]:
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, behind: Tensor, *, scale: float, score: Score = PLAIN, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One new query per sequence over its cached keys, or those of them that this rank holds.
 
     Args:
@@ -310,6 +313,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, behind: Tensor, *, scale: 
             them, here or on another rank.
         scale: what scores are multiplied with, usually D ** -0.5.
         score: what becomes of scores before the softmax.
+        seen: [N, H, L] or [N, Hk, L], which of the keys each head sees, or those of each K/V head; None: all.
 
     Returns:
         out [N, H, Dv] and lse [N, H] (natural log of the sum of exponentials of scaled scores) in float32 or wider, for `merge`;
@@ -333,6 +337,9 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, behind: Tensor, *, scale: 
     added = score.added(behind, q.shape[1])
     if added is not None:
         scores = scores + added.to(scores).transpose(0, 1).unflatten(1, (k.shape[2], -1))
-    lse = scores.masked_fill_((behind < 0)[:, None, None], -torch.inf).logsumexp(-1)  # [N, Hk, G]
+    hidden = (behind < 0)[:, None, None]
+    if seen is not None:
+        hidden = hidden | ~seen.unflatten(1, (k.shape[2], -1))
+    lse = scores.masked_fill_(hidden, -torch.inf).logsumexp(-1)  # [N, Hk, G]
     p = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp().to(v.dtype)
     return (p @ v.transpose(1, 2)).flatten(1, 2).to(lse.dtype), lse.flatten(1, 2)

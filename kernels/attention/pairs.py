@@ -92,9 +92,10 @@ def causal_pairs(bounds: list[int]) -> list[Pair]:
 
 
 def seen(queries: tuple[int, int], keys: tuple[int, int], mask: Mask) -> list[Pair]:
-    """What a causal mask leaves between queries at positions [first, last) of a document and keys at others or the same ones.
+    """What a mask leaves between queries at positions [first, last) of a document and keys at others or the same ones.
 
-    keys: none of their positions comes after a query's, or they are the queries'. Rows of the pairs are positions.
+    keys: their positions are the queries', or none of them is among these; of a causal mask none comes after a query's. Rows of the pairs are
+    positions. Every query of a pair sees a key of it, and every key is seen.
     """
     if mask.chunk:
         cuts = range(queries[0] // mask.chunk * mask.chunk, queries[1], mask.chunk)
@@ -103,6 +104,8 @@ def seen(queries: tuple[int, int], keys: tuple[int, int], mask: Mask) -> list[Pa
     (first, last), (begin, end) = queries, keys
     if first >= last or begin >= end:
         return []
+    if not mask.causal:
+        return _both_ways(queries, keys, mask)
     pairs: list[Pair] = []
     window = mask.window or last  # which hides nothing
     nearest, stop = max(begin, first - window + 1), min(last, end - 1 + window)  # the first key that is seen, and the first query that sees none
@@ -120,26 +123,23 @@ def seen(queries: tuple[int, int], keys: tuple[int, int], mask: Mask) -> list[Pa
     return pairs
 
 
-def _both_ways(first: int, last: int, mask: Mask) -> list[Pair]:
-    """What a mask that is not causal leaves of positions [first, last) of a document to each other. Rows of the pairs are positions."""
-    if mask.chunk:
-        cuts = range(first // mask.chunk * mask.chunk, last, mask.chunk)
-        return [pair for cut in cuts for pair in _both_ways(max(first, cut), min(last, cut + mask.chunk), mask._replace(chunk=0))]
-    length = last - first
-    if not length:
-        return []
-    wide = min(max(mask.globals - first, 0), length)  # tokens that see all
-    rest, inner = length - wide, first + wide
-    if not mask.window or rest <= mask.window:
-        return [Pair(first, length, first, length, False)]
-    if not wide:
-        return [Pair(first, length, first, length, False, mask.window)]
-    # all of what they see, and they in what the others do
-    return [
-        Pair(first, wide, first, length, False, 0, -rest),
-        Pair(inner, rest, first, wide, False, 0, rest),
-        Pair(inner, rest, inner, rest, False, mask.window),
-    ]
+def _both_ways(queries: tuple[int, int], keys: tuple[int, int], mask: Mask) -> list[Pair]:
+    """Of a mask that is not causal, without chunks: as `seen`; neither side is empty."""
+
+    def pair(first: int, last: int, begin: int, end: int, window: int = 0) -> list[Pair]:
+        # after as many keys as queries the last query would stand at the last key
+        return [Pair(first, last - first, begin, end - begin, False, window, last - end)] if first < last and begin < end else []
+
+    (first, last), (begin, end) = queries, keys
+    # tokens that see all and that all see; the others meet under the window
+    wide, seen_by_all = (min(max(start, mask.globals), stop) for start, stop in (queries, keys))
+    if not mask.window or max(last - 1 - seen_by_all, end - 1 - wide) < mask.window:
+        return pair(first, last, begin, end)
+    near = max(wide, seen_by_all - mask.window + 1), min(last, end - 1 + mask.window)
+    nearest = max(seen_by_all, wide - mask.window + 1), min(end, last - 1 + mask.window)
+    inner = max(near[1] - 1 - nearest[0], nearest[1] - 1 - near[0]) >= mask.window  # hides some of these from each other
+    rest = pair(*near, *nearest, mask.window if inner else 0) if wide < last and seen_by_all < end else []
+    return pair(first, wide, begin, end) + pair(wide, last, begin, seen_by_all) + rest
 
 
 def masked_pairs(bounds: list[int], mask: Mask, starts: list[int]) -> list[Pair]:
@@ -147,7 +147,7 @@ def masked_pairs(bounds: list[int], mask: Mask, starts: list[int]) -> list[Pair]
     pairs: list[Pair] = []
     for (a, b), start in zip(pairwise(bounds), starts, strict=True):
         own = start, start + b - a
-        pairs += [pair.moved(a - start, a - start) for pair in (seen(own, own, mask) if mask.causal else _both_ways(*own, mask))]
+        pairs += [pair.moved(a - start, a - start) for pair in seen(own, own, mask)]
     return pairs
 
 

@@ -76,7 +76,8 @@ def linear_cross_entropy_sum(
 ) -> Losses:
     """Summed cross entropy of softmax(x W^T) against labels with a z-loss (Chowdhery et al. 2022). Differentiable, once, in x and weight.
 
-    The gradients of fused and triton are made in the forward, those of the weight summed over tokens in float32 or wider.
+    The gradients of fused and triton are made in the forward, those of the weight summed over tokens in float32 or wider (of half precision on a
+    CPU: over chunks of tokens).
 
     Args:
         x: [T, hidden].
@@ -97,7 +98,7 @@ def linear_cross_entropy_sum(
 
     Raises:
         ValueError: shapes, types or the backend do not fit, or (seen on a CPU) a label is outside the vocabulary.
-        RuntimeError: in the backward, with weight_grad, a gradient of the objective that is not 1.
+        RuntimeError: in the backward of fused and triton: a second one, or with weight_grad a gradient of the objective that is not 1.
     """
     _check(x, weight, labels, 1 if shards is None else shards.count)
     choose(backend, ("reference", "chunked", "fused", "triton"))

@@ -129,7 +129,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         if grad_weight is not None and not grad_weight.started:  # no tokens
             grad_weight.sum.zero_()
 
-        ctx.dtype, ctx.exactly_one = weight.dtype, of_weight and into is not None
+        ctx.dtype, ctx.exactly_one, ctx.differentiated = weight.dtype, of_weight and into is not None, False
         ctx.save_for_backward(grad_x, None if grad_weight is None or into is not None else grad_weight.sum)
         loss, squares = (lse - target).sum(), lse.square().sum()
         ctx.mark_non_differentiable(loss, squares)
@@ -138,6 +138,9 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if ctx.differentiated:  # the weight's gradient was added, or its memory rounded into, once
+            raise RuntimeError("the gradients of this objective are made once, in its forward: call that again to differentiate it again")
+        ctx.differentiated = True
         grad_x, grad_weight = ctx.saved_tensors
         if ctx.exactly_one:  # seen on the device: a GPU is not waited for
             torch._assert_async(grads[0] == 1, "weight_grad already has the gradient of the objective itself: differentiate no multiple of it")

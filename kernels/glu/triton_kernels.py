@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def activate(x, alpha, NAME: tl.constexpr):
-    """f(x) and its derivative."""
+    """f(x) and its derivative. Comparisons are such that what is no number stays none, here and below, where a minimum would take the other side."""
     if NAME == "silu":
         s = tl.sigmoid(alpha * x)
         y = x * s
@@ -21,10 +21,10 @@ def activate(x, alpha, NAME: tl.constexpr):
         y = x * s
         slope = s + y * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     elif NAME == "relu":
-        y = tl.where(x > 0.0, x, 0.0)
-        slope = tl.where(x > 0.0, 1.0, 0.0)
+        y = tl.where(x <= 0.0, 0.0, x)
+        slope = tl.where(x <= 0.0, 0.0, 1.0)
     else:
-        kept = tl.where(x > 0.0, x, 0.0)
+        kept = tl.where(x <= 0.0, 0.0, x)
         y = kept * kept
         slope = 2.0 * kept
     return y, slope
@@ -36,16 +36,16 @@ def both(g, u, scale, alpha, limit, offset, NAME: tl.constexpr, LIMITED: tl.cons
     x = g * scale
     slope_u = tl.full(u.shape, 1.0, dtype=tl.float32)
     if LIMITED and not AFTER:
-        y, slope = activate(tl.minimum(x, limit), alpha, NAME)
+        y, slope = activate(tl.where(x > limit, limit, x), alpha, NAME)
         slope = tl.where(x <= limit, slope, 0.0)
     else:
         y, slope = activate(x, alpha, NAME)
     if LIMITED:
         if AFTER:
             slope = tl.where(y <= limit, slope, 0.0)
-            y = tl.minimum(y, limit)
+            y = tl.where(y > limit, limit, y)
         slope_u = tl.where((u >= -limit) & (u <= limit), 1.0, 0.0)
-        u = tl.minimum(tl.maximum(u, -limit), limit)
+        u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
     return y, u + offset, slope * scale, slope_u
 
 

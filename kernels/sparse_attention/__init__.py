@@ -89,7 +89,7 @@ def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int,
     if len(q) and wants_triton(backend, q):
         from ltrain.kernels.sparse_attention import triton_select
 
-        if permitted(triton_select.refusal(q, k), backend, "reference or auto"):
+        if permitted(triton_select.refusal(q, k, fp8), backend, "reference or auto"):
             return triton_select.select(q, k, weights, parts, top_k, fp8)
     if fp8:
         q, k = rounded_to_fp8(q), rounded_to_fp8(k)

@@ -101,16 +101,10 @@ def index_loss(q: Tensor, k: Tensor, index: Index, indices: Tensor | None, parts
     return total
 
 
-def decode_selected_block_attention(
-    q: Tensor, k: Tensor, v: Tensor, index: Index, lengths: Tensor, *, scale: float, block: int, top: int, local: int
-) -> Tensor:
-    """One query per document over its cached keys, its own among them: q [N, H, D], k [N, L, Hk, D], v [N, L, Hk, Dv], and of the index
-    [N, Hk, Di] and [N, L, Di], of which lengths [N] are valid, in order -> [N, H, Dv] in v's type."""
-    rows = []
-    for n, length in enumerate(lengths.tolist()):
-        nothing, own = torch.zeros(1, length, dtype=torch.bool, device=q.device), torch.tensor([(length - 1) // block], device=q.device)
-        best, there = _best(index[0][n : n + 1], index[1][n, :length], nothing, own, block, top, local)
-        seen = torch.zeros(*best.shape[:2], -(-length // block), dtype=torch.bool, device=q.device).scatter_(-1, best, there)
-        seen = seen.repeat_interleave(q.shape[1] // k.shape[2], 0)
-        rows.append(attend(q[n : n + 1], k[n, :length], v[n, :length], seen, nothing, scale, block))
-    return torch.cat(rows)
+def block_scores(q: Tensor, k: Tensor, numbers: Tensor, count: int) -> Tensor:
+    """One query per document, q [N, Hk, Di], and keys k [N, L, Di] in blocks with numbers [N, L] (negative: no key) below count -> the largest
+    product of each block [N, Hk, count] in float32 or wider, -inf where it has no key here."""
+    wide = accumulator(q.dtype)
+    products = torch.einsum("nhd,nld->nhl", q.to(wide), k.to(wide)).masked_fill_((numbers < 0).unsqueeze(1), -torch.inf)
+    places = numbers.clamp(min=0).unsqueeze(1).expand(products.shape)
+    return products.new_full((*q.shape[:2], count), -torch.inf).scatter_reduce_(-1, places, products, "amax")

@@ -64,16 +64,3 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, parts: list[Part], *, scale
             args = (q[rows], k[keys], v[keys], seen, some.later(q.device), scale, block)
             outputs.append(checkpoint(attend, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else attend(*args))
     return torch.cat(outputs)
-
-
-def decode_block_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float, block: int, top: int, local: int = 1) -> Tensor:
-    """One query per document over its cached keys, its own among them: q [N, H, D], k [N, L, Hk, D], v [N, L, Hk, Dv] of which lengths [N]
-    are valid, in order -> [N, H, Dv] in v's type."""
-    rows = []
-    for n, length in enumerate(lengths.tolist()):
-        keys = k[n, :length]
-        own = torch.tensor([(length - 1) // block], device=q.device)
-        seen = _chosen(q[n : n + 1], _means(keys, block), own, top, local)
-        nothing = torch.zeros(1, length, dtype=torch.bool, device=q.device)
-        rows.append(attend(q[n : n + 1], keys, v[n, :length], seen, nothing, scale, block))
-    return torch.cat(rows)

@@ -25,6 +25,14 @@ class Shape(NamedTuple):
         """How many compressed blocks lie in so many tokens of a document."""
         return max((tokens - self.length) // self.stride + 1, 0)
 
+    def weighed(self, tokens: int) -> int:
+        """Of how many blocks that may be selected all compressed blocks that they share tokens with lie in so many tokens of a document."""
+        return max((tokens - self.length + self.stride) // self.block, 0)
+
+    def first_of(self, selected: int) -> int:
+        """The first compressed block that shares tokens with this one that may be selected."""
+        return max((selected * self.block - self.length) // self.stride + 1, 0)
+
 
 def shared_units(compressed: int, selected: int, shape: Shape, device: torch.device) -> Tensor:
     """[compressed, selected]: how many strides a compressed and a selected block share (equation 9)."""
@@ -88,8 +96,15 @@ def native_attention(
     return compressed, selected
 
 
-def decode_native_attention(
-    q: Tensor, turned: Tensor, kc: Tensor, vc: Tensor, k: Tensor, v: Tensor, *, scale: float, shape: Shape
-) -> tuple[Tensor, Tensor]:
-    """One query of one document, [1, H, D], over its compressed blocks and all its tokens, its own the last -> both branches [1, H, Dv]"""
-    return _attend(q, turned, kc, vc, k, v, torch.tensor([len(k) - 1], device=q.device), scale, shape)
+def decode_importance(scores: Tensor, lse: Tensor, numbers: Tensor, count: int, shape: Shape) -> Tensor:
+    """What compressed blocks with these scores [N, Hk, G, B] and numbers [N, B] (negative: none) make of `count` selected blocks (equations 9 and
+    10): lse [N, Hk, G] over all compressed blocks, of which these may be a part -> [N, Hk, count]"""
+    p = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp().sum(2)  # [N, Hk, B]
+    first = numbers.clamp(min=0) * shape.stride
+    block = first // shape.block  # it may reach over into one more
+    inside = torch.minimum(first + shape.length, (block + 1) * shape.block) - first
+    found = p.new_zeros(*p.shape[:2], count + 1)
+    for target, tokens in ((block, inside), (block + 1, shape.length - inside)):
+        units = (tokens // shape.stride).masked_fill(numbers < 0, 0)
+        found.scatter_add_(-1, target.clamp(max=count).unsqueeze(1).expand(p.shape), p * units.unsqueeze(1))
+    return found[..., :count]

@@ -19,9 +19,11 @@ WIDEST = 128  # of the indexer's heads
 TILE, EXACT_TILE = (64, 256), (32, 32)  # queries and keys; of float32
 LEAST = 128  # queries at a time, whatever their keys: fewer leave most of a GPU idle (512 MiB of scores for a million keys)
 BLOCK = 4096  # scores that the selection reads at a time
+FP8_CAPABILITY = 8, 9  # the first that has products of e4m3 numbers
+LEAST_WIDTH, LEAST_FP8_WIDTH = 16, 32  # of the tiles of a product
 
 
-def refusal(q: Tensor, k: Tensor) -> str | None:
+def refusal(q: Tensor, k: Tensor, fp8: bool) -> str | None:
     """Why the kernels do not take these tensors, or None."""
     if not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return f"runs on CUDA, not on {q.device.type}"
@@ -29,6 +31,8 @@ def refusal(q: Tensor, k: Tensor) -> str | None:
         return f"takes q and k in one type of bfloat16, float16 or float32, not {q.dtype} and {k.dtype}"
     if q.shape[2] > WIDEST:
         return f"takes heads of at most {WIDEST}, not {q.shape[2]}"
+    if fp8 and q.is_cuda and torch.cuda.get_device_capability(q.device) < FP8_CAPABILITY:
+        return f"multiplies e4m3 numbers on GPUs from compute capability {'.'.join(map(str, FP8_CAPABILITY))} on, which {q.device} is not"
     return None
 
 
@@ -61,7 +65,8 @@ def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int,
     kernels.everything[(tokens,)](*_ranges(tuple(parts), tokens, q.device), found, top_k, BK=1024, num_warps=4)
     exact = q.dtype == torch.float32
     queries, keys = EXACT_TILE if exact else TILE
-    options = {"D": width, "BD": max(16, triton.next_power_of_2(width)), "BM": queries, "BN": keys, "DOT": "ieee" if exact else "tf32"}
+    padded = max(LEAST_FP8_WIDTH if fp8 else LEAST_WIDTH, triton.next_power_of_2(width))
+    options = {"D": width, "BD": padded, "BM": queries, "BN": keys, "DOT": "ieee" if exact else "tf32"}
     for block in blocks((_beyond(part, top_k) for part in parts), 1, LEAST):
         rows, seen = block.rows.stop - block.rows.start, block.keys.stop - block.keys.start
         stride = triton.cdiv(seen, 16) * 16

@@ -17,6 +17,7 @@ from ltrain.kernels import attention, short_conv
 from ltrain.kernels.attention import FULL, PLAIN, Mask, Score
 from ltrain.kernels.recurrence import Recurrence
 from ltrain.kernels.segments import Part, parts
+from ltrain.kernels.sparse_attention.decoding import best_numbers, candidates
 
 
 class Latent(NamedTuple):
@@ -107,8 +108,21 @@ class Exchange(Protocol):
         it by so much (negative: it does not see them), and sinks [H] -> [N, H, Dv]."""
         ...
 
+    def merged(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of one query per document over the keys of this context rank, out [N, H, Dv] and lse [N, H] -> over those of all."""
+        ...
+
+    def best(self, scores: Tensor, numbers: Tensor, count: int) -> Tensor:
+        """Of the keys or blocks that context ranks have, scores [..., n] in float32 or wider (-inf: none) and numbers [..., n], the numbers of the
+        `count` of highest score [..., count], -1 where there are fewer; of a number that several ranks have the highest score counts."""
+        ...
+
     def keeps(self, step: int) -> bool:
         """Whether this context rank keeps key and value of the step-th decoded token; exactly one does."""
+        ...
+
+    def takes(self, blocks: Tensor) -> Tensor:
+        """Whether blocks with these numbers are this context rank's, where decoding has made them; each is exactly one's."""
         ...
 
 
@@ -178,8 +192,17 @@ class LocalExchange:
         out, lse = attention.decode_attention(q, k, v, behind, scale=scale, score=score)
         return (out if sinks is None else attention.with_sinks(out, lse, sinks)[0]).to(q.dtype)
 
+    def merged(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        return out, lse
+
+    def best(self, scores: Tensor, numbers: Tensor, count: int) -> Tensor:
+        return best_numbers(*candidates(scores, numbers, count), count)
+
     def keeps(self, step: int) -> bool:
         return True
+
+    def takes(self, blocks: Tensor) -> Tensor:
+        return torch.ones_like(blocks, dtype=torch.bool)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from ltrain.data.packing import MicroBatch
 from ltrain.parallel.engines import build_engine
 from ltrain.parallel.engines.base import DTYPES, Engine
 from ltrain.plan.hardware import device_name, peak_flops, peak_memory, synchronise
+from ltrain.plan.profile import profiled
+from ltrain.plan.profile import show as show_profile
 from ltrain.train.feed import Feed, joined
 
 
@@ -25,8 +27,10 @@ def training_flops(engine: Engine, batches: list[MicroBatch]) -> float:
     return total
 
 
-def step(config: Config, steps: int = 10) -> dict[str, Any]:
+def step(config: Config, steps: int = 10, profile: bool = False) -> dict[str, Any]:
     """Time `steps` training steps on the config's own data after at most 3 others; print a table and write run.dir/bench-step.json.
+
+    profile: one more step under torch's profiler: where its time goes on rank 0, and run.dir/profile-rankN.json of each rank, a trace to look at.
 
     The time is of forward, backward and update on the slowest rank; loading the data is not in it. MFU is against the peak
     matrix rate of all devices.
@@ -37,19 +41,29 @@ def step(config: Config, steps: int = 10) -> dict[str, Any]:
         engine = build_engine(config, feed.vocab, mesh)
         device = mesh.device
         times, flops, losses = [], 0.0, []
+
+        def train() -> None:
+            losses.append(engine.forward_backward(batches, labels, feed.micro_batches)["loss"])
+            engine.step(config.train.lr)
+
         for i in range(warmup + steps):
             batches, labels, _ = feed.step()
             synchronise(device)
             mesh.barrier()
             began = time.perf_counter()
-            losses.append(engine.forward_backward(batches, labels, feed.micro_batches)["loss"])
-            engine.step(config.train.lr)
+            train()
             synchronise(device)
             if i >= warmup:
                 times.append(max(mesh.all_gather_object(time.perf_counter() - began)))
                 # each replica's FLOPs once per pipeline stage
                 first = mesh.tensor_context.rank() == 0
                 flops += float(mesh.sum(torch.tensor(training_flops(engine, batches) if first else 0.0, dtype=torch.float64, device=device)))
+        found, memory, folder = None, max(mesh.all_gather_object(peak_memory(device))), Path(config.run.dir)
+        first_and_last = [losses[0], losses[-1]]
+        if profile:
+            batches, labels, _ = feed.step()
+            mesh.barrier()
+            found = profiled(train, device, folder / f"profile-rank{mesh.rank}.json")
         feed.close()
         seconds = statistics.median(times)
         peak, source = peak_flops(device, DTYPES[config.precision])
@@ -72,12 +86,15 @@ def step(config: Config, steps: int = 10) -> dict[str, Any]:
             "mfu": flops / steps / seconds / mesh.size / peak,
             "peak_flops": peak,
             "peak_flops_source": source,
-            "peak_memory_bytes": max(mesh.all_gather_object(peak_memory(device))),
-            "first_and_last_loss": [losses[0], losses[-1]],
+            "peak_memory_bytes": memory,
+            "first_and_last_loss": first_and_last,
         }
+        if found is not None:
+            result["profile"] = found
         if mesh.rank == 0:
             show(result)
-            folder = Path(config.run.dir)
+            if found is not None:
+                show_profile(found, device.type == "cuda")
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "bench-step.json").write_text(json.dumps(result, indent=2) + "\n")
             print(f"written to {folder / 'bench-step.json'}")

@@ -4,6 +4,7 @@ After a prefill every context rank holds the recurrent states of all documents (
 state; a sum with zeros hands it to the others: H K V numbers per document and layer), the convolutions' last inputs, and the
 keys and values of its own spans. Decoded tokens are then the same on every context rank; their keys and values go to one rank
 each in turn, and attention is merged from the ranks' (output, log-sum-exp): N H (Dv + 1) numbers from each, never K or V.
+Where a decoded token chooses among keys or blocks, each rank scores its own and tells the others the best of them.
 """
 
 from itertools import pairwise
@@ -15,6 +16,7 @@ from torch import Tensor
 from ltrain.kernels import attention
 from ltrain.kernels.attention import Score
 from ltrain.kernels.recurrence import Recurrence
+from ltrain.kernels.sparse_attention.decoding import best_numbers, candidates
 from ltrain.model.sequence import Tape
 from ltrain.parallel.context.layout import Plan
 from ltrain.parallel.context.messages import Messages, summed
@@ -73,13 +75,31 @@ def final_recurrence(inputs: Recurrence, plan: Plan, messages: Messages, tape: T
     return output, messages.sum("state", final)
 
 
-def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, behind: Tensor, messages: Messages, *, scale: float, score: Score, sinks: Tensor | None
-) -> Tensor:
-    """q [N, H, D] over every context rank's k [N, L, Hk, D] and v [N, L, Hk, Dv], and sinks [H] -> [N, H, Dv]."""
-    out, lse = attention.decode_attention(q, k, v, behind, scale=scale, score=score)
+def merged(out: Tensor, lse: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
+    """out [N, H, Dv] and lse [N, H] over each context rank's keys -> over all."""
     parts = messages.all_gather("decode", torch.cat((out, lse.unsqueeze(-1)), dim=-1))
     out, lse = parts[0][..., :-1], parts[0][..., -1]
     for part in parts[1:]:
         out, lse = attention.merge(out, lse, part[..., :-1], part[..., -1])
+    return out, lse
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, behind: Tensor, messages: Messages, *, scale: float, score: Score, sinks: Tensor | None
+) -> Tensor:
+    """q [N, H, D] over every context rank's k [N, L, Hk, D] and v [N, L, Hk, Dv], and sinks [H] -> [N, H, Dv]."""
+    out, lse = merged(*attention.decode_attention(q, k, v, behind, scale=scale, score=score), messages)
     return (out if sinks is None else attention.with_sinks(out, lse, sinks)[0]).to(q.dtype)
+
+
+def best(scores: Tensor, numbers: Tensor, count: int, messages: Messages) -> Tensor:
+    """scores and numbers [..., n] of what each context rank has -> the numbers of the `count` best of all [..., count]: a score and a number of each
+    rank's own `count` best travel, however many it has."""
+    if not count:
+        return numbers[..., :0]
+    scores, numbers = candidates(scores, numbers, count)
+    integer = torch.int64 if scores.itemsize == 8 else torch.int32
+    parts = messages.all_gather("choice", torch.cat((scores, numbers.to(integer).view(scores.dtype)), dim=-1))  # one message for both
+    scores = torch.cat([part[..., :count] for part in parts], dim=-1)
+    numbers = torch.cat([part[..., count:].view(integer) for part in parts], dim=-1).long()
+    return best_numbers(scores, numbers, count)

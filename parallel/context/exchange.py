@@ -101,7 +101,7 @@ class ContextExchange:
 
     @property
     def bytes(self) -> Counter[str]:
-        """Bytes this rank has sent by kind (ring, ring across nodes, ulysses, halo, scan; last, state, decode), forward and backward."""
+        """Bytes this rank has sent by kind (ring, ring across nodes, ulysses, halo, scan; last, state, decode, choice), forward and backward."""
         return self._messages.bytes
 
     def plan(self, cu_seqlens: Tensor) -> Plan:
@@ -134,7 +134,6 @@ class ContextExchange:
         if self.layout.size == 1:
             starts = seq.starts() if mask.placed else None
             return attention.attention(q, k, v, seq.cu_seqlens, scale=scale, mask=mask, starts=starts, score=score, sinks=sinks)
-        assert mask.causal, "the ring carries causal attention"
         plan = self._local(q, "q", seq)
         if self._ulysses is not None:
             inner = self._with_heads(self._ulysses, plan, seq, mask)
@@ -266,9 +265,21 @@ class ContextExchange:
         """q [N, H, D], k [N, L, Hk, D], v [N, L, Hk, Dv], behind [N, L], sinks [H] -> [N, H, Dv]"""
         return decode.decode_attention(q, k, v, behind, self._messages, scale=scale, score=score, sinks=sinks)
 
+    def merged(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """out [N, H, Dv] and lse [N, H] over the keys here -> over those of all context ranks"""
+        return decode.merged(out, lse, self._messages)
+
+    def best(self, scores: Tensor, numbers: Tensor, count: int) -> Tensor:
+        """scores and numbers [..., n] of what is here -> the numbers of the best on all context ranks [..., count]"""
+        return decode.best(scores, numbers, count, self._messages)
+
     def keeps(self, step: int) -> bool:
         """The ranks in turn."""
         return step % self.layout.size == self.layout.rank
+
+    def takes(self, blocks: Tensor) -> Tensor:
+        """The ranks in turn."""
+        return blocks % self.layout.size == self.layout.rank
 
     def sequence(self, cu_seqlens: Tensor, positions: Tensor) -> Sequence:
         """This rank's `Sequence` of a micro-batch: cu_seqlens [documents + 1] and positions [tokens] of the whole stream."""

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ltrain.kernels.attention import Mask
 from ltrain.model.mixers.base import ExchangeNeed
 from ltrain.parallel.context.layout import ContextLayout
 from ltrain.parallel.context.scan import LONGEST
@@ -25,8 +26,8 @@ def sent_bytes(need: ExchangeNeed, layout: ContextLayout, documents: list[int], 
     for rank in range(layout.size):
         own = [(start, stop, begin) for (start, stop, owner), begin in zip(spans, begins, strict=True) if owner == rank]
         wanted = np.zeros((len(own) if need.kind == "halo" else 1, layout.tokens), dtype=bool)  # of a halo each span gets its own copy
-        for n, (start, _, begin) in enumerate(own):
-            for first, last in _seen(need, start, begin):
+        for n, (start, stop, begin) in enumerate(own):
+            for first, last in _seen(need, start, begin) if need.mask.causal else _seen_both_ways(need.mask, start, stop, cuts):
                 wanted[n if need.kind == "halo" else 0, first:last] = True
         for start, stop, _ in own:
             wanted[:, start:stop] = False
@@ -44,6 +45,22 @@ def _seen(need: ExchangeNeed, start: int, begin: int) -> list[tuple[int, int]]:
     if not mask.window:
         return [(begin, start)]
     return [(begin, min(begin + mask.anchors, start)), (max(begin, start - mask.window + 1), start)]
+
+
+def _seen_both_ways(mask: Mask, start: int, stop: int, cuts: "np.ndarray") -> list[tuple[int, int]]:
+    """Of the documents of a span's first and last token the rows that its tokens see under a mask that is not causal."""
+    found = []
+    for token in (start, stop - 1):
+        document = int(np.searchsorted(cuts, token, side="right"))
+        begin, end = int(cuts[document - 1]), int(cuts[document])
+        first, last = max(start, begin), min(stop, end)
+        if mask.chunk:
+            found.append((first - (first - begin) % mask.chunk, min(end, last + (begin - last) % mask.chunk)))
+        elif not mask.window or first - begin < mask.globals:
+            found.append((begin, end))
+        else:
+            found += [(begin, min(begin + mask.globals, end)), (max(begin, first - mask.window + 1), min(end, last + mask.window - 1))]
+    return found
 
 
 def _numbers_of_maps(need: ExchangeNeed, cuts: "np.ndarray", spans: list[tuple[int, int, int]], begins: list[int]) -> int:

@@ -1,10 +1,10 @@
-"""Causal attention over context ranks: keys and values travel, queries and outputs stay.
+"""Attention over context ranks: keys and values travel, queries and outputs stay.
 
 The ring of Liu et al. 2023 (Ring Attention) on packed documents. In step s of P - 1, rank r works on keys and values of
 rank r - s. They come straight from their owner instead of through the neighbour, which lets each message hold only the
 rows that its receiver's masks can see: (P-1)/P of K and V is the most that arrives, for a causal document in zigzag it
-is at most 3/4 of that, for a window the rows that it reaches over a cut and the anchors once, for chunks those of a chunk
-that is cut, and nothing travels between ranks that share no document. Step s + 1 is under way while step s
+is at most 3/4 of that, for a window the rows that it reaches over a cut (both ways: on either side of it) and the anchors once, for chunks
+those of a chunk that is cut, and nothing travels between ranks that share no document. Step s + 1 is under way while step s
 is computed. The outputs of the steps merge by log-sum-exp. The backward is a second ring; a step's key and value
 gradients go straight back to their owner, in float32 or wider. Keys and values that are made of something smaller
 (the latents of multi-head latent attention) may be made on arrival: then that travels, and its gradient.
@@ -109,11 +109,19 @@ def _between(reader: Segment, owner: Segment, mask: Mask, starts: Starts) -> lis
 
 
 def _across(plan: Plan, reader: int, owner: int, mask: Mask, starts: Starts) -> list[Pair]:
-    """What the reader's heads see of those tails of the owner that are earlier parts of the same documents."""
-    tails = [span.tail for span in plan.of(owner) if span.tail is not None]
-    heads = [span.head for span in plan.of(reader) if span.head is not None]
-    met = [(head, tail) for head in heads for tail in tails if tail.document == head.document and tail.stop <= head.start]
-    return [pair for head, tail in met for pair in _between(head, tail, mask, starts)]
+    """What the reader's segments see of the owner's other ones of the same documents, of which only earlier ones are seen under a causal mask."""
+
+    def cut(rank: int) -> dict[int, list[Segment]]:
+        found: dict[int, list[Segment]] = {}
+        for segment in (s for span in plan.of(rank) for s in dict.fromkeys((span.head, span.tail)) if s is not None):
+            found.setdefault(segment.document, []).append(segment)
+        return found
+
+    owners: dict[int, list[Segment]] = plan.derive(("cut", owner), lambda: cut(owner))
+    readers: dict[int, list[Segment]] = plan.derive(("cut", reader), lambda: cut(reader))
+    both = [(a, b) for document, mine in readers.items() for a in mine for b in owners.get(document, [])]
+    met = [(a, b) for a, b in both if b.stop <= a.start or not mask.causal and a.stop <= b.start]
+    return [pair for a, b in met for pair in _between(a, b, mask, starts)]
 
 
 def _packed(rows: Rows) -> tuple[Rows, Callable[[int], int]]:
@@ -408,7 +416,7 @@ def _add(into: list[Tensor], parts: list[Tensor], rows: Rows) -> None:
 
 
 class RingAttention(torch.autograd.Function):
-    """q [T, H, D], k [T, Hk, D], v [T, Hk, Dv], sinks [H], bias [H, buckets] -> [T, H, Dv]: causal in documents that may cross the ranks.
+    """q [T, H, D], k [T, Hk, D], v [T, Hk, Dv], sinks [H], bias [H, buckets] -> [T, H, Dv]: inside documents that may cross the ranks.
 
     latent [T, C] and weight: what travels instead of k and v, and what `expand` makes these of on arrival; None: they travel themselves. Gradients of
     what other ranks made of it come to latent, those of what this rank made of theirs to weight; k and v get those of this rank's own pairs.

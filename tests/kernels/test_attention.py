@@ -18,6 +18,7 @@ from ltrain.kernels.attention import (
     decode_attention,
     flash,
     forward_pairs,
+    intervals,
     merge,
     pair_attention,
     seen,
@@ -290,22 +291,56 @@ def test_a_ring_of_two_steps_is_one_attention(backend):
 
 @pytest.mark.parametrize("start", [0, 5])
 @pytest.mark.parametrize(
-    "mask", [Mask(), Mask(window=7), Mask(window=1), Mask(window=50), Mask(window=9, anchors=3), Mask(window=3, anchors=14), Mask(chunk=16)], ids=str
+    "mask",
+    [
+        *(Mask(), Mask(window=7), Mask(window=1), Mask(window=50), Mask(window=9, anchors=3), Mask(window=3, anchors=14), Mask(chunk=16)),
+        *(Mask(causal=False), Mask(window=1, causal=False), Mask(window=9, causal=False, globals=3), Mask(window=3, causal=False, globals=14)),
+        *(Mask(window=50, causal=False, globals=40), Mask(chunk=16, causal=False)),
+    ],
+    ids=str,
 )
 def test_a_document_in_pieces_is_one_attention(mask, start):
-    """What each piece sees of itself and of those before it: the same outputs and gradients, and no key twice."""
+    """What each piece sees of itself and of the others, before it or all: the same outputs and gradients, and no key twice."""
     inputs = tensors(60, 4, 2, 8, 6)
     expected = attention(*inputs, cu([60]), scale=0.3, mask=mask, starts=[start], backend="reference")
     dout = torch.randn_like(expected)
     q, k, v = (x.detach() for x in inputs)
     cuts = [0, 1, 13, 32, 33, 60]
     pieces = [(start + a, start + b) for a, b in pairwise(cuts)]
-    pairs = [pair.moved(-start, -start) for i, mine in enumerate(pieces) for other in pieces[: i + 1] for pair in seen(mine, other, mask)]
+    met = [(mine, other) for i, mine in enumerate(pieces) for other in (pieces[: i + 1] if mask.causal else pieces)]
+    pairs = [pair.moved(-start, -start) for mine, other in met for pair in seen(mine, other, mask)]
     for backend in ("auto", "reference"):
         out, lse = forward_pairs(q, k, v, pairs, scale=0.3, backend=backend)
         torch.testing.assert_close(out, expected)
         grads = backward_pairs(dout, q, k, v, out, lse, pairs, scale=0.3, backend=backend)
         torch.testing.assert_close(grads[:3], torch.autograd.grad(expected, inputs, dout, retain_graph=True))
+
+
+def test_pairs_both_ways_are_what_the_mask_leaves_and_no_row_more():
+    """Of every two ranges apart and of each with itself; as intervals, which kernels on a GPU go by, too."""
+    ranges = [(0, 3), (3, 4), (4, 11), (11, 19), (22, 23)]
+    masks = [Mask(causal=False), Mask(chunk=5, causal=False)]
+    masks += [Mask(window=w, causal=False, globals=g) for w in (1, 2, 4, 9, 40) for g in (0, 1, 5, 30)]
+    position = torch.arange(23)
+    apart = (position[:, None] - position).abs()
+    for mask in masks:
+        for queries in ranges:
+            for keys in ranges:
+                met = torch.zeros(23, 23, dtype=torch.int64)
+                met[slice(*queries), slice(*keys)] = 1
+                if mask.window:
+                    wide = position < mask.globals
+                    met *= (apart < mask.window) | wide | wide[:, None]
+                if mask.chunk:
+                    met *= position[:, None] // mask.chunk == position // mask.chunk
+                found, pairs = torch.zeros_like(met), seen(queries, keys, mask)
+                for start, stop, first, last, left, right, _ in intervals.spans_of(pairs).tolist():
+                    one = torch.zeros_like(met)
+                    for row in range(start, stop):
+                        one[row, max(first, row + left) : max(min(last, row + right + 1), 0)] = 1
+                    assert one[start:stop].any(1).all() and one[:, first:last].any(0).all(), (mask, queries, keys)
+                    found += one
+                assert torch.equal(found, met), (mask, queries, keys, pairs)
 
 
 def test_distances_in_pieces_are_those_of_the_document():

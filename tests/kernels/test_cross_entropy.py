@@ -96,6 +96,15 @@ def test_the_main_gradient_has_no_multiple_of_the_objective():
         (got.objective / 9).backward()
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_second_backward_is_refused(accumulate):
+    x, weight, labels = inputs(9)
+    got = linear_cross_entropy_sum(x, weight, labels, weight_grad=torch.zeros_like(weight) if accumulate else None)
+    got.objective.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="made once, in its forward"):
+        got.objective.backward()
+
+
 def test_a_hook_after_the_weight_runs_where_the_main_gradient_has_it_all():
     """megatron counts parameters by such hooks."""
     x, weight, labels = inputs(9)

@@ -33,6 +33,15 @@ def test_forward_and_gradients(how: Gating, together: bool, shape: tuple[int, ..
     torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance)
 
 
+@runs
+@pytest.mark.parametrize("how", KINDS, ids=str)
+def test_what_is_no_number_stays_none(how: Gating) -> None:
+    """A run that diverges is seen to."""
+    gate, up = (torch.ones(2, 3, device=DEVICE) for _ in range(2))
+    gate[0, 1] = up[1, 2] = torch.nan
+    assert torch.equal(gated(gate, up, how, backend="triton").isnan(), gate.isnan() | up.isnan())
+
+
 def test_what_does_not_fit() -> None:
     x = torch.zeros(3, 8)
     with pytest.raises(ValueError, match="gate and up have one shape"):

@@ -1,5 +1,7 @@
 """The Triton kernels of the lightning indexer's selection against scores in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -58,6 +60,32 @@ def test_in_fp8(monkeypatch):
     chosen = [select(*given, whole([60]), 9, fp8=True, backend=backend).sort(1).values for backend in ("triton", "reference")]
     assert (chosen[0] == chosen[1]).float().mean() > 0.98  # sums in another order may exchange neighbours
     assert (chosen[0] != select(*given, whole([60]), 9, backend="reference").sort(1).values).any()
+
+
+@runs
+@pytest.mark.parametrize(("fp8", "padded"), [(False, 16), (True, 32)])
+def test_narrow_heads_fill_a_tile_of_their_type(fp8, padded, monkeypatch):
+    """Products of 16 bits take at least 16 numbers, those of 8 bits 32: the interpreter takes any."""
+    seen, program = [], triton_select.kernels.index_scores
+
+    class Spied:
+        def __getitem__(self, grid):
+            return lambda *args, **options: (seen.append(options["BD"]), program[grid](*args, **options))
+
+    monkeypatch.setattr(triton_select.kernels, "index_scores", Spied())
+    monkeypatch.setattr(triton_select, "BLOCK", 16)
+    compare(whole([5]), 5, 1, 6, 2, torch.float16, fp8=fp8)
+    assert set(seen) == {padded}
+
+
+@runs
+@pytest.mark.parametrize(("capability", "refused"), [((8, 0), True), ((8, 9), False), ((9, 0), False), ((10, 0), False)])
+def test_8_bits_need_a_gpu_that_multiplies_them(capability, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(4, 2, 8), device=torch.device("cuda", 0))
+    assert triton_select.refusal(q, q, False) is None
+    why = triton_select.refusal(q, q, True)
+    assert (why is not None) == refused and (why is None or "from compute capability 8.9 on" in why)
 
 
 @runs

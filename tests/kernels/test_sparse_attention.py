@@ -8,6 +8,7 @@ from ltrain.kernels.segments import Part, parts
 from ltrain.kernels.sparse_attention import block_index
 from ltrain.kernels.sparse_attention import latent as latents
 from ltrain.kernels.sparse_attention.block_means import block_attention
+from ltrain.kernels.sparse_attention.decoding import among, best_numbers, candidates, seen_blocks
 from ltrain.kernels.sparse_attention.native import Shape, native_attention
 
 LENGTHS = [1, 40, 2, 57]
@@ -209,3 +210,34 @@ def test_nsa_query_by_query(shape: Shape, scores: int, monkeypatch: pytest.Monke
     weight = torch.randn(tokens, 4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     grads = [torch.autograd.grad((torch.cat(ys, -1) * weight).sum(), leaves) for ys in (got, expected)]
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_the_best_of_the_ranks_best_are_the_best_of_all(count: int) -> None:
+    """Keys that each have one rank; blocks whose score is the largest of parts that several have; and equal scores."""
+    generator = torch.Generator().manual_seed(count)
+    scores = torch.randint(0, 12, (2, 3, 30), generator=generator).double()
+    scores = scores.masked_fill(torch.rand(scores.shape, generator=generator) < 0.2, -torch.inf)
+    numbers = torch.randperm(30, generator=generator).expand(scores.shape)
+    distinct = scores + numbers / 100
+    rank = torch.randint(0, 4, scores.shape, generator=generator)
+    lower = distinct - torch.rand(scores.shape, generator=generator)  # what else a rank may have of the same block
+    parts = []
+    for r in range(4):
+        parts.append(candidates(distinct.where(rank == r, lower.where((rank + r) % 3 == 0, -torch.inf)), numbers, count))
+        assert parts[-1][0].shape == (2, 3, count)  # as many numbers travel, however many a rank has
+    found = best_numbers(*(torch.cat(side, -1) for side in zip(*parts, strict=True)), count)
+    order = distinct.sort(dim=-1, descending=True)
+    expected = numbers.gather(-1, order.indices).masked_fill(order.values == -torch.inf, -1)
+    expected = torch.nn.functional.pad(expected, (0, max(count - 30, 0)), value=-1)[..., :count]
+    assert torch.equal(found, expected)
+    equal = best_numbers(torch.zeros_like(scores), numbers, count)
+    assert equal.tolist() == torch.tensor([*range(min(count, 30)), *[-1] * (count - 30)]).expand(2, 3, -1).tolist()
+
+
+def test_seen_blocks_are_those_chosen_and_the_last_ones() -> None:
+    assert among(torch.tensor([[3, -1, 7, 0]]), torch.tensor([[7, -1, 3]])).tolist() == [[True, False, True, False]]
+    blocks, own = torch.tensor([[0, 1, 2, 3, 4, -1]]), torch.tensor([4])
+    for chosen, local, seen in (([1, -1], 2, [0, 1, 0, 1, 1, 0]), ([0, 4], 1, [1, 0, 0, 0, 1, 0]), ([], 1, [0, 0, 0, 0, 1, 0]), ([-1], 0, [0] * 6)):
+        found = seen_blocks(torch.tensor(chosen, dtype=torch.int64).view(1, 1, -1), blocks, own, local)
+        assert found.tolist() == [[[bool(x) for x in seen]]]

@@ -12,6 +12,7 @@ import pytest
 from ltrain import data
 from ltrain.config import Config, ParallelConfig, to_yaml
 from ltrain.model.options import MoEOptions
+from ltrain.plan.profile import SHOWN, _covered
 from tests.parallel.pool import fork_server
 from tests.train.runs import small
 
@@ -33,7 +34,7 @@ def _rank(words: list[str], log: str, environment: dict[str, str]) -> None:
     main(words)
 
 
-def bench(config: Config, tmp: Path, ranks: int = 1) -> tuple[dict[str, Any], str]:
+def bench(config: Config, tmp: Path, ranks: int = 1, *more: str) -> tuple[dict[str, Any], str]:
     """bench-step.json, and all that the ranks print."""
     file, log = tmp / "config.yaml", tmp / "log"
     file.write_text(to_yaml(config))
@@ -42,7 +43,7 @@ def bench(config: Config, tmp: Path, ranks: int = 1) -> tuple[dict[str, Any], st
     processes = []
     for rank in range(ranks):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        processes.append(fork_server().Process(target=_rank, args=(["bench", "step", str(file)], str(log), place if ranks > 1 else {})))
+        processes.append(fork_server().Process(target=_rank, args=(["bench", "step", str(file), *more], str(log), place if ranks > 1 else {})))
         processes[-1].start()
     for process in processes:
         process.join(90)
@@ -114,7 +115,7 @@ def check(result: dict[str, Any], flops: float, ranks: int) -> None:
 
 def test_one_rank(tmp_path: Path) -> None:
     config, flops = recurrent(tmp_path)
-    result, printed = bench(config, tmp_path)
+    result, printed = bench(config, tmp_path, 1, "--profile")
     check(result, flops, 1)
     rows = {line[:22].strip(): line[22:].strip() for line in printed.splitlines()}
     assert rows["precision"] == "fp32" and rows["tokens/s"] == f"{result['tokens_per_second']:,.0f}"
@@ -122,6 +123,17 @@ def test_one_rank(tmp_path: Path) -> None:
     assert {"device", "parameters (active)", "TFLOP/s per device", "MFU", "peak memory"} <= rows.keys()
     assert f"written to {Path(config.run.dir) / 'bench-step.json'}" in printed
     assert not (Path(config.run.dir) / "checkpoints").exists()  # a measurement is no run
+    longest = result["profile"]["kernels"]
+    assert [kernel["seconds"] for kernel in longest] == sorted((kernel["seconds"] for kernel in longest), reverse=True)
+    assert sum(kernel["seconds"] for kernel in longest) == pytest.approx(result["profile"]["seconds"])
+    assert {"aten::mm", "aten::addcmul_"} <= {kernel["name"] for kernel in longest}  # forward and backward, and the update
+    assert longest[0]["name"] in printed and f"{len(longest) - SHOWN} others" in printed
+    trace = json.loads((Path(config.run.dir) / "profile-rank0.json").read_text())
+    assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
+
+
+def test_a_device_waits_where_no_kernel_runs() -> None:
+    assert _covered([(0.0, 4.0), (1.0, 2.0), (3.0, 5.0), (7.0, 8.0), (8.0, 10.0)]) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"context": 2}, {"pipeline": 2}], ids=["data", "tensor", "context", "pipeline"])

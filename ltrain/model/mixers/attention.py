@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from ltrain.kernels.attention import Mask, Score
 from ltrain.kernels.rope import rotate
-from ltrain.kernels.sparse_attention.block_means import block_attention, decode_block_attention
 from ltrain.model.layers import LocalLayers, ParamLayout, normal
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.mixers.kv_cache import KVCache, limit
@@ -126,17 +125,7 @@ class Attention(Mixer):
         """y [T, H, Dv] -> [T, hidden]"""
         return self.out(y.flatten(1) if gate is None else cheap(_gated, y, gate))
 
-    @property
-    def _blocks(self) -> dict[str, int]:
-        return {"block": self.options.block_size, "top": self.options.top_blocks, "local": self.options.local_blocks}
-
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
-        if self.options.block_size:
-            if not seq.exchange.whole:
-                widths, rows = (k.shape[-1], v.shape[-1]), torch.cat((k, v), dim=-1)
-                k, v = seq.exchange.gather(rows.flatten(1), seq).unflatten(-1, rows.shape[1:]).split(widths, -1)
-            parts = seq.exchange.parts(seq)
-            return block_attention(q, k, v, parts, scale=self.scale, **self._blocks)
         return seq.exchange.attention(q, k, v, seq, scale=self.scale, mask=self.mask, score=self.score, sinks=self.sinks)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
@@ -166,8 +155,6 @@ class Attention(Mixer):
             raise ConfigError(f"attention with causal=false does not decode, for {why}: use the model's forward, or write causal: true")
 
     def _decode(self, q: Tensor, state: KVCache, seq: Sequence) -> Tensor:
-        if self.options.block_size:
-            return decode_block_attention(q, state.k, state.v, state.lengths, scale=self.scale, **self._blocks)
         behind = state.behind(seq.positions)
         return seq.exchange.decode_attention(q, state.k, state.v, behind, scale=self.scale, score=self.score, sinks=self.sinks)
 
@@ -205,13 +192,14 @@ class Attention(Mixer):
 
     def exchanges(self, context: int) -> list[ExchangeNeed]:
         width = self.options.kv_heads * (self.options.head_dim + self.value_dim)
-        return [ExchangeNeed("gather", width) if self.options.block_size else ExchangeNeed("ring", width, self.mask)]
+        return [ExchangeNeed("ring", width, self.mask)]
 
 
 def MIXER(hidden: int, options: AttentionOptions, layers: LocalLayers) -> Attention:
     from ltrain.model.mixers.block_index import BlockIndexAttention
+    from ltrain.model.mixers.block_means import BlockMeansAttention
     from ltrain.model.mixers.differential import DifferentialAttention
 
-    if options.block_score == "index":
-        return BlockIndexAttention(hidden, options, layers)
+    if options.block_size:
+        return (BlockIndexAttention if options.block_score == "index" else BlockMeansAttention)(hidden, options, layers)
     return (DifferentialAttention if options.differential else Attention)(hidden, options, layers)

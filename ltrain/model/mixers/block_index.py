@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ltrain.kernels import attention
 from ltrain.kernels.rope import rotate
 from ltrain.kernels.sparse_attention import block_index as kernels
+from ltrain.kernels.sparse_attention.decoding import seen_blocks
 from ltrain.model.layers import LocalLayers
 from ltrain.model.mixers.attention import Attention
 from ltrain.model.mixers.base import ExchangeNeed
+from ltrain.model.mixers.block_means import block_options, gathered
 from ltrain.model.mixers.kv_cache import KVCache
 from ltrain.model.options import AttentionOptions
 from ltrain.model.position import rotary_width, shared_rotary_tables
@@ -68,12 +71,11 @@ class BlockIndexAttention(Attention):
         o, parts, trains = self.options, seq.exchange.parts(seq), self.options.index_loss != "none" and torch.is_grad_enabled()
         y = seq.exchange.attention(q, k, v, seq, scale=self.scale) if self.dense else None
         if not seq.exchange.whole and (trains or not self.dense):
-            widths, rows = (k.shape[-1], v.shape[-1]), torch.cat((k, v), dim=-1)
-            k, v = seq.exchange.gather(rows.flatten(1), seq).unflatten(-1, rows.shape[1:]).split(widths, -1)
+            k, v = gathered(k, v, seq)
             index = index[0], seq.exchange.gather(index[1], seq)
         indices = None
         if y is None:
-            indices = seq.tape.keep(lambda: kernels.select_blocks(index, parts, **self._blocks))
+            indices = seq.tape.keep(lambda: kernels.select_blocks(index, parts, **block_options(o)))
             y = kernels.selected_block_attention(q, k, v, indices, parts, scale=self.scale, block=o.block_size)
         if not trains:
             return y
@@ -93,7 +95,8 @@ class BlockIndexAttention(Attention):
         return self._output(self._indexed(q, k, v, index, seq), gate), cache
 
     def decode(self, x: Tensor, state: IndexedCache, seq: Sequence) -> tuple[Tensor, IndexedCache]:  # type: ignore[override]
-        """The caches are extended in place."""
+        """The caches are extended in place. A block's score is the largest of those that its parts have on the ranks."""
+        o = self.options
         q, k, v, gate = self._project(x, seq)
         index_q, index_k = self.index(x, seq)
         state.tokens.append(k, v, seq)
@@ -102,9 +105,14 @@ class BlockIndexAttention(Attention):
         if self.dense:
             y = seq.exchange.decode_attention(q, kept.k, kept.v, kept.behind(seq.positions), scale=self.scale)
             return self._output(y, gate), state
-        index = index_q, state.index.k.squeeze(2)
-        y = kernels.decode_selected_block_attention(q, kept.k, kept.v, index, kept.lengths, scale=self.scale, **self._blocks)
-        return self._output(y, gate), state
+        own, numbers = seq.positions // o.block_size, kept.positions // o.block_size
+        scores = kernels.block_scores(index_q, state.index.k.squeeze(2), numbers, -(-(kept.prompt + kept.decoded) // o.block_size))
+        every = torch.arange(scores.shape[-1], device=x.device)
+        scores.masked_fill_((every > (own - o.local_blocks).unsqueeze(1)).unsqueeze(1), -torch.inf)  # seen whatever their score
+        chosen = seq.exchange.best(scores, every.expand(scores.shape), o.top_blocks - o.local_blocks)
+        seen = seen_blocks(chosen, numbers, own, o.local_blocks)
+        y, _ = seq.exchange.merged(*attention.decode_attention(q, kept.k, kept.v, kept.behind(seq.positions), scale=self.scale, seen=seen))
+        return self._output(y.to(v.dtype), gate), state
 
     def _seen_before(self, context: int) -> float:
         return (context + 1) / 2 if self.dense else super()._seen_before(context)

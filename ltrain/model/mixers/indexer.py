@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from ltrain.kernels import sparse_attention as kernels
 from ltrain.kernels.rope import rotate
+from ltrain.kernels.sparse_attention.decoding import among
 from ltrain.model.layers import LocalLayers
+from ltrain.model.mixers.kv_cache import KVCache
 from ltrain.model.options import MLAOptions
 from ltrain.model.position import shared_rotary_tables
 from ltrain.model.router import attach_loss
@@ -64,15 +66,16 @@ class Indexer(nn.Module):
             return y
         return attach_loss(y, loss() * (o.index_loss_weight * seq.aux_weight / max(int(seq.cu_seqlens[-1]), 1)))
 
-    def choose(self, index: Index, keys: Tensor, lengths: Tensor, seq: Sequence) -> None:
-        """Decoding: of the index of N tokens and their documents' keys [N, L, Di], of which lengths [N] hold, the slots [N, K] become the
-        selection, the best first."""
-        q = index[0]
+    def choose(self, index: Index, keys: KVCache, seq: Sequence) -> None:
+        """Decoding: of the index of N tokens and their documents' keys, which have the values' place in the cache, the selection becomes slots [N, K]
+        of this rank's best and whether these are among the best of all ranks [N, K]."""
+        q, k = index[0], keys.v.squeeze(2)
         if self.options.index_fp8:
-            q, keys = kernels.rounded_to_fp8(q), kernels.rounded_to_fp8(keys)
-        scores = kernels.index_scores(q, keys, index[2])
-        scores.masked_fill_(torch.arange(keys.shape[1], device=keys.device) >= lengths.unsqueeze(1), -torch.inf)
-        seq.shared[SELECTION] = scores.topk(min(self.options.top_k, keys.shape[1]), dim=-1).indices
+            q, k = kernels.rounded_to_fp8(q), kernels.rounded_to_fp8(k)
+        scores = kernels.index_scores(q, k, index[2]).masked_fill_(keys.positions < 0, -torch.inf)
+        slots = scores.topk(min(self.options.top_k, k.shape[1]), dim=-1).indices
+        numbers = keys.positions.gather(1, slots)
+        seq.shared[SELECTION] = slots, among(numbers, seq.exchange.best(scores.gather(1, slots), numbers, self.options.top_k))
 
 
 def selects_everything(indices: Tensor | None, seq: Sequence) -> bool:

@@ -184,12 +184,11 @@ class MLA(Mixer):
         cached, behind = state.k, state.behind(seq.positions)
         if o.select == "shared" or self.indexer is not None and o.index_loss != "dense":
             if self.indexer is not None and index is not None:
-                self.indexer.choose(index, state.v.squeeze(2), state.lengths, seq)
-            slots = seq.shared[SELECTION]
-            if slots is not None:  # the best first: those of no token last
+                self.indexer.choose(index, state, seq)
+            if seq.shared[SELECTION] is not None:
+                slots, chosen = seq.shared[SELECTION]
                 cached = cached.gather(1, slots[..., None, None].expand(-1, -1, *cached.shape[2:]))
-                none = torch.arange(slots.shape[1], device=slots.device) >= state.lengths.unsqueeze(1)
-                behind = behind.gather(1, slots).masked_fill(none, -1)
+                behind = behind.gather(1, slots).masked_fill(~chosen, -1)
         elif self.indexer is not None:
             seq.shared[SELECTION] = None
         y = seq.exchange.decode_attention(q, cached, cached[..., : o.kv_rank], behind, scale=self.scale)

@@ -2,27 +2,23 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltrain.kernels import attention
 from ltrain.kernels.attention import Mask
 from ltrain.kernels.rope import rotate
-from ltrain.kernels.sparse_attention.native import Shape, decode_native_attention, native_attention
+from ltrain.kernels.sparse_attention.decoding import seen_blocks
+from ltrain.kernels.sparse_attention.native import Shape, decode_importance, native_attention
 from ltrain.model.layers import LocalLayers, ParamLayout, normal
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.mixers.kv_cache import KVCache
+from ltrain.model.mixers.nsa_cache import NSACache
 from ltrain.model.options import NSAOptions
 from ltrain.model.position import rotary_width, shared_rotary_tables
 from ltrain.model.sequence import Sequence
-
-
-@dataclass
-class NSACache:
-    tokens: KVCache  # of the compressed and the selected branch, beside each other as heads
-    window: KVCache
 
 
 class Compression(nn.Module):
@@ -106,46 +102,65 @@ class NSA(Mixer):
                 x, place = torch.cat((before[n].unflatten(-1, x.shape[1:]), x)), place - reach
             first = self.shape.compressed(part.first - part.begin) * self.shape.stride - place
             blocks.append(self.compress_k.blocks(x[first:]))
-        kb, vb = torch.cat(blocks).chunk(2, dim=1)
-        return self.compress_k(kb), self.compress_v(vb)  # once, however many documents there are
+        return self._compress(torch.cat(blocks))  # once, however many documents there are
 
-    def _mix(self, q: Tensor, kv: list[Tensor], gates: list[Tensor], seq: Sequence) -> Tensor:
+    def _compress(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values beside each other, [m, 2 Hk, D, l] -> [m, Hk, D] each"""
+        kb, vb = blocks.chunk(2, dim=1)
+        return self.compress_k(kb), self.compress_v(vb)
+
+    def _gathered(self, k: Tensor, v: Tensor, seq: Sequence, units: Callable[[int], int] = int) -> tuple[Tensor, Tensor]:
+        """k and v [n, Hk, D] of tokens, or of blocks -> those of this rank's documents up to its last part of each"""
+        if seq.exchange.whole:
+            return k, v
+        k, v = seq.exchange.gather(torch.cat((k, v), 1).flatten(1), seq, units).unflatten(-1, (2 * self.kv_heads, -1)).chunk(2, dim=1)
+        return k, v
+
+    def _mix(self, q: Tensor, kv: list[Tensor], gates: list[Tensor], kc: Tensor, vc: Tensor, seq: Sequence) -> Tensor:
+        """kc, vc: gathered compressed blocks"""
         turned, parts = self._turn(q, seq), seq.exchange.parts(seq)
-
-        def gathered(k: Tensor, v: Tensor, units: Callable[[int], int]) -> tuple[Tensor, ...]:
-            if seq.exchange.whole:
-                return k, v
-            return seq.exchange.gather(torch.cat((k, v), 1).flatten(1), seq, units).unflatten(-1, (2 * self.kv_heads, -1)).chunk(2, dim=1)
-
-        kc, vc = gathered(*self._compressed(kv[0], kv[1], seq), self.shape.compressed)
-        ks, vs = gathered(kv[2], kv[3], int)
-        compressed, selected = native_attention(q, turned, kc, vc, ks, vs, parts, scale=self.scale, shape=self.shape)
+        compressed, selected = native_attention(q, turned, kc, vc, *self._gathered(kv[2], kv[3], seq), parts, scale=self.scale, shape=self.shape)
         window = seq.exchange.attention(turned, kv[4], kv[5], seq, scale=self.scale, mask=self.mask)
         return self._output((compressed, selected, window), gates)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        return self._mix(*self._project(x, seq), seq)
+        q, kv, gates = self._project(x, seq)
+        return self._mix(q, kv, gates, *self._gathered(*self._compressed(kv[0], kv[1], seq), seq, self.shape.compressed), seq)
 
     def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, NSACache]:
         q, kv, gates = self._project(x, seq)
-        tokens = KVCache.of(torch.cat((kv[0], kv[2]), 1), torch.cat((kv[1], kv[3]), 1), seq)
-        return self._mix(q, kv, gates, seq), NSACache(tokens, KVCache.of(kv[4], kv[5], seq, self.mask))
+        own = self._compressed(kv[0], kv[1], seq)
+        kc, vc = self._gathered(*own, seq, self.shape.compressed)
+        caches = KVCache.of(kv[2], kv[3], seq), KVCache.of(kv[4], kv[5], seq, self.mask)
+        state = NSACache.of(*caches, torch.cat(kv[:2], 1), own, kc, seq, self.shape, self._compress)
+        return self._mix(q, kv, gates, kc, vc, seq), state
 
     def decode(self, x: Tensor, state: NSACache, seq: Sequence) -> tuple[Tensor, NSACache]:
-        """The caches are extended in place; compressed blocks are made again from the tokens."""
+        """The caches are extended in place."""
         q, kv, gates = self._project(x, seq)
         turned = self._turn(q, seq)
-        state.tokens.append(torch.cat((kv[0], kv[2]), 1), torch.cat((kv[1], kv[3]), 1), seq)
-        state.window.append(kv[4], kv[5], seq)
-        found = []
-        for n, length in enumerate(state.tokens.lengths.tolist()):
-            (kc, ks), (vc, vs) = (t[n, :length].chunk(2, dim=1) for t in (state.tokens.k, state.tokens.v))
-            here = slice(n, n + 1)
-            args = q[here], turned[here], self.compress_k(self.compress_k.blocks(kc)), self.compress_v(self.compress_v.blocks(vc)), ks, vs
-            found.append(decode_native_attention(*args, scale=self.scale, shape=self.shape))
-        compressed, selected = (torch.cat(parts) for parts in zip(*found, strict=True))
+        state.append(kv, seq, self.shape, self._compress)
+        blocks, tokens = state.blocks, state.tokens
+        compressed, lse = seq.exchange.merged(*attention.decode_attention(q, blocks.k, blocks.v, blocks.behind(seq.positions), scale=self.scale))
+        numbers = tokens.positions // self.shape.block
+        seen = seen_blocks(self._choice(q, lse, state, seq), numbers, seq.positions // self.shape.block, 2) | (numbers == 0).unsqueeze(1)
+        seen_of_tokens = attention.decode_attention(turned, tokens.k, tokens.v, tokens.behind(seq.positions), scale=self.scale, seen=seen)
+        selected, _ = seq.exchange.merged(*seen_of_tokens)
         window = seq.exchange.decode_attention(turned, state.window.k, state.window.v, state.window.behind(seq.positions), scale=self.scale)
-        return self._output((compressed, selected, window), gates), state
+        return self._output((compressed.to(q.dtype), selected.to(q.dtype), window), gates), state
+
+    def _choice(self, q: Tensor, lse: Tensor, state: NSACache, seq: Sequence) -> Tensor:
+        """q [N, H, D] and lse [N, H] over compressed blocks -> the selected blocks [N, Hk, top - 3] beside the first and the two nearest"""
+        k = torch.cat((state.blocks.k, state.copies.k), 1)
+        numbers = torch.cat((state.blocks.positions, state.copies.positions), 1)
+        count = -(-(state.tokens.prompt + state.tokens.decoded) // self.shape.block)
+        groups = (t.unflatten(1, (self.kv_heads, -1)) for t in (q, lse))
+        queries, of_all = groups
+        scores = (queries @ k.permute(0, 2, 3, 1)).to(lse.dtype) * self.scale  # [N, Hk, G, B]
+        importance = decode_importance(scores, of_all, numbers, count, self.shape)
+        every = torch.arange(count, device=q.device)
+        others = (every > 0) & (every < (seq.positions // self.shape.block - 1).unsqueeze(1))
+        return seq.exchange.best(importance.masked_fill(~others.unsqueeze(1), -torch.inf), every.expand(importance.shape), self.shape.top - 3)
 
     def flops(self, tokens: int, context: int) -> float:
         o = self.options
@@ -156,7 +171,8 @@ class NSA(Mixer):
 
     def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:
         o = self.options
-        return 2 * o.kv_heads * o.head_dim * (2 * context + min(context, o.window)) * bytes_per_value
+        rows = context + self.shape.compressed(context) + self.shape.length - 1 + min(context, o.window)
+        return 2 * o.kv_heads * o.head_dim * rows * bytes_per_value
 
     def exchanges(self, context: int) -> list[ExchangeNeed]:
         """The tokens before a cut that blocks across it are made of, compressed blocks, what may be selected, and the window's rows."""

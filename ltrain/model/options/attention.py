@@ -135,6 +135,8 @@ class AttentionOptions(MixerOptions):
         if self.local_blocks > self.top_blocks:
             raise ConfigError(f"{key}.local_blocks={self.local_blocks} is above top_blocks={self.top_blocks}, all that are seen: write at most that")
         if self.block_score != "index":
+            if self.block_size and not self.local_blocks:
+                raise ConfigError(f"{key}.local_blocks=0 would choose a token's own block by the mean of later ones too: write at least 1")
             for name in ("index_dim", "index_loss", "index_loss_weight"):
                 if getattr(self, name) != default_of(self, name):
                     raise ConfigError(f"{key}.{name}={getattr(self, name)} has no effect with block_score: mean: write block_score: index")
@@ -161,10 +163,9 @@ class AttentionOptions(MixerOptions):
         return {} if self.block_size else {"": (self.heads // pairs, self.kv_heads // pairs)}
 
     def refuses(self) -> dict[str, str]:
-        found = {"context decode": "the blocks of a decoded token are chosen by means of all keys"} if self.block_size else {}
+        found = {}
         if not self.causal:
             found = {
-                "context": "the ring carries causal attention alone",
                 "decode": "each new token would change what all before it give",
                 "training": "each token would see the next one, which it is to predict: write causal: true",
             }

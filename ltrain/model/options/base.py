@@ -20,9 +20,8 @@ class MixerOptions:
         """Refuse, in one sentence (ConfigError) that names `key`, options that do not go together or do not divide over the ranks."""
 
     def refuses(self) -> dict[str, str]:
-        """Parallelism (tensor, context, pipeline), `decode`, `context decode` (over context ranks, where answers are scored behind their prompts
-        instead) or `training` -> why a layer with these options does not work under it; the rest it supports. Training is on next tokens; what it
-        refuses serves models that are loaded or built in Python, with a loss of their own."""
+        """Parallelism (tensor, context, pipeline), `decode` or `training` -> why a layer with these options does not work under it; the rest it
+        supports. Training is on next tokens; what it refuses serves models that are loaded or built in Python, with a loss of their own."""
         return {}
 
     def softmax_heads(self) -> dict[str, tuple[int, int]]:

@@ -83,5 +83,4 @@ class MLAOptions(MixerOptions):
         return ("select=shared", "select=index") if self.select == "shared" else ("", "")
 
     def refuses(self) -> dict[str, str]:
-        found = {} if self.select == "none" else {"context decode": "the keys of a decoded token are chosen among all"}
-        return {**found, "pipeline": "what a layer selects does not cross stages yet"} if self.select == "shared" else found
+        return {"pipeline": "what a layer selects does not cross stages yet"} if self.select == "shared" else {}

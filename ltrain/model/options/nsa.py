@@ -42,6 +42,3 @@ class NSAOptions(MixerOptions):
 
     def softmax_heads(self) -> dict[str, tuple[int, int]]:
         return {"": (self.heads, self.kv_heads)}
-
-    def refuses(self) -> dict[str, str]:
-        return {"context decode": "compressed blocks are made again from all keys"}

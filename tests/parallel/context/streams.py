@@ -157,7 +157,7 @@ def compute(case: Case, inputs: dict[str, Tensor], seq: Sequence, between: Calla
     def forward() -> Tensor:
         if case.op == "attention":
             bias, slopes = leaves.get("bias"), torch.arange(1, 5).to(leaves["q"]) / 40
-            score = Score(3.0, slopes, bias, 40) if case.scored else PLAIN
+            score = Score(3.0, slopes, bias, 40, not case.mask.causal) if case.scored else PLAIN
             q, k, v = leaves["q"], leaves["k"], leaves["v"]
             return seq.exchange.attention(q, k, v, seq, scale=0.3, mask=case.mask, score=score, sinks=leaves.get("sinks"))
         if case.op == "short_conv":

@@ -19,6 +19,8 @@ MIXERS = {
     "chunks": {"op": "attention", "mask": Mask(chunk=8), "start": 5},
     "scores and sinks": {"op": "attention", "scored": True},
     "scores and sinks in a window": {"op": "attention", "scored": True, "mask": Mask(window=9, anchors=2)},
+    "both ways, scores and sinks": {"op": "attention", "scored": True, "mask": Mask(causal=False)},
+    "window both ways and globals": {"op": "attention", "scored": True, "mask": Mask(window=4, causal=False, globals=3), "start": 1},
     "latent": {"op": "latent"},
     "latent in a window": {"op": "latent", "mask": Mask(window=9, anchors=2)},
     "gather": {"op": "gather"},
@@ -58,7 +60,9 @@ def drawn(seed: int, size: int) -> Case:
     rng = random.Random(f"{seed} {size}")
     options = dict(MIXERS[rng.choice(list(MIXERS))])
     if options["op"] in ("attention", "latent") and rng.random() < 0.5:
-        options["mask"] = rng.choice([Mask(window=rng.randint(1, 40), anchors=rng.choice((0, rng.randint(1, 9)))), Mask(chunk=rng.randint(1, 30))])
+        window, chunk = rng.randint(1, 40), rng.randint(1, 30)
+        both = [Mask(causal=False), Mask(window, 0, 0, False, rng.choice((0, rng.randint(1, 9)))), Mask(chunk=chunk, causal=False)]
+        options["mask"] = rng.choice([Mask(window=window, anchors=rng.choice((0, rng.randint(1, 9)))), Mask(chunk=chunk), *both])
         options["start"] = rng.choice((0, rng.randint(1, 20)))
     left = 2 * size * rng.randint(1, 20)
     lengths: list[int] = []
@@ -182,6 +186,35 @@ def test_ring_sends_the_keys_that_windows_anchors_and_chunks_leave(pool: Any, si
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
+def test_ring_sends_both_ways_the_keys_that_masks_see(pool: Any, size: int) -> None:
+    n, row = 12, 2 * (8 + 6) * 8  # K and V of one token in float64
+
+    def forward(kind: str, lengths: tuple[int, ...], mask: Mask) -> list[int]:
+        sent = _bytes(pool, size, kind, op="attention", lengths=lengths, mask=mask)
+        assert sum(b.get("ring", 0) for b in sent) == 3 * sum(b.get("ring forward", 0) for b in sent)  # backward: keys again, and their gradients
+        return [b.get("ring forward", 0) // row for b in sent]
+
+    whole, window = (n * size,), Mask(window=5, causal=False)
+    ends = [2 if 0 < r < size - 1 else 1 for r in range(size)]  # cuts that each rank has beside it
+    for kind in ("contiguous", "zigzag", "balanced"):
+        assert forward(kind, whole, Mask(causal=False)) == [(size - 1) * n] * size
+    # A halo on both sides of each cut; what is farther away than another rank's part comes from the one behind it.
+    assert forward("contiguous", whole, window) == [4 * cuts for cuts in ends]
+    assert sum(forward("zigzag", whole, window)) == 2 * 4 * 2 * (size - 1)
+    reached = [sum(n if abs(r - o) == 1 else 4 if abs(r - o) == 2 else 0 for o in range(size) if o != r) for r in range(size)]
+    assert forward("contiguous", whole, Mask(window=n + 5, causal=False)) == reached
+    # The first rank's globals go to all, and all that others have comes to it.
+    wide = [(size - 1) * 3 + 4] + [n + (4 if 1 < r else 0) + (4 if r < size - 1 else 0) for r in range(1, size)]
+    assert forward("contiguous", whole, window._replace(globals=3)) == wide
+    # Of a chunk that is cut both ranks send what they have.
+    assert forward("contiguous", whole, Mask(chunk=6, causal=False)) == [0] * size
+    cut = [4 if r < size - 1 and n * (r + 1) % 8 else 0 for r in range(size)]
+    assert forward("contiguous", whole, Mask(chunk=8, causal=False)) == [c + before for c, before in zip(cut, [0, *cut], strict=False)]
+    # A document that lies on one rank sends nothing, and one over a cut to both sides of it alone.
+    assert forward("contiguous", (n - 2, 5, n * size - n - 3), window)[:2] == [2, 3 + (4 if size > 2 else 0)]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_gather_sends_what_later_ranks_may_choose(pool: Any, size: int) -> None:
     n, row = 12, 5 * 8
     for op, rows in (("gather", n), ("gather thirds", n // 3)):
@@ -227,7 +260,7 @@ def test_scan_sends_a_state_and_the_smallest_map(pool: Any, size: int, mixer: st
     assert [b["scan"] - b.get("scan forward", 0) for b in sent] == forward[::-1]  # the same towards the earlier ones
 
 
-@pytest.mark.parametrize("mixer", ["attention", "short convolution", "delta and decay near 1", *OTHERS])
+@pytest.mark.parametrize("mixer", ["attention", "both ways, scores and sinks", "short convolution", "delta and decay near 1", *OTHERS])
 @pytest.mark.parametrize(("kind", "lengths"), [("contiguous", (12,) * 4), ("zigzag", (6,) * 8), ("contiguous", (3, 9) * 4)])
 def test_documents_that_end_at_the_cuts_send_nothing(pool: Any, kind: str, lengths: tuple[int, ...], mixer: str) -> None:
     assert [sum(b.values()) for b in _bytes(pool, 4, kind, lengths=lengths, **MIXERS[mixer])] == [0] * 4

@@ -78,6 +78,10 @@ def test_rows_are_those_that_a_rank_lacks() -> None:
         and rows(ExchangeNeed("ring", 1, Mask(window=4, anchors=2)), [17, 23]) == 3
     )
     assert rows(ExchangeNeed("ring", 1, Mask(chunk=16)), [40]) == 4 and rows(ExchangeNeed("ring", 1, Mask(chunk=10)), [40]) == 0
+    both = ExchangeNeed("ring", 1, Mask(window=4, causal=False))
+    assert rows(ExchangeNeed("ring", 1, Mask(causal=False)), [40]) == 40 and rows(both, [40]) == 3 + 3 and rows(both, [19, 21]) == 1 + 3
+    assert rows(ExchangeNeed("ring", 1, Mask(window=4, causal=False, globals=2)), [40]) == 20 + 3 + 2
+    assert rows(ExchangeNeed("ring", 1, Mask(chunk=16, causal=False)), [40]) == 4 + 12
     assert rows(ExchangeNeed("gather", 3, units=lambda n: n // 8), [40]) == 3 * 2
     assert rows(ExchangeNeed("halo", 1, reach=3), [40]) == 3
     # windows of two spans of a rank reach over the same rows: each gets its own, as in the plan that does it
