@@ -31,7 +31,7 @@ MOST_TOGETHER = 64  # heads that share a selection
 MOST = 1 << 30  # rows: their numbers and sums of two are int32
 PARTS = 1 << 31  # bytes that pairs write at a time
 EXTRA = 1 << 29  # bytes of gradients of keys and values that are not the first item's of their block
-SUMMED = 16  # rows at a time where nothing is multiplied
+SUMMED = 32  # rows at a time where nothing is multiplied
 
 
 class Tiles(NamedTuple):
@@ -46,7 +46,7 @@ class Tiles(NamedTuple):
 ATTEND = {128: Tiles(128, 64, 8, 3, 8), 256: Tiles(64, 64, 8, 2, 8)}
 QUERY_GRADIENTS = {128: Tiles(128, 64, 8, 2, 8), 256: Tiles(64, 32, 8, 2, 8)}
 KEY_GRADIENTS = {128: Tiles(64, 128, 8, 2, 16), 256: Tiles(32, 64, 8, 2, 16)}
-EXACT = {128: Tiles(32, 32, 8, 1, 4), 256: Tiles(16, 16, 8, 1, 4)}  # for float32, whose products take no tensor cores
+EXACT = {128: Tiles(64, 32, 8, 1, 4), 256: Tiles(32, 16, 8, 1, 4)}  # for float32, whose products take no tensor cores
 
 
 class Layout(NamedTuple):
@@ -60,8 +60,8 @@ class Layout(NamedTuple):
     most: int  # blocks of a document
 
 
-def _on_device(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
-    return [torch.from_numpy(array.astype(np.int32)).to(device, non_blocking=True) for array in arrays]
+def _on_device(device: torch.device, *arrays: np.ndarray) -> Iterator[Tensor]:
+    return (torch.from_numpy(array.astype(np.int32)).to(device, non_blocking=True) for array in arrays)
 
 
 def numbered(parts: Iterable[Part], count: Callable[[int], int]) -> dict[int, tuple[int, int]]:
@@ -71,10 +71,6 @@ def numbered(parts: Iterable[Part], count: Callable[[int], int]) -> dict[int, tu
         found[begin] = first, count(end - begin)
         first += found[begin][1]
     return found
-
-
-def _on_device(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
-    return [torch.from_numpy(array.astype(np.int32)).to(device, non_blocking=True) for array in arrays]
 
 
 @lru_cache(maxsize=8)  # all layers of a micro-batch share it
@@ -90,8 +86,8 @@ def cut(parts: tuple[Part, ...], tokens: int, block: int, device: torch.device) 
         bases[part.start : part.stop] = numbers[part.begin][0]
         highs[part.start : part.stop] = np.arange(part.first, part.first + part.stop - part.start) + 1
     longest = max((end - begin for begin, end in documents(parts).items()), default=0)
-    on_device = _on_device(device, np.concatenate(starts), np.concatenate(stops), bases, highs)
-    return Layout(*on_device, min(block, longest), -(-longest // block))
+    on_starts, on_stops, on_bases, on_highs = _on_device(device, np.concatenate(starts), np.concatenate(stops), bases, highs)
+    return Layout(on_starts, on_stops, on_bases, on_highs, min(block, longest), -(-longest // block))
 
 
 @lru_cache(maxsize=8)
@@ -107,7 +103,8 @@ def ended(parts: tuple[Part, ...], tokens: int, length: int, stride: int, device
         bases[part.start : part.stop] = order[part.begin]
         place = np.arange(part.stop - part.start) + part.first - part.begin
         highs[part.start : part.stop] = numbers[part.begin][0] + np.maximum((place - length + 1) // stride + 1, 0)
-    return Layout(*_on_device(device, starts, starts + counts, bases, highs), int(counts.max(initial=0)), min(len(starts), 1))
+    on_starts, on_stops, on_bases, on_highs = _on_device(device, starts, starts + counts, bases, highs)
+    return Layout(on_starts, on_stops, on_bases, on_highs, int(counts.max(initial=0)), min(len(starts), 1))
 
 
 @lru_cache(maxsize=8)
@@ -268,9 +265,7 @@ class _Attention(torch.autograd.Function):
             items, bounds = lists.items(longest_list)
             extra = [dk.new_empty(pairs // longest_list * in_block, widths[name]) for name in ("D", "DV")]
             if tiles:
-                kernels.key_gradients[len(items), tiles](
-                    *(q[some], k, v, lists.order, items, *around, dk, dv, *extra, scale, blocks), **of_keys
-                )
+                kernels.key_gradients[len(items), tiles](*(q[some], k, v, lists.order, items, *around, dk, dv, *extra, scale, blocks), **of_keys)
                 kernels.add_extra[kv_heads * blocks, tiles](
                     *(*extra, bounds, layout.starts, layout.stops, dk, dv, blocks, kv_heads), **widths, num_warps=8
                 )

@@ -18,6 +18,7 @@ from ltrain.kernels.sparse_attention.triton_blocks import Layout, cut, numbered,
 from ltrain.kernels.sparse_attention.triton_select import beyond
 
 SCORES = 1 << 26  # at a time: 256 MiB
+READ = 4096  # of them, by a program that chooses
 # rows (queries) and columns (compressed blocks, or blocks) of a tile, warps, and how many loads are under way; of float32
 IMPORTANCE, EXACT_IMPORTANCE = (64, 128, 8, 2), (32, 32, 8, 1)
 PRODUCTS, EXACT_PRODUCTS = (128, 64, 8, 2), (32, 32, 8, 1)
@@ -52,15 +53,15 @@ def _options(q: Tensor, tile: tuple[int, int, int, int], exact: tuple[int, int, 
 def _best(scores: Tensor, found: Tensor, place: int, block: int, first: int, local: int) -> None:
     """scores [R, S, stride] -> found [R, S, top]"""
     rows, selections, stride = scores.shape
-    kernels.best_blocks[(rows * selections,)](
-        *(scores, found, place, stride, selections, found.shape[2], block, first, local), B=triton.next_power_of_2(stride), num_warps=4
+    width = triton.next_power_of_2(stride)
+    together = max(READ // width, 1)
+    kernels.best_blocks[(triton.cdiv(rows * selections, together),)](
+        *(scores, found, rows * selections, place, stride, selections, found.shape[2], block, first, local), ROWS=together, B=width, num_warps=4
     )
 
 
 @torch.no_grad()
-def important_blocks(
-    q: Tensor, kc: Tensor, lse: Tensor, parts: list[Part], scale: float, length: int, stride: int, block: int, top: int
-) -> Tensor:
+def important_blocks(q: Tensor, kc: Tensor, lse: Tensor, parts: list[Part], scale: float, length: int, stride: int, block: int, top: int) -> Tensor:
     """What NSA selects: q [T, H, D], kc [n, Hk, D] and lse [T, H] of the compressed branch -> [T, Hk, top] int32, -1 where there are fewer."""
     q, kc, lse, kv_heads = q.contiguous(), kc.contiguous(), lse.contiguous(), kc.shape[1]
     tokens = cut(tuple(parts), len(q), block, q.device)

@@ -349,14 +349,14 @@ def add_extra(
 ):
     """Grid (K/V heads * NB, tiles of COLUMNS keys): dk and dv += those of a block's extra items, from bounds[which] to bounds[which + 1]."""
     which = tl.program_id(0)
-    begin, end = tl.load(bounds + which), tl.load(bounds + which + 1)
+    begin, end = tl.load(bounds + which).to(tl.int64), tl.load(bounds + which + 1).to(tl.int64)
     first, stop = tl.load(starts + which % NB) + tl.program_id(1) * COLUMNS, tl.load(stops + which % NB)
     if (begin < end) & (first < stop):
         keys = first + tl.arange(0, COLUMNS)
         rows, there = keys.to(tl.int64) * HK + which // NB, keys < stop
         sums, value_sums = load(dk, rows, there, D, BD), load(dv, rows, there, DV, BV)
         for number in range(begin, end):
-            at = (number.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * COLUMNS + tl.arange(0, COLUMNS)
+            at = (number * tl.num_programs(1) + tl.program_id(1)) * COLUMNS + tl.arange(0, COLUMNS)
             sums += load(extra_dk, at, there, D, BD)
             value_sums += load(extra_dv, at, there, DV, BV)
         put(dk, sums, rows, there, D, BD)

@@ -6,7 +6,7 @@ Scores of blocks are made for some queries at a time and read by `best_blocks`. 
 import triton
 import triton.language as tl
 
-from ltrain.kernels.sparse_attention.triton_kernels_blocks import LOG2E, load, put
+from ltrain.kernels.sparse_attention.triton_kernels_blocks import LOG2E, load
 
 
 @triton.jit(do_not_specialize=["rows", "place", "blocks", "stride"])
@@ -108,18 +108,32 @@ def products(
         tl.store(scores + head[:, None] * stride + columns[None, :], product, mask=there[:, None] & (columns < blocks)[None, :])
 
 
-@triton.jit(do_not_specialize=["place", "stride"])
-def best_blocks(scores, found, place, stride, S: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, LOCAL: tl.constexpr, B: tl.constexpr):
-    """Grid (queries * S): found [queries, S, TOP], of scores [queries, S, stride] the numbers of the best blocks up to a query's own, the last LOCAL
-    and the FIRST ones before all others; of equals the first, -1 where there are fewer."""
-    at = tl.program_id(0).to(tl.int64)
-    own = (place + tl.program_id(0) // S) // BLOCK
-    number = tl.arange(0, B)
-    score = tl.load(scores + at * stride + number, mask=number <= own, other=float("-inf"))
-    score = tl.where(score == score, score, 0.0)  # a number there must be, even of what is none
-    score = tl.where((number <= own) & ((own - number < LOCAL) | (number < FIRST)), float("inf"), score)
+@triton.jit(do_not_specialize=["rows", "place", "stride"])
+def best_blocks(
+    scores,
+    found,
+    rows,
+    place,
+    stride,
+    S: tl.constexpr,
+    TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FIRST: tl.constexpr,
+    LOCAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Grid (blocks of ROWS selections): found [queries, S, TOP], of scores [queries, S, stride] the numbers of the best blocks up to a query's own,
+    the last LOCAL and the FIRST ones before all others; of equals the first, -1 where there are fewer. rows: queries * S."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    number = tl.arange(0, B)[None, :]
+    behind = ((place + row // S) // BLOCK).to(tl.int32)[:, None] - number
+    seen = (row < rows)[:, None] & (behind >= 0)
+    score = tl.load(scores + row[:, None] * stride + number, mask=seen, other=float("-inf"))
+    score = tl.where(score == score, score, 0.0)  # a block it must be, even of what is no number
+    score = tl.where(seen & ((behind < LOCAL) | (number < FIRST)), float("inf"), score)
     for slot in range(TOP):
-        best = tl.max(score, 0)
-        chosen = tl.min(tl.where(score == best, number, B), 0)
-        tl.store(found + at * TOP + slot, tl.where(best == float("-inf"), -1, chosen))
-        score = tl.where(number == chosen, float("-inf"), score)
+        best = tl.max(score, 1)
+        chosen = tl.min(tl.where(score == best[:, None], number, B), 1)
+        tl.store(found + row * TOP + slot, tl.where(best == float("-inf"), -1, chosen), mask=row < rows)
+        score = tl.where(number == chosen[:, None], float("-inf"), score)

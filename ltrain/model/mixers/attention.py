@@ -1,5 +1,7 @@
 """Softmax attention with grouped K/V heads."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -127,7 +129,7 @@ class Attention(Mixer):
         return self.out(y.flatten(1) if gate is None else cheap(_gated, y, gate))
 
     @property
-    def _blocks(self) -> dict[str, int]:
+    def _blocks(self) -> dict[str, Any]:
         return {"block": self.options.block_size, "top": self.options.top_blocks, "local": self.options.local_blocks}
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence) -> Tensor:
