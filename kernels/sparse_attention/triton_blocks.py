@@ -29,7 +29,7 @@ from ltrain.kernels.sparse_attention import triton_kernels_blocks as kernels
 WIDEST = 256  # of heads: what a program has room for
 MOST_TOGETHER = 64  # heads that share a selection
 MOST = 1 << 30  # rows: their numbers and sums of two are int32
-PARTS = 1 << 31  # bytes that pairs write at a time
+PARTS = 1 << 31  # bytes that pairs write at a time: int32 addresses rest on it
 EXTRA = 1 << 29  # bytes of gradients of keys and values that are not the first item's of their block
 SUMMED = 32  # rows at a time where nothing is multiplied
 
@@ -39,14 +39,21 @@ class Tiles(NamedTuple):
     columns: int  # keys
     warps: int  # 8: with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
     stages: int  # loads under way
-    run: int  # tiles of rows that one program takes where a block is one tile of keys, which it then loads once
+    run: int  # tiles of rows that one program takes at the most (of keys' gradients, at the least)
 
 
-# by the width of heads up to which they hold, for inputs of 16 bits
-ATTEND = {128: Tiles(128, 64, 8, 3, 8), 256: Tiles(64, 64, 8, 2, 8)}
-QUERY_GRADIENTS = {128: Tiles(128, 64, 8, 2, 8), 256: Tiles(64, 32, 8, 2, 8)}
-KEY_GRADIENTS = {128: Tiles(64, 128, 8, 2, 16), 256: Tiles(32, 64, 8, 2, 16)}
-EXACT = {128: Tiles(64, 32, 8, 1, 4), 256: Tiles(32, 16, 8, 1, 4)}  # for float32, whose products take no tensor cores
+# whether a block is one tile of keys -> by the width of heads up to which they hold, for inputs of 16 bits
+ATTEND = {True: {128: Tiles(64, 64, 8, 3, 16), 256: Tiles(64, 32, 8, 2, 16)}, False: {128: Tiles(128, 64, 8, 3, 1), 256: Tiles(64, 64, 8, 2, 1)}}
+QUERY_GRADIENTS = {
+    True: {128: Tiles(64, 64, 8, 2, 16), 256: Tiles(64, 32, 8, 2, 16)},
+    False: {128: Tiles(128, 64, 8, 2, 1), 256: Tiles(64, 32, 8, 2, 1)},
+}
+KEY_GRADIENTS = {
+    True: {128: Tiles(64, 64, 8, 2, 16), 256: Tiles(32, 32, 8, 2, 16)},
+    False: {128: Tiles(64, 128, 8, 2, 16), 256: Tiles(32, 64, 8, 2, 16)},
+}
+# for float32, whose products take no tensor cores
+EXACT = {True: {128: Tiles(64, 32, 8, 1, 4), 256: Tiles(32, 16, 8, 1, 4)}, False: {128: Tiles(64, 32, 8, 1, 1), 256: Tiles(32, 16, 8, 1, 1)}}
 
 
 class Layout(NamedTuple):
@@ -140,13 +147,15 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _options(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, longest: int, table: dict[int, Tiles]) -> tuple[dict[str, Any], int]:
+def _options(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, longest: int, table: dict[bool, dict[int, Tiles]]) -> tuple[dict[str, Any], int]:
     """Compile-time options, and the pairs that one program is to take."""
     width, exact = max(q.shape[2], v.shape[2]), q.dtype == torch.float32
-    tiles = next(found for most, found in (EXACT if exact else table).items() if width <= most)
+    one, several = (next(found for most, found in of.items() if width <= most) for of in (EXACT if exact else table).values())
+    whole = longest <= one.columns
+    tiles = one if whole else several
     together = q.shape[1] // indices.shape[1]
     in_tile = triton.next_power_of_2(together)
-    rows, columns = max(tiles.rows, in_tile), min(tiles.columns, padded(longest))
+    rows = max(tiles.rows, in_tile)
     options = {
         "H": q.shape[1],
         "HK": k.shape[1],
@@ -158,13 +167,13 @@ def _options(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, longest: int, tab
         "BD": padded(q.shape[2]),
         "BV": padded(v.shape[2]),
         "ROWS": rows,
-        "COLUMNS": columns,
-        "WHOLE": longest <= columns,
+        "COLUMNS": min(tiles.columns, padded(longest)),
+        "WHOLE": whole,
         "DOT": "ieee" if exact else "tf32",
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
-    return options, rows // in_tile * (tiles.run if longest <= columns else 1)
+    return options, rows // in_tile * tiles.run
 
 
 class Lists(NamedTuple):

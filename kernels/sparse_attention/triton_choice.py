@@ -71,7 +71,7 @@ def important_blocks(q: Tensor, kc: Tensor, lse: Tensor, parts: list[Part], scal
     # so many that the compressed blocks of all of them fit into a tile of columns, where they can
     together = min(max(((options["COLUMNS"] - 1) * stride - length) // block, 1), 128)
     options |= {"HK": kv_heads, "LENGTH": length, "STEP": stride, "BLOCK": block, "TOGETHER": together, "BJ": padded(together)}
-    options["SUM"] = "ieee" if q.dtype == torch.float32 else "tf32x3"
+    options["EXACT"] = q.dtype == torch.float32 or length > 256 * stride
     of_document = numbered(parts, lambda n: max((n - length) // stride + 1, 0))
     for rows, place, begin, width in _runs(parts, block, kv_heads, top):
         n = rows.stop - rows.start

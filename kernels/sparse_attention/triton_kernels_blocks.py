@@ -31,14 +31,22 @@ def put(x, value, rows, there, WIDTH: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
+def _keys(x, first, stop, kv, HK: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows first, first + 1, ... of a head of x [n, HK, WIDTH], zeros from row `stop` on -> [COLUMNS, B]"""
+    row, columns = tl.arange(0, COLUMNS), tl.arange(0, B)
+    at = x + (first.to(tl.int64) * HK + kv) * WIDTH + (row[:, None] * (HK * WIDTH) + columns[None, :])
+    return tl.load(at, mask=(first + row < stop)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
 def _members(order, highs, at, end, H: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, TOP: tl.constexpr, ROWS: tl.constexpr):
     """Of the pairs at, at + 1, ... up to `end`: whether there is such a row, its number among the pairs' rows and among all queries' heads,
-    both int64, and the key at which what its query sees ends."""
+    and the key at which what its query sees ends. int32 is enough for addresses: `triton_blocks.PARTS` bounds a chunk's."""
     place, member = at + tl.arange(0, ROWS) // MP, tl.arange(0, ROWS) % MP
     there = (place < end) & (member < M)
     pair = tl.load(order + place, mask=there, other=0)
     high = tl.load(highs + pair // TOP // (H // M), mask=there, other=0)
-    return there, pair.to(tl.int64) * M + member, (pair // TOP).to(tl.int64) * M + member, high
+    return there, pair * M + member, pair // TOP * M + member, high
 
 
 @triton.jit
@@ -57,9 +65,9 @@ def _advance(highest, total, sums, query, key, value, keys, limit, factor, DOT: 
 
 @triton.jit
 def _stretches(first, limit, there, COLUMNS: tl.constexpr):
-    """Where the whole tiles of keys end that every row sees, and where the last key is that one sees."""
+    """How many tiles of keys every row sees whole, and how many a row sees some of."""
     all_see = tl.min(tl.where(there, limit, 2147483647), 0)
-    return first + tl.maximum(all_see - first, 0) // COLUMNS * COLUMNS, tl.max(limit, 0)
+    return tl.maximum(all_see - first, 0) // COLUMNS, (tl.maximum(tl.max(limit, 0) - first, 0) + COLUMNS - 1) // COLUMNS
 
 
 @triton.jit(do_not_specialize=["NB"])
@@ -103,8 +111,7 @@ def attend(
         factor = scale * LOG2E
         if WHOLE:
             keys = first + tl.arange(0, COLUMNS)
-            key = load(k, keys.to(tl.int64) * HK + kv, keys < stop, D, BD)
-            value = load(v, keys.to(tl.int64) * HK + kv, keys < stop, DV, BV)
+            key, value = _keys(k, first, stop, kv, HK, D, BD, COLUMNS), _keys(v, first, stop, kv, HK, DV, BV, COLUMNS)
         for at in range(begin, end, ROWS // MP):
             there, pair, row, high = _members(order, highs, at, end, H, M, MP, TOP, ROWS)
             query, limit = load(q, row, there, D, BD), tl.minimum(high, stop)
@@ -115,15 +122,15 @@ def attend(
                 highest, total, sums = _advance(highest, total, sums, query, key, value, keys, limit, factor, DOT, True)
             else:
                 whole, seen = _stretches(first, limit, there, COLUMNS)
-                for tile in range(first, whole, COLUMNS):
-                    keys = tile + tl.arange(0, COLUMNS)
-                    key = load(k, keys.to(tl.int64) * HK + kv, keys < stop, D, BD)
-                    value = load(v, keys.to(tl.int64) * HK + kv, keys < stop, DV, BV)
+                for tile in range(whole):
+                    at_key = first + tile * COLUMNS
+                    keys = at_key + tl.arange(0, COLUMNS)
+                    key, value = _keys(k, at_key, stop, kv, HK, D, BD, COLUMNS), _keys(v, at_key, stop, kv, HK, DV, BV, COLUMNS)
                     highest, total, sums = _advance(highest, total, sums, query, key, value, keys, limit, factor, DOT, False)
-                for tile in range(whole, seen, COLUMNS):
-                    keys = tile + tl.arange(0, COLUMNS)
-                    key = load(k, keys.to(tl.int64) * HK + kv, keys < stop, D, BD)
-                    value = load(v, keys.to(tl.int64) * HK + kv, keys < stop, DV, BV)
+                for tile in range(whole, seen):
+                    at_key = first + tile * COLUMNS
+                    keys = at_key + tl.arange(0, COLUMNS)
+                    key, value = _keys(k, at_key, stop, kv, HK, D, BD, COLUMNS), _keys(v, at_key, stop, kv, HK, DV, BV, COLUMNS)
                     highest, total, sums = _advance(highest, total, sums, query, key, value, keys, limit, factor, DOT, True)
             divisor = tl.where(total > 0, total, 1.0)
             put(out, sums / divisor[:, None], pair, there, DV, BV)
@@ -232,8 +239,7 @@ def query_gradients(
         factor = scale * LOG2E
         if WHOLE:
             keys = first + tl.arange(0, COLUMNS)
-            key = load(k, keys.to(tl.int64) * HK + kv, keys < stop, D, BD)
-            value = load(v, keys.to(tl.int64) * HK + kv, keys < stop, DV, BV)
+            key, value = _keys(k, first, stop, kv, HK, D, BD, COLUMNS), _keys(v, first, stop, kv, HK, DV, BV, COLUMNS)
         for at in range(begin, end, ROWS // MP):
             there, pair, row, high = _members(order, highs, at, end, H, M, MP, TOP, ROWS)
             query, grad, limit = load(q, row, there, D, BD), load(dout, row, there, DV, BV), tl.minimum(high, stop)
@@ -243,15 +249,15 @@ def query_gradients(
                 sums = _query_step(sums, query, grad, level, less, key, value, keys, limit, factor, DOT, True)
             else:
                 whole, seen = _stretches(first, limit, there, COLUMNS)
-                for tile in range(first, whole, COLUMNS):
-                    keys = tile + tl.arange(0, COLUMNS)
-                    key = load(k, keys.to(tl.int64) * HK + kv, keys < stop, D, BD)
-                    value = load(v, keys.to(tl.int64) * HK + kv, keys < stop, DV, BV)
+                for tile in range(whole):
+                    at_key = first + tile * COLUMNS
+                    keys = at_key + tl.arange(0, COLUMNS)
+                    key, value = _keys(k, at_key, stop, kv, HK, D, BD, COLUMNS), _keys(v, at_key, stop, kv, HK, DV, BV, COLUMNS)
                     sums = _query_step(sums, query, grad, level, less, key, value, keys, limit, factor, DOT, False)
-                for tile in range(whole, seen, COLUMNS):
-                    keys = tile + tl.arange(0, COLUMNS)
-                    key = load(k, keys.to(tl.int64) * HK + kv, keys < stop, D, BD)
-                    value = load(v, keys.to(tl.int64) * HK + kv, keys < stop, DV, BV)
+                for tile in range(whole, seen):
+                    at_key = first + tile * COLUMNS
+                    keys = at_key + tl.arange(0, COLUMNS)
+                    key, value = _keys(k, at_key, stop, kv, HK, D, BD, COLUMNS), _keys(v, at_key, stop, kv, HK, DV, BV, COLUMNS)
                     sums = _query_step(sums, query, grad, level, less, key, value, keys, limit, factor, DOT, True)
             put(dq, sums * scale, pair, there, D, BD)
 
@@ -299,8 +305,7 @@ def key_gradients(
         STEP: tl.constexpr = ROWS // MP
         factor = scale * LOG2E
         keys = first + tl.arange(0, COLUMNS)
-        rows = keys.to(tl.int64) * HK + kv
-        key, value = load(k, rows, keys < stop, D, BD), load(v, rows, keys < stop, DV, BV)
+        key, value = _keys(k, first, stop, kv, HK, D, BD, COLUMNS), _keys(v, first, stop, kv, HK, DV, BV, COLUMNS)
         if not WHOLE:  # the queries follow each other: those before a block's later keys see none of them
             low, high = tl.zeros((), tl.int32), (end - begin + STEP - 1) // STEP
             while low < high:
@@ -321,7 +326,7 @@ def key_gradients(
             sums = tl.dot(back.to(query.dtype), query, sums, input_precision=DOT)
         number = tl.load(of + 3)
         if number < 0:
-            there = keys < stop
+            rows, there = keys.to(tl.int64) * HK + kv, keys < stop
             put(dk, load(dk, rows, there, D, BD) + sums * scale, rows, there, D, BD)
             put(dv, load(dv, rows, there, DV, BV) + value_sums, rows, there, DV, BV)
         else:

@@ -32,7 +32,7 @@ def importance(
     COLUMNS: tl.constexpr,
     BJ: tl.constexpr,
     DOT: tl.constexpr,
-    SUM: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Grid (tiles of TOGETHER selected blocks, blocks of ROWS queries, K/V heads): scores [rows, HK, stride], for each block up to a query's own
     the attention, summed over the heads of the group, to compressed blocks k [blocks, HK, D] of LENGTH tokens at every STEP-th, times the
@@ -60,7 +60,12 @@ def importance(
             p = tl.where(columns[None, :] < tl.minimum(ended, end)[:, None], p, 0.0)
             tokens, of_block = columns[:, None] * STEP, number[None, :] * BLOCK
             shared = tl.maximum(tl.minimum(tokens + LENGTH, of_block + BLOCK) - tl.maximum(tokens, of_block), 0) // STEP
-            total = tl.dot(p, shared.to(tl.float32), total, input_precision=SUM)
+            if EXACT:
+                total = tl.dot(p, shared.to(tl.float32), total, input_precision="ieee")
+            else:  # in two halves of 8 bits each: few of the steps are shared, and numbers below 257 are bfloat16
+                high = p.to(tl.bfloat16)
+                total = tl.dot(high, shared.to(tl.bfloat16), total)
+                total = tl.dot((p - high.to(tl.float32)).to(tl.bfloat16), shared.to(tl.bfloat16), total)
         inside = there[:, None] & (number < first + TOGETHER)[None, :] & (number[None, :] * BLOCK <= (place + row)[:, None])
         tl.store(scores + (row.to(tl.int64) * HK + kv)[:, None] * stride + number[None, :], total, mask=inside)
 

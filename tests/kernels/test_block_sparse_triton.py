@@ -107,7 +107,8 @@ def test_against_the_plain_path(some, heads, kv, selections, width, value, block
 
 @runs
 def test_blocks_of_several_tiles_and_chunks_of_queries_and_long_lists_of_them(monkeypatch):
-    monkeypatch.setitem(triton_blocks.EXACT, 128, triton_blocks.Tiles(16, 16, 8, 1, 1))
+    tiles = triton_blocks.Tiles(16, 16, 8, 1, 1)
+    monkeypatch.setattr(triton_blocks, "EXACT", {True: {128: tiles}, False: {128: tiles}})
     monkeypatch.setattr(triton_blocks, "EXTRA", 1 << 14)
     monkeypatch.setattr(triton_blocks, "PARTS", 40 * 2 * 3 * 6 * 4)  # 40 queries of 72
     compare(whole([72]), 2, 2, 2, 6, 5, 24, 3, 2e-6)
@@ -146,7 +147,8 @@ def compare_nsa(some, heads, kv, width, value, shape, tolerance, dtype=torch.flo
     ],
 )
 def test_nsa(some, shape, monkeypatch):
-    monkeypatch.setitem(triton_blocks.EXACT, 128, triton_blocks.Tiles(64, 16, 8, 1, 2))
+    tiles = triton_blocks.Tiles(64, 16, 8, 1, 2)
+    monkeypatch.setattr(triton_blocks, "EXACT", {True: {128: tiles}, False: {128: tiles}})
     monkeypatch.setattr(triton_choice, "EXACT_IMPORTANCE", (16, 16, 8, 1))  # several tiles of compressed blocks
     compare_nsa(some, 4, 2, 6, 5, shape, 5e-6)
 
