@@ -53,7 +53,7 @@ KEY_GRADIENTS = {
     False: {128: Tiles(64, 128, 8, 2, 16), 256: Tiles(32, 64, 8, 2, 16)},
 }
 # for float32, whose products take no tensor cores
-EXACT = {True: {128: Tiles(64, 32, 8, 1, 4), 256: Tiles(32, 16, 8, 1, 4)}, False: {128: Tiles(64, 32, 8, 1, 1), 256: Tiles(32, 16, 8, 1, 1)}}
+EXACT = {True: {128: Tiles(64, 32, 8, 1, 4), 256: Tiles(32, 16, 8, 1, 4)}, False: {128: Tiles(32, 32, 8, 1, 1), 256: Tiles(32, 16, 8, 1, 1)}}
 
 
 class Layout(NamedTuple):

@@ -56,7 +56,10 @@ def _best(scores: Tensor, found: Tensor, place: int, block: int, first: int, loc
     width = triton.next_power_of_2(stride)
     together = max(READ // width, 1)
     kernels.best_blocks[(triton.cdiv(rows * selections, together),)](
-        *(scores, found, rows * selections, place, stride, selections, found.shape[2], block, first, local), ROWS=together, B=width, num_warps=4
+        *(scores, found, rows * selections, place, stride, selections, found.shape[2], block, first, local),
+        ROWS=together,
+        B=width,
+        num_warps=min(max(width // 1024, 4), 16),
     )
 
 

@@ -141,15 +141,15 @@ def compare_nsa(some, heads, kv, width, value, shape, tolerance, dtype=torch.flo
 @pytest.mark.parametrize(
     ("some", "shape"),
     [
-        (whole([1, 9, 32]), Shape(8, 4, 8, 3)),
-        (LATE, Shape(4, 2, 4, 3)),
+        (whole([1, 9, 30]), Shape(4, 4, 4, 4)),
+        (LATE, Shape(4, 2, 4, 5)),
         (whole([3, 2]), Shape(4, 4, 4, 3)),  # no compressed block
     ],
 )
 def test_nsa(some, shape, monkeypatch):
     tiles = triton_blocks.Tiles(64, 16, 8, 1, 2)
     monkeypatch.setattr(triton_blocks, "EXACT", {True: {128: tiles}, False: {128: tiles}})
-    monkeypatch.setattr(triton_choice, "EXACT_IMPORTANCE", (16, 16, 8, 1))  # several tiles of compressed blocks
+    monkeypatch.setattr(triton_choice, "EXACT_IMPORTANCE", (16, 16, 8, 1))  # several tiles of selected blocks and of queries
     compare_nsa(some, 4, 2, 6, 5, shape, 5e-6)
 
 
