@@ -68,7 +68,7 @@ def test_floors_count_what_cannot_be_avoided() -> None:
     assert known["window"].flops(50) == sum(4 * 2 * 8 * min(t + 1, 20) for t in range(50))
     assert known["dsa"].flops(50) == sum(2 * 16 * (36 + 32) * min(t + 1, 20) for t in range(50))
     assert known["dsa"].once(50) == sum(2 * 8 * 8 * (t + 1) for t in range(50))
-    # NSA: compressed blocks of 2 tokens at each, blocks of 4 of which all are seen; MoBA: 7 whole blocks of 5 and its own
+    # NSA: a compressed block of 2 tokens ends at each but the first, blocks of 4 of which all are seen; MoBA: 7 whole blocks of 5 and its own
     assert known["nsa"].flops(50) == sum(4 * 8 * 8 * (max(t, 0) + t + 1) for t in range(50))
     assert known["nsa"].once(70) == sum(2 * 8 * 8 * t for t in range(64, 70))
     assert known["nsa_means"].flops(70) == sum(4 * 8 * 8 * ((t + 1) // 4 + min(t + 1, 60 + t % 4 + 1)) for t in range(70))
