@@ -179,7 +179,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("families", metavar="FAMILY", nargs="*", help=what)
     sub.add_argument("--tokens", type=_lengths, default=[2048, 8192, 32768], help="of the streams, with commas (default 2048,8192,32768)")
     _add_sizes(sub)
-    sub.add_argument("--selected", type=_count, default=2048, help="keys that DSA gives each query (default 2048)")
+    sub.add_argument(
+        "--selected", type=_count, default=2048, help="keys that DSA gives each query, from which the blocks of NSA and MoBA follow (default 2048)"
+    )
     sub.add_argument("--hidden", type=_count, default=4096, help="width of the cross entropy's, the norm's and the experts' inputs (default 4096)")
     sub.add_argument("--vocab", type=_count, default=131072)
     sub.add_argument("--steps", type=_count, default=10, help="runs of each that are timed, fewer where they are long (default 10)")

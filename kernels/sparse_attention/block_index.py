@@ -1,6 +1,8 @@
 """Attention over the blocks of tokens that an index branch scores highest for each group of heads.
 
-Source: MiniMax Sparse Attention (Lai et al. 2026, arXiv 2606.13392). Plain torch, by blocks of queries.
+The attention has two backends: `reference` (torch, by blocks of queries) and `triton` (on a GPU, deterministic); `auto` takes triton wherever
+it runs. The index and its loss are plain torch.
+Source: MiniMax Sparse Attention (Lai et al. 2026, arXiv 2606.13392).
 """
 
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ltrain.kernels.segments import Part, accumulator
+from ltrain.kernels.segments import Part, accumulator, choose, permitted, wants_triton
 from ltrain.kernels.sparse_attention import blocks, probabilities
 from ltrain.kernels.sparse_attention.block_means import attend, best_blocks
 
@@ -52,17 +54,29 @@ def _seen(indices: Tensor, count: int) -> Tensor:
     return (counts.scatter_add_(-1, indices.clamp(min=0), there) > 0).transpose(0, 1)
 
 
-def selected_block_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, parts: list[Part], *, scale: float, block: int) -> Tensor:
+def selected_block_attention(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, parts: list[Part], *, scale: float, block: int, backend: str = "auto"
+) -> Tensor:
     """Causal attention over the blocks chosen for each K/V head, inside documents. Differentiable in q, k and v.
 
     Args:
         q: [T, H, D]; k, v: [n, Hk, D], [n, Hk, Dv].
         indices: [T, Hk, top], of `select_blocks`.
         parts: which queries belong to which keys.
+        backend: auto | reference | triton.
 
     Returns:
         [T, H, Dv] in v's type.
+
+    Raises:
+        ValueError: backend does not exist, or is triton, which does not take these.
     """
+    choose(backend, ("reference", "triton"))
+    if q.numel() and wants_triton(backend, q):
+        from ltrain.kernels.sparse_attention import triton_blocks
+
+        if permitted(triton_blocks.refusal(q, k, v, k.shape[1], parts, scale), backend, "reference or auto"):
+            return triton_blocks.attend(q, k, v, indices, triton_blocks.cut(tuple(parts), len(q), block, q.device), scale)[0]
     outputs = [v.new_zeros(0, q.shape[1], v.shape[2])]
     for some in blocks(parts, q.shape[1]):
         rows, keys, _ = some

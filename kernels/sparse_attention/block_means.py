@@ -1,13 +1,14 @@
 """Attention over the blocks of tokens whose mean key a query likes best.
 
-Source: MoBA (Lu et al. 2025, arXiv 2502.13189), section 2. Plain torch, by blocks of queries.
+Backends: `reference` (torch, by blocks of queries) and `triton` (on a GPU, deterministic); `auto` takes triton wherever it runs.
+Source: MoBA (Lu et al. 2025, arXiv 2502.13189), section 2.
 """
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ltrain.kernels.segments import Part, accumulator
+from ltrain.kernels.segments import Part, accumulator, choose, permitted, wants_triton
 from ltrain.kernels.sparse_attention import blocks
 
 
@@ -42,7 +43,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, later: Tensor, scale: 
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype), v.repeat_interleave(group, 1))
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, parts: list[Part], *, scale: float, block: int, top: int, local: int = 1) -> Tensor:
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, parts: list[Part], *, scale: float, block: int, top: int, local: int = 1, backend: str = "auto"
+) -> Tensor:
     """Causal attention of each query over the last `local` blocks, its own among them, and the best of those before, head by head, in documents.
 
     Blocks are counted from a document's first token. The choice has no gradient; differentiable in q, k and v.
@@ -51,10 +54,21 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, parts: list[Part], *, scale
         q: [T, H, D]; k, v: [n, Hk, D], [n, Hk, Dv].
         parts: which queries belong to which keys.
         block: tokens of a block. top: blocks that a query sees, the last `local` among them.
+        backend: auto | reference | triton.
 
     Returns:
         [T, H, Dv] in v's type.
+
+    Raises:
+        ValueError: backend does not exist, or is triton, which does not take these.
     """
+    choose(backend, ("reference", "triton"))
+    if q.numel() and wants_triton(backend, q):
+        from ltrain.kernels.sparse_attention import triton_blocks, triton_choice
+
+        if permitted(triton_blocks.refusal(q, k, v, q.shape[1], parts, scale), backend, "reference or auto"):
+            indices = triton_choice.liked_blocks(q.detach(), k.detach(), parts, block, top, local)
+            return triton_blocks.attend(q, k, v, indices, triton_blocks.cut(tuple(parts), len(q), block, q.device), scale)[0]
     outputs = [v.new_zeros(0, q.shape[1], v.shape[2])]
     for part in parts:
         means = _means(k[part.begin : part.first + part.stop - part.start].detach(), block)

@@ -1,6 +1,7 @@
 """The compressed and the selected branch of native sparse attention.
 
-Source: NSA (Yuan et al. 2025, arXiv 2502.11089), sections 3.3.1 and 3.3.2. Plain torch, by blocks of queries.
+Backends: `reference` (torch, by blocks of queries) and `triton` (on a GPU, deterministic); `auto` takes triton wherever it runs.
+Source: NSA (Yuan et al. 2025, arXiv 2502.11089), sections 3.3.1 and 3.3.2.
 """
 
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ltrain.kernels.segments import Part, accumulator, documents
+from ltrain.kernels.segments import Part, accumulator, choose, documents, permitted, wants_triton
 from ltrain.kernels.sparse_attention import blocks
 
 
@@ -68,7 +69,7 @@ def _attend(
 
 
 def native_attention(
-    q: Tensor, turned: Tensor, kc: Tensor, vc: Tensor, k: Tensor, v: Tensor, parts: list[Part], *, scale: float, shape: Shape
+    q: Tensor, turned: Tensor, kc: Tensor, vc: Tensor, k: Tensor, v: Tensor, parts: list[Part], *, scale: float, shape: Shape, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Every query over the compressed blocks that end before it, and over the tokens of the blocks that these make important.
 
@@ -77,10 +78,26 @@ def native_attention(
         kc, vc: [blocks, Hk, D], [blocks, Hk, Dv], the compressed blocks of all documents, one after another, `shape.compressed` of each.
         k, v: [n, Hk, D], [n, Hk, Dv].
         parts: which queries belong to which keys, of which each document's end with its last query.
+        backend: auto | reference | triton.
 
     Returns:
         The compressed and the selected branch, [T, H, Dv] in v's type. The choice has no gradient; all else is differentiable.
+
+    Raises:
+        ValueError: backend does not exist, or is triton, which does not take these.
     """
+    choose(backend, ("reference", "triton"))
+    if q.numel() and wants_triton(backend, q):
+        from ltrain.kernels.sparse_attention import triton_blocks, triton_choice
+
+        why = triton_blocks.refusal(turned, k, v, k.shape[1], parts, scale) or triton_blocks.refusal(q, kc, vc, kc.shape[1], parts, scale)
+        if permitted(why, backend, "reference or auto"):
+            of_parts, each = (tuple(parts), len(q)), torch.zeros(len(q), kc.shape[1], 1, dtype=torch.int32, device=q.device)
+            ended = triton_blocks.ended(*of_parts, shape.length, shape.stride, q.device)
+            compressed, lse = triton_blocks.attend(q, kc, vc, each, ended, scale)
+            indices = triton_choice.important_blocks(q.detach(), kc.detach(), lse.detach(), parts, scale, *shape)
+            selected, _ = triton_blocks.attend(turned, k, v, indices, triton_blocks.cut(*of_parts, shape.block, q.device), scale)
+            return compressed, selected
     first, blocks_before = {}, 0
     for begin, end in documents(parts).items():
         first[begin], blocks_before = blocks_before, blocks_before + shape.compressed(end - begin)

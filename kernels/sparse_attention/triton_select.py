@@ -47,7 +47,7 @@ def _ranges(parts: tuple[Part, ...], tokens: int, device: torch.device) -> tuple
     return begins.to(device, non_blocking=True), counts.to(device, non_blocking=True)
 
 
-def _beyond(part: Part, top_k: int) -> Part:
+def beyond(part: Part, top_k: int) -> Part:
     """The queries of a part that see more than top_k keys."""
     few = min(max(top_k - (part.first - part.begin), 0), part.stop - part.start)
     return Part(part.start + few, part.stop, part.begin, part.first + few)
@@ -67,7 +67,7 @@ def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int,
     queries, keys = EXACT_TILE if exact else TILE
     padded = max(LEAST_FP8_WIDTH if fp8 else LEAST_WIDTH, triton.next_power_of_2(width))
     options = {"D": width, "BD": padded, "BM": queries, "BN": keys, "DOT": "ieee" if exact else "tf32"}
-    for block in blocks((_beyond(part, top_k) for part in parts), 1, LEAST):
+    for block in blocks((beyond(part, top_k) for part in parts), 1, LEAST):
         rows, seen = block.rows.stop - block.rows.start, block.keys.stop - block.keys.start
         stride = triton.cdiv(seen, 16) * 16
         scores = torch.empty(rows, stride, dtype=torch.float32, device=q.device)

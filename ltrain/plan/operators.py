@@ -18,7 +18,9 @@ from ltrain.kernels.norm import rms_norm
 from ltrain.kernels.segments import parts
 from ltrain.kernels.short_conv import short_conv
 from ltrain.kernels.sparse_attention import select
+from ltrain.kernels.sparse_attention.block_means import block_attention
 from ltrain.kernels.sparse_attention.latent import latent_attention
+from ltrain.kernels.sparse_attention.native import Shape, native_attention
 from ltrain.plan.peers import Inputs
 
 CHUNK = 64  # tokens: the chunk whose products count as a linear recurrence's
@@ -31,7 +33,7 @@ class Sizes(NamedTuple):
     kv_heads: int = 4
     head_dim: int = 128
     window: int = 4096
-    selected: int = 2048  # keys that DSA's indexer gives each query
+    selected: int = 2048  # keys that DSA's indexer gives each query; of NSA's and MoBA's blocks see `nsa_shape` and `moba_blocks`
     hidden: int = 4096  # of the cross entropy, the norm and the experts
     vocab: int = 131072
     states: int = 16  # of a channel in Mamba's scan
@@ -46,6 +48,21 @@ class Sizes(NamedTuple):
     @property
     def channels(self) -> int:
         return self.heads * self.head_dim
+
+    @property
+    def nsa_heads(self) -> int:
+        return 4 * self.heads
+
+    @property
+    def nsa_shape(self) -> Shape:
+        """The paper's, for 2048 selected keys of DSA: 32, 16, 64, 16."""
+        block = max(self.selected // 128, 1) * 4
+        return Shape(block // 2, block // 4, block, 16)
+
+    @property
+    def moba_blocks(self) -> tuple[int, int]:
+        """Tokens of a block, and blocks that a query sees: as many keys as DSA's twice."""
+        return max(self.selected // 4, 1), 8
 
 
 @dataclass(frozen=True)
@@ -210,6 +227,62 @@ def _dsa(s: Sizes, fp8: bool = False) -> Operator:
     return Operator("sparse_attention", inputs, run, flops, both, ("iq", "ik", "iw"), once)
 
 
+def _seen(t: int, block: int, top: int) -> int:
+    """Keys of `top` blocks, its own among them, of the query at place t."""
+    return min(t + 1, (top - 1) * block + t % block + 1)
+
+
+def _nsa(s: Sizes, means: bool) -> Operator:
+    """Both branches of the kernels, added up, with 16 query heads to a K/V head for 16 and 4 heads. means: a compressed block is the mean of
+    the keys, and of the values, of a selected one, as fla has it."""
+    heads, shape = s.nsa_heads, s.nsa_shape
+    if means:
+        shape = Shape(shape.block, shape.block, shape.block, shape.top)
+
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw = _Random(dtype, generator)
+        q, (k, v) = draw(tokens, heads, s.head_dim), (draw(tokens, s.kv_heads, s.head_dim) for _ in range(2))
+        compressed = {} if means else {name: draw(shape.compressed(tokens), s.kv_heads, s.head_dim) for name in ("kc", "vc")}
+        return {"q": q, "k": k, "v": v, **compressed}
+
+    def compress(x: Tensor) -> Tensor:
+        return x[: len(x) // shape.block * shape.block].unflatten(0, (-1, shape.block)).mean(1)
+
+    def run(x: Inputs, backend: str) -> Tensor:
+        kc, vc = (compress(x["k"]), compress(x["v"])) if means else (x["kc"], x["vc"])
+        whole = parts(_alone(x["q"]), len(x["q"]))
+        return sum(native_attention(x["q"], x["q"], kc, vc, x["k"], x["v"], whole, scale=s.scale, shape=shape, backend=backend))  # type: ignore[return-value]
+
+    def flops(tokens: int) -> float:
+        return 4 * heads * s.head_dim * sum(shape.compressed(t + 1) + _seen(t, shape.block, shape.top) for t in range(tokens))
+
+    def once(tokens: int) -> float:  # the importance of compressed blocks, where not all are selected
+        return 2 * heads * s.head_dim * sum(shape.compressed(t + 1) for t in range(shape.top * shape.block, tokens))
+
+    return Operator("sparse_attention", inputs, run, flops, 3.5, once=once)
+
+
+def _moba(s: Sizes) -> Operator:
+    """Each query head has keys and values of its own."""
+    block, top = s.moba_blocks
+
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw = _Random(dtype, generator)
+        return {name: draw(tokens, s.heads, s.head_dim) for name in ("q", "k", "v")}
+
+    def run(x: Inputs, backend: str) -> Tensor:
+        whole = parts(_alone(x["q"]), len(x["q"]))
+        return block_attention(x["q"], x["k"], x["v"], whole, scale=s.scale, block=block, top=top, backend=backend)
+
+    def flops(tokens: int) -> float:
+        return 4 * s.heads * s.head_dim * sum(_seen(t, block, top) for t in range(tokens))
+
+    def once(tokens: int) -> float:  # products with the means of the blocks before
+        return 2 * s.heads * s.head_dim * sum(t // block for t in range(top * block, tokens))
+
+    return Operator("sparse_attention", inputs, run, flops, 3.5, once=once)
+
+
 def _cross_entropy(s: Sizes) -> Operator:
     def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         draw = _Random(dtype, generator)
@@ -274,6 +347,9 @@ def operators(s: Sizes) -> dict[str, Operator]:
         "window": _attention(s, Mask(window=s.window)),
         "dsa": _dsa(s),
         "dsa_fp8": _dsa(s, fp8=True),
+        "nsa": _nsa(s, means=False),
+        "nsa_means": _nsa(s, means=True),
+        "moba": _moba(s),
         "cross_entropy": _cross_entropy(s),
         "norm": _norm(s),
         "experts": _experts(s),

@@ -138,6 +138,28 @@ def _dense_mla(x: Inputs) -> Inputs:
     return {"q": q, "k": k, "v": v}
 
 
+def _dense(x: Inputs) -> Inputs:
+    """All keys, without a selection."""
+    return _heads_first({name: x[name] for name in ("q", "k", "v")})
+
+
+def _fla_nsa(x: Inputs, s: Any) -> Tensor:
+    from fla.ops.nsa import parallel_nsa
+
+    one = x["q"].new_ones(1, *x["q"].shape[:2])  # the gates of both branches
+    shape = s.nsa_shape
+    given = _batch(x["q"], x["k"], x["v"])
+    return parallel_nsa(*given, g_cmp=one, g_slc=one, block_counts=shape.top, block_size=shape.block, window_size=0, scale=s.scale)[0]
+
+
+def _fla_moba(x: Inputs, s: Any) -> Tensor:
+    from fla.ops.moba import parallel_moba
+
+    tokens, (block, top) = len(x["q"]), s.moba_blocks
+    bounds = torch.tensor([0, tokens], dtype=torch.int32, device=x["q"].device)
+    return parallel_moba(*_batch(x["q"], x["k"], x["v"]), bounds, tokens, block, top)[0]
+
+
 @cache
 def _flex(tokens: int, window: int, device: torch.device) -> tuple[Any, Any]:
     """FlexAttention, compiled, and its mask."""
@@ -205,6 +227,9 @@ PEERS: dict[str, list[Peer]] = {
     "window": [Peer("flex", "torch", "torch", _flex_window, _heads_first)],
     "dsa": [Peer("dense sdpa cudnn", "torch", "torch", _sdpa(SDPBackend.CUDNN_ATTENTION), _dense_mla, same=False)],
     "dsa_fp8": [Peer("dense sdpa cudnn", "torch", "torch", _sdpa(SDPBackend.CUDNN_ATTENTION), _dense_mla, same=False)],
+    "nsa": [Peer("dense sdpa cudnn", "torch", "torch", _sdpa(SDPBackend.CUDNN_ATTENTION), _dense, same=False)],
+    "nsa_means": [_fla("nsa", _fla_nsa), Peer("dense sdpa cudnn", "torch", "torch", _sdpa(SDPBackend.CUDNN_ATTENTION), _dense, same=False)],
+    "moba": [_fla("moba", _fla_moba), Peer("dense sdpa cudnn", "torch", "torch", _sdpa(SDPBackend.CUDNN_ATTENTION), _dense, same=False)],
     "cross_entropy": [
         Peer("liger", "liger_kernel", "liger-kernel", _liger_cross_entropy),
         Peer("whole logits", "torch", "torch", _torch_cross_entropy),

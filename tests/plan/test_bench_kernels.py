@@ -68,6 +68,12 @@ def test_floors_count_what_cannot_be_avoided() -> None:
     assert known["window"].flops(50) == sum(4 * 2 * 8 * min(t + 1, 20) for t in range(50))
     assert known["dsa"].flops(50) == sum(2 * 16 * (36 + 32) * min(t + 1, 20) for t in range(50))
     assert known["dsa"].once(50) == sum(2 * 8 * 8 * (t + 1) for t in range(50))
+    # NSA: a compressed block of 2 tokens ends at each but the first, blocks of 4 of which all are seen; MoBA: 7 whole blocks of 5 and its own
+    assert known["nsa"].flops(50) == sum(4 * 8 * 8 * (max(t, 0) + t + 1) for t in range(50))
+    assert known["nsa"].once(70) == sum(2 * 8 * 8 * t for t in range(64, 70))
+    assert known["nsa_means"].flops(70) == sum(4 * 8 * 8 * ((t + 1) // 4 + min(t + 1, 60 + t % 4 + 1)) for t in range(70))
+    assert known["moba"].flops(70) == sum(4 * 2 * 8 * min(t + 1, 35 + t % 5 + 1) for t in range(70))
+    assert known["moba"].once(70) == sum(2 * 2 * 8 * (t // 5) for t in range(40, 70))
     assert known["cross_entropy"].flops(50) == 2 * 50 * 12 * 30
     # KV products: S q and k v^T, with the delta rule S k; of a chunk q k^T and scores v, with it k k^T, and k and v solved for
     assert known["gla"].flops(1) == 2 * (2 * 2 * 64 + 2 * 64 * 16) and known["kda"].flops(1) == 2 * (3 * 2 * 64 + 2 * 64 * 40)

@@ -1,6 +1,7 @@
 """Attention over blocks that their mean keys select (MoBA, Lu et al. 2025)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ltrain.model.options import AttentionOptions
 from ltrain.model.sequence import Sequence
 
 
-def block_options(options: AttentionOptions) -> dict[str, int]:
+def block_options(options: AttentionOptions) -> dict[str, Any]:
     return {"block": options.block_size, "top": options.top_blocks, "local": options.local_blocks}
 
 
