@@ -83,13 +83,16 @@ def test_widths_that_are_no_powers_of_two_and_empty_segments(decay):
 @runs
 @pytest.mark.parametrize(("decay", "group"), [("none", 1), ("head", 2), ("channel", 1)])
 def test_chunks_of_several_blocks(decay, group):
-    """Where nothing is erased, a chunk has 4 blocks of 64 tokens: documents of one token more or less, and of a whole chunk."""
-    compare([257, 1, 255, 65, 256], 1e-5, heads=1, group=group, width=20, value_width=40, decay=decay, delta=False)
+    """Where nothing is erased, a chunk has 4 blocks of 64 tokens: documents of one token more or less."""
+    compare([257, 1, 255], 1e-5, heads=1, group=group, width=20, value_width=40, decay=decay, delta=False)
 
 
 @runs
-def test_several_chunks():
-    compare([700, 300], 1e-5, heads=1, width=16, value_width=16, delta=False)
+@pytest.mark.parametrize(("blocks", "lengths"), [(4, [700, 256]), (1, [530, 63])])
+def test_several_chunks(blocks, lengths, monkeypatch):
+    """And more than `accumulate` loads at a time, where a chunk has one block."""
+    monkeypatch.setattr("ltrain.kernels.linear_recurrence.triton_chunked.BLOCKS", blocks)
+    compare(lengths, 1e-5, heads=1, width=16, value_width=16, delta=False)
 
 
 @runs
@@ -100,7 +103,7 @@ def test_decay_levels_between_blocks(level, decay):
 
 
 @runs
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float16, 0.05)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.01), (torch.float16, 0.05)])
 def test_what_strong_decays_leave_of_gradients(dtype, tolerance):
     """A decay's gradient is next to nothing where it lets nothing pass, though the sums that it comes from are large: relative to itself."""
     strong = list(range(10, 200, 20))

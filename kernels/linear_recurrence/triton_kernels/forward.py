@@ -280,8 +280,10 @@ def read(
         for row in tl.range(0, K, BK, num_stages=1):
             at, exists = state_at(states, chunk * H + h, K, V, BK, BV, row, column)
             if DECAY == CHANNEL:
-                fades = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, row)
-                query = (tile(x, t, inside, h, H, K, BK, row) * fade_across(fades, BLOCKS, DECAY, BLOCKS, BK)[None, :]).to(dtype)
+                query = tile(x, t, inside, h, H, K, BK, row)
+                if BLOCKS > 1:
+                    of_part = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, row)
+                    query = (query * fade_across(of_part, BLOCKS, DECAY, BLOCKS, BK)[None, :]).to(dtype)
             else:
                 query = tile(x, t, inside, h // G, H // G, K, BK, row)
             result += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
@@ -298,14 +300,14 @@ def read(
                 near = products_of_rows(x, y, t, inside, others, exist, h // G, H // G, K, C, BK, BK == KEYS, DOT)
                 near *= scale * fade_across(fades, n, DECAY, BLOCKS, BK)
             elif BK == KEYS:
-                row = (tile(x, t, inside, h, H, K, BK, 0) * fade_across(fades, n, DECAY, BLOCKS, BK)[None, :]).to(dtype)
-                near = tl.dot(row, tile_transposed(y, others, exist, h, H, K, BK, 0), input_precision=DOT) * scale
+                faded = (tile(x, t, inside, h, H, K, BK, 0) * fade_across(fades, n, DECAY, BLOCKS, BK)[None, :]).to(dtype)
+                near = tl.dot(faded, tile_transposed(y, others, exist, h, H, K, BK, 0), input_precision=DOT) * scale
             else:
                 near = tl.zeros((C, C), dtype=tl.float32)
                 for offset in range(0, K, BK):
                     of_part = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, offset)
-                    row = (tile(x, t, inside, h, H, K, BK, offset) * fade_across(of_part, n, DECAY, BLOCKS, BK)[None, :]).to(dtype)
-                    near += tl.dot(row, tile_transposed(y, others, exist, h, H, K, BK, offset), input_precision=DOT)
+                    faded = (tile(x, t, inside, h, H, K, BK, offset) * fade_across(of_part, n, DECAY, BLOCKS, BK)[None, :]).to(dtype)
+                    near += tl.dot(faded, tile_transposed(y, others, exist, h, H, K, BK, offset), input_precision=DOT)
                 near *= scale
             if DECAY == HEAD:
                 near *= tl.load(other + others * H + h, mask=exist, other=0.0)[None, :]
