@@ -188,9 +188,10 @@ def _prepared(
         reader, writer, fade = (k.new_empty(n, heads, dtype=torch.float32) for n in (tokens, tokens, count))
     made = _Prepared(scores, solve, firsts, w, u, reader, writer, fade)
     if count:
+        alone = {"num_warps": 1} if shapes.decay == 1 and not shapes.delta else {}  # 64 numbers of a head, and no product
         forward.prepare[count, heads](
             *(q, k, v, decay, beta, chunks.starts, chunks.stops, *made, *shapes.numbers, LEVELS),
-            **{"DELTA": shapes.delta, "SOLVED": solved is not None, **shapes.options("prepare")},
+            **{"DELTA": shapes.delta, "SOLVED": solved is not None, **shapes.options("prepare"), **alone},
         )
     return made
 
