@@ -1,8 +1,8 @@
 """The chunked recurrence on a GPU: autograd around the programs of `triton_kernels`.
 
-The inputs are kept for the backward, and of pairs of tokens in a chunk the inverse T and per channel the scores, 64 numbers per token and head
-each, which take the most to compute. The states of the chunks are made again: they are K V / 64 numbers per token and head, as much as q or v
-and more.
+The inputs are kept for the backward, and of pairs of tokens in a block the inverse T and per channel the scores, 64 numbers per token and head
+each, which take the most to compute. The states of the chunks are made again: for chunks of one block they are K V / 64 numbers per token and
+head, as much as q or v and more.
 """
 
 import os
@@ -14,15 +14,45 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ltrain.kernels.linear_recurrence.triton_kernels import backward, forward
+from ltrain.kernels.linear_recurrence.triton_kernels import additive, backward, forward
 
-CHUNK = 64
+BLOCK = 64  # tokens that meet in one product
+# Blocks of a chunk where nothing is erased. A state is stored and loaded about 14 times, and each token meets those of half a chunk in 8
+# products: with 128 channels, 2 blocks take as long for the states as 4 to 8 for the products.
+BLOCKS = 4
 WIDEST = 256  # of keys and values: what the state of one program in `pass_states` holds
 WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
-LEVELS = CHUNK.bit_length() - 1  # see tiles.pair_spans
+LEVELS = BLOCK.bit_length() - 1  # see tiles.pair_spans
 ROWS = 16  # of `backward.scale_rows`
-NUMBERS = 512  # of a state in a program of `forward.accumulate`
+NUMBERS = 512  # of a state in a program of `additive.accumulate`
 PROGRAMS = 128  # about as many as an H100 has processors
+
+
+class Launch(NamedTuple):
+    """How a program is launched; channels of keys and of values at a time, half as many of float32; two: programs at once on a processor, which
+    takes half of its registers for each, and sooner spills some than waits for memory; stages: tiles that a loop loads ahead."""
+
+    key: int = 128
+    value: int = 64
+    two: bool = False
+    stages: int = 3
+
+
+LAUNCHES = {
+    "prepare": Launch(key=64, two=True, stages=1),
+    "prepare per channel": Launch(key=32, two=True, stages=1),
+    "add_chunks": Launch(value=128, two=True),
+    "read": Launch(value=128, two=True, stages=2),
+    "read per channel": Launch(value=128, stages=2),
+    "pair_gradients": Launch(value=128, stages=2),
+    "pair_gradients per channel": Launch(key=64, stages=2),
+    "pair_gradients grouped": Launch(key=64, stages=1),
+    "decay_gradients": Launch(key=64, stages=2),
+    "score_gradients": Launch(two=True, stages=1),
+    "key_gradients": Launch(key=64, two=True, stages=2),
+    "key_gradients per channel": Launch(key=64, stages=2),
+    "key_gradients grouped": Launch(key=64, two=True, stages=1),
+}
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> str | None:
@@ -34,30 +64,44 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> str | None:
         return f"takes q, k and v in one type of bfloat16, float16 or float32, not {q.dtype}, {k.dtype} and {v.dtype}"
     if max(k.shape[2], v.shape[2]) > WIDEST:
         return f"takes heads of at most {WIDEST}, not {k.shape[2]} and {v.shape[2]}"
-    if chunk != CHUNK:
-        return f"has chunks of {CHUNK} tokens, not {chunk}"
+    if chunk != BLOCK:
+        return f"has chunks of {BLOCK} tokens, not {chunk}"
     return None
 
 
 class Chunks(NamedTuple):
-    """On the device, int32: first and last + 1 token of each chunk [chunks]; the tokens and the chunks of each segment, cuts and bounds [N + 1]."""
+    """On the device, int32. Of each block: its first and last + 1 token, and the chunk it is in [blocks]; of each chunk: its first and last + 1
+    token and its first block [chunks]; the tokens and the chunks of each segment, cuts and bounds [N + 1]."""
 
     starts: Tensor
     stops: Tensor
+    chunks: Tensor
+    begins: Tensor
+    ends: Tensor
+    firsts: Tensor
     cuts: Tensor
     bounds: Tensor
 
 
+def _pieces(cuts: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each segment in pieces of `length` tokens: first and last + 1 token and segment of each, and those of each segment [N + 1]"""
+    counts = (cuts.diff() + length - 1) // length
+    bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    segment = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    starts = cuts[segment] + (torch.arange(len(segment)) - bounds[segment]) * length
+    return starts, torch.minimum(starts + length, cuts[segment + 1]), segment, bounds
+
+
 @lru_cache(maxsize=64)  # all layers of a micro-batch share it
-def _chunks(bounds: tuple[int, ...], device: torch.device) -> Chunks:
-    cuts = torch.tensor(bounds, dtype=torch.int64)
-    lengths = cuts.diff()
-    counts = (lengths + CHUNK - 1) // CHUNK
-    first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # [N + 1]
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), counts)
-    starts = cuts[segment] + (torch.arange(len(segment)) - first[segment]) * CHUNK
-    stops = torch.minimum(starts + CHUNK, cuts[segment + 1])
-    return Chunks(*(x.to(torch.int32).to(device, non_blocking=True) for x in (starts, stops, cuts, first)))
+def _chunks(cuts: tuple[int, ...], blocks: int, device: torch.device) -> Chunks:
+    """blocks: of a chunk, but for the last of a segment."""
+    tokens = torch.tensor(cuts, dtype=torch.int64)
+    starts, stops, segment, first = _pieces(tokens, BLOCK)
+    begins, ends, _, bounds = _pieces(tokens, blocks * BLOCK)
+    chunks = bounds[segment] + (torch.arange(len(segment)) - first[segment]) // blocks
+    firsts = torch.searchsorted(chunks, torch.arange(len(begins)))
+    found = starts, stops, chunks, begins, ends, firsts, tokens, bounds
+    return Chunks(*(x.to(torch.int32).to(device, non_blocking=True) for x in found))
 
 
 def _padded(width: int) -> int:
@@ -77,13 +121,20 @@ class _Shapes(NamedTuple):
     def numbers(self) -> tuple[int, int, int, int]:
         return self.heads, self.group, self.key, self.value
 
-    def options(self, key: int = 128, value: int = 64, two: bool = False, **more: Any) -> dict[str, Any]:
-        """Compile-time options; key, value: channels at a time, half as many of float32; two: programs at once on a processor, which takes
-        half of its registers for each, and sooner spills some than waits for memory."""
-        key, value = (block // 2 if self.exact else block for block in (key, value))
-        blocks = {"C": CHUNK, "BK": min(key, _padded(self.key)), "BV": min(value, _padded(self.value))}
-        registers = {"maxnreg": 65536 // (64 * WARPS)} if two and not self.exact else {}
-        return {**blocks, "DECAY": self.decay, "DOT": "ieee" if self.exact else "tf32", "num_warps": WARPS, **registers, **more}
+    @property
+    def blocks(self) -> int:
+        """Blocks of a chunk: with the delta rule one, since the tokens of a chunk are solved for together."""
+        return 1 if self.delta else BLOCKS
+
+    def options(self, program: str) -> dict[str, Any]:
+        """Compile-time options."""
+        kinds = [" grouped"] * (self.group > 1) + [" per channel"] * (self.decay == 2)
+        launch = next((LAUNCHES[program + kind] for kind in kinds if program + kind in LAUNCHES), LAUNCHES.get(program, Launch()))
+        key, value = (block // 2 if self.exact else block for block in launch[:2])
+        registers = {"maxnreg": 65536 // (64 * WARPS)} if launch.two and not self.exact else {}
+        stages = 1 if self.exact else launch.stages
+        pipeline = {"DOT": "ieee" if self.exact else "tf32", "num_warps": WARPS, "num_stages": stages}
+        return {"C": BLOCK, "BK": min(key, _padded(self.key)), "BV": min(value, _padded(self.value)), "DECAY": self.decay, **pipeline, **registers}
 
     def narrow(self, segments: int) -> dict[str, Any]:
         """Options of the programs that go chunk by chunk. Each loads all of W, K and Q for its few columns of the state: few, so that there
@@ -93,7 +144,7 @@ class _Shapes(NamedTuple):
         # What a stage loads ahead is W, K and Q of a chunk: 48 KiB of 16-bit numbers for K = 128.
         stages = 1 if self.exact else 2 if self.key > 128 else 4 if columns == 16 else 3
         pipeline = {"num_warps": 4 if columns == 16 else WARPS, "num_stages": stages}
-        return self.options() | {"BK": _padded(self.key), "BV": min(columns, _padded(self.value))} | pipeline
+        return self.options("pass") | {"BK": _padded(self.key), "BV": min(columns, _padded(self.value))} | pipeline
 
 
 class _Prepared(NamedTuple):
@@ -101,12 +152,12 @@ class _Prepared(NamedTuple):
 
     scores: Tensor | None  # [T, H, C]
     solve: Tensor | None  # [T, H, C]
-    firsts: Tensor | None  # [chunks, H]
+    firsts: Tensor | None  # [blocks, H]
     w: Tensor | None  # [T, H, K]
     u: Tensor  # [T, H, V]
     reader: Tensor | None  # [T, H, K] or [T, H]
     writer: Tensor | None
-    fade: Tensor | None  # [chunks, H, K] or [chunks, H]
+    fade: Tensor | None  # [blocks, H, K] or [blocks, H]
 
 
 def _prepared(
@@ -124,8 +175,8 @@ def _prepared(
     if decay is None and beta is None:
         return _Prepared(None, None, None, None, v, None, None, None)
     scores, solve, firsts = solved or (
-        k.new_empty(tokens, heads, CHUNK) if shapes.decay == 2 else None,
-        k.new_empty(tokens, heads, CHUNK) if shapes.delta else None,
+        k.new_empty(tokens, heads, BLOCK) if shapes.decay == 2 else None,
+        k.new_empty(tokens, heads, BLOCK) if shapes.delta else None,
         k.new_empty(count, heads, dtype=torch.int32) if shapes.decay == 2 else None,
     )
     w, u = (k.new_empty(tokens, heads, shapes.key), torch.empty_like(v)) if shapes.delta else (None, v)
@@ -137,49 +188,184 @@ def _prepared(
         reader, writer, fade = (k.new_empty(n, heads, dtype=torch.float32) for n in (tokens, tokens, count))
     made = _Prepared(scores, solve, firsts, w, u, reader, writer, fade)
     if count:
-        options = shapes.options(32 if shapes.decay == 2 else 64, 64, two=True, DELTA=shapes.delta, SOLVED=solved is not None, num_stages=1)
-        forward.prepare[count, heads](q, k, v, decay, beta, chunks.starts, chunks.stops, *made, *shapes.numbers, LEVELS, **options)
+        alone = {"num_warps": 1} if shapes.decay == 1 and not shapes.delta else {}  # 64 numbers of a head, and no product
+        forward.prepare[count, heads](
+            *(q, k, v, decay, beta, chunks.starts, chunks.stops, *made, *shapes.numbers, LEVELS),
+            **{"DELTA": shapes.delta, "SOLVED": solved is not None, **shapes.options("prepare"), **alone},
+        )
     return made
 
 
 def _summed(
-    x: Tensor | None,
-    y: Tensor,
-    factors: Tensor | None,
-    fade: Tensor | None,
-    before: Tensor,
-    chunks: Chunks,
-    shapes: _Shapes,
-    scale: float,
-    back: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, factors: Tensor | None, fade: Tensor | None, before: Tensor, chunks: Chunks, shapes: _Shapes, scale: float, back: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """What is there before each chunk [chunks, H, K, V], in their order or from the last one back, and after all of a segment [N, H, K, V], when
-    each adds scale sum_t f_t x_t y_t^T and fades what there was."""
-    count, heads = len(chunks.starts), shapes.heads
+    each adds scale sum_t f_t x_t y_t^T and fades what there was; and what each leaves of it [chunks, H, K] or [chunks, H]."""
+    count, heads = len(chunks.begins), shapes.heads
     states, after = y.new_empty(count, heads, shapes.key, shapes.value), torch.empty_like(before)
+    left = None if fade is None else fade.new_empty(count, *fade.shape[1:])
     if count:
-        args = x, y, factors if shapes.decay == 1 else None, chunks.starts, chunks.stops, states, scale
-        forward.add_chunks[count, heads](*args, *shapes.numbers, **shapes.options())
+        options = shapes.options("add_chunks")
+        grid = count, heads, triton.cdiv(shapes.key, options["BK"]) * triton.cdiv(shapes.value, options["BV"])
+        args = x, y, factors, fade, chunks.begins, chunks.ends, chunks.firsts, states, left, scale
+        additive.add_chunks[grid](*args, *shapes.numbers, BACKWARD=back, **options)
     if len(before):
         grid = (len(before), heads, triton.cdiv(shapes.key * shapes.value, NUMBERS))
         numbers = heads, shapes.key, shapes.value
-        forward.accumulate[grid](states, fade, chunks.bounds, before, after, *numbers, N=NUMBERS, DECAY=shapes.decay, BACKWARD=back, num_warps=4)
-    return states, after
+        additive.accumulate[grid](states, left, chunks.bounds, before, after, *numbers, N=NUMBERS, DECAY=shapes.decay, BACKWARD=back, num_warps=4)
+    return states, after, left
 
 
-def _passed(k: Tensor, initial: Tensor, chunks: Chunks, shapes: _Shapes, made: _Prepared) -> tuple[Tensor, Tensor]:
-    """The state before each chunk [chunks, H, K, V], final states [N, H, K, V]; made.u turns from U0 to U."""
+def _passed(k: Tensor, initial: Tensor, chunks: Chunks, shapes: _Shapes, made: _Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The state before each chunk [chunks, H, K, V], final states [N, H, K, V], what each chunk leaves of a state where nothing is erased;
+    made.u turns from U0 to U."""
     if not shapes.delta:
-        keys = made.writer if shapes.decay == 2 else k
-        return _summed(keys, made.u, made.writer, made.fade, initial, chunks, shapes, 1.0, back=False)
-    states = k.new_empty(len(chunks.starts), shapes.heads, shapes.key, shapes.value)
+        keys, factors = (made.writer, None) if shapes.decay == 2 else (k, made.writer)
+        assert keys is not None
+        return _summed(keys, made.u, factors, made.fade, initial, chunks, shapes, 1.0, back=False)
+    states = k.new_empty(len(chunks.begins), shapes.heads, shapes.key, shapes.value)
     final = torch.empty_like(initial)
     if len(initial):
         options = shapes.narrow(len(initial))
         grid = (len(initial), shapes.heads, triton.cdiv(shapes.value, options["BV"]))
         args = k, made.w, made.u, made.writer, made.fade, chunks.cuts, chunks.bounds, initial, states, final
         forward.pass_states[grid](*args, *shapes.numbers, **options)
-    return states, final
+    return states, final, None
+
+
+def _read(
+    q: Tensor,
+    k: Tensor,
+    z: Tensor,
+    decay: Tensor | None,
+    states: Tensor | None,
+    chunks: Chunks,
+    shapes: _Shapes,
+    made: _Prepared,
+    scale: float,
+    later: bool,
+) -> Tensor:
+    """[T, H, V]: the output, z = U; later: the gradient of U, z = dO."""
+    out = torch.empty_like(z)
+    rows, factors = ((made.reader, made.writer), (None, None)) if shapes.decay == 2 else ((q, k), (made.reader, made.writer))
+    if later:
+        rows, factors = rows[::-1], factors[::-1]
+    if len(chunks.starts):
+        options = shapes.options("read")
+        axes = {"BLOCKS": shapes.blocks, "KEYS": _padded(shapes.key), "LATER": later, "STATES": states is not None}
+        args = *rows, z, decay, made.scores, *factors, made.fade, states, chunks.starts, chunks.chunks, chunks.begins, chunks.ends, out, scale
+        grid = len(chunks.starts), shapes.heads, triton.cdiv(shapes.value, options["BV"])
+        forward.read[grid](*args, *shapes.numbers, **axes, **options)
+    return out
+
+
+def _gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: None,
+    initial: Tensor,
+    solved: tuple[Tensor | None, ...],
+    do: Tensor,
+    dfinal: Tensor,
+    chunks: Chunks,
+    shapes: _Shapes,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """Where nothing is erased: dq, dk, dv, ddecay, None, dinitial"""
+    blocks, count, (tokens, heads) = len(chunks.starts), len(chunks.begins), v.shape[:2]
+    made = _prepared(q, k, v, decay, beta, chunks, shapes, solved)
+    states, _, left = _passed(k, initial, chunks, shapes, made)
+    queries, factors = (made.reader, None) if shapes.decay == 2 else (q, made.reader)
+    assert queries is not None
+    dstates, dinitial, _ = _summed(queries, do, factors, made.fade, dfinal, chunks, shapes, scale, back=True)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), _read(q, k, do, decay, dstates, chunks, shapes, made, scale, later=True)
+    options = shapes.options("pair_gradients")
+    parts = triton.cdiv(shapes.key, options["BK"])
+    moved = recalled = ddecay = None
+    if decay is not None:
+        of = (shapes.key,) if shapes.decay == 2 else ()
+        each = () if of else (parts,)
+        moved, recalled = (v.new_empty(*each, n, heads, *of, dtype=torch.float32) for n in (tokens, blocks))
+        # per channel it is as large as moved, and takes its place where the type is the same
+        ddecay = moved if of and decay.dtype == torch.float32 else torch.empty_like(decay)
+    if count:
+        axes = {"BLOCKS": shapes.blocks, "VALUES": _padded(shapes.value), "GROUPED": shapes.group > 1}
+        places = chunks.starts, chunks.chunks, chunks.begins, chunks.ends
+        additive.pair_gradients[blocks * parts, heads // shapes.group](
+            *(q, k, v, do, decay, made.reader, made.writer, made.fade, made.firsts, states, dstates, *places, dq, dk, moved, recalled, scale, tokens),
+            *(*shapes.numbers, LEVELS),
+            **axes,
+            **options,
+        )
+    if count and ddecay is not None:
+        options = shapes.options("decay_gradients")
+        additive.decay_gradients[count, heads, triton.cdiv(shapes.key, options["BK"]) if shapes.decay == 2 else 1](
+            *(moved, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, blocks, tokens),
+            *(heads, shapes.key, shapes.value, parts),
+            **options,
+        )
+    return dq, dk, dv, ddecay, None, dinitial
+
+
+def _delta_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor,
+    initial: Tensor,
+    solved: tuple[Tensor | None, ...],
+    do: Tensor,
+    dfinal: Tensor,
+    chunks: Chunks,
+    shapes: _Shapes,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """Of the delta rule: dq, dk, dv, ddecay, dbeta, dinitial"""
+    count, (tokens, heads), spans = len(chunks.starts), v.shape[:2], chunks[:2]
+    made = _prepared(q, k, v, decay, beta, chunks, shapes, solved)
+    states, _, _ = _passed(k, initial, chunks, shapes, made)
+    dstates, dinitial = torch.empty_like(states), torch.empty_like(initial)
+    du = _read(q, k, do, decay, None, chunks, shapes, made, scale, later=True)
+    if len(initial):
+        options = shapes.narrow(len(initial))
+        backward.pass_gradients[len(initial), heads, triton.cdiv(shapes.value, options["BV"])](
+            *(q, k, made.w, made.reader, made.writer, made.fade, do, du, chunks.cuts, chunks.bounds, dfinal, dstates, dinitial, scale),
+            *shapes.numbers,
+            **options,
+        )
+    u, solve, firsts, fade = made.u, made.solve, made.firsts, made.fade
+    del made  # W and the faded queries and keys are as large as the inputs
+    options = shapes.options("key_gradients")
+    parts = triton.cdiv(shapes.key, options["BK"])
+    on_reads, on_erases = (k.new_empty(tokens, heads, BLOCK) for _ in range(2))
+    dv, direct = torch.empty_like(v), v.new_empty(tokens, heads, dtype=torch.float32)
+    dbeta = v.new_empty(parts, tokens, heads, dtype=torch.float32)
+    if count:
+        narrow = {name: x for name, x in shapes.options("score_gradients").items() if name != "BK"}
+        backward.score_gradients[count, heads](
+            *(v, u, decay, solve, do, du, *spans, on_reads, on_erases, dv, direct, scale, heads, shapes.value), **narrow
+        )
+    del du
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    ddecay = None
+    if decay is not None:
+        ddecay = torch.empty_like(decay) if shapes.decay == 2 else v.new_empty(parts, tokens, heads, dtype=torch.float32)
+    if count:
+        backward.key_gradients[count * parts, heads // shapes.group](
+            *(q, k, u, decay, beta, dv, firsts, fade, do, on_reads, on_erases, states, dstates, *spans, dq, dk, ddecay, dbeta, scale, tokens),
+            *shapes.numbers,
+            LEVELS,
+            GROUPED=shapes.group > 1,
+            **options,
+        )
+    if ddecay is not None and decay is not None:
+        ddecay = (ddecay.sum(0) if shapes.decay == 1 else ddecay).to(decay.dtype)
+    # torch takes three times as long for it
+    backward.scale_rows[(triton.cdiv(tokens * heads, ROWS),)](dv, beta, tokens * heads, shapes.value, ROWS, _padded(shapes.value))
+    return dq, dk, dv, ddecay, dbeta.sum(0).add_(direct).to(beta.dtype), dinitial
 
 
 class _Recurrence(torch.autograd.Function):
@@ -187,15 +373,12 @@ class _Recurrence(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, initial: Tensor, bounds: tuple[int, ...], scale: float
     ) -> tuple[Tensor, Tensor]:
-        chunks = _chunks(bounds, v.device)
         axes = 0 if decay is None else decay.ndim - 1
         shapes = _Shapes(v.shape[1], v.shape[1] // k.shape[1], k.shape[2], v.shape[2], axes, beta is not None, v.dtype == torch.float32)
+        chunks = _chunks(bounds, shapes.blocks, v.device)
         made = _prepared(q, k, v, decay, beta, chunks, shapes)
-        states, final = _passed(k, initial, chunks, shapes, made)
-        output = torch.empty_like(v)
-        if len(chunks.starts):
-            args = q, k, made.u, decay, made.scores, made.reader, states, chunks.starts, chunks.stops, output, scale
-            forward.read[len(chunks.starts), shapes.heads](*args, *shapes.numbers, **shapes.options(64 if axes == 2 else 128))
+        states, final, _ = _passed(k, initial, chunks, shapes, made)
+        output = _read(q, k, made.u, decay, states, chunks, shapes, made, scale, later=False)
         ctx.save_for_backward(q, k, v, decay, beta, initial, *made[:3])
         ctx.chunks, ctx.shapes, ctx.scale = chunks, shapes, scale
         return output, final
@@ -203,61 +386,11 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, decay, beta, initial, scores, solve, firsts = ctx.saved_tensors
-        chunks, shapes, scale = ctx.chunks, ctx.shapes, ctx.scale
+        *inputs, scores, solve, firsts = ctx.saved_tensors
         do, dfinal = (grad.contiguous() for grad in grads)
-        count, (tokens, heads), spans = len(chunks.starts), v.shape[:2], chunks[:2]
-        made = _prepared(q, k, v, decay, beta, chunks, shapes, (scores, solve, firsts))
-        states, _ = _passed(k, initial, chunks, shapes, made)
-        du = torch.empty_like(v)
-        if shapes.delta:
-            dstates, dinitial = torch.empty_like(states), torch.empty_like(initial)
-        else:
-            dstates, dinitial = _summed(made.reader if shapes.decay == 2 else q, do, made.reader, made.fade, dfinal, chunks, shapes, scale, back=True)
-        if count:
-            args = q, k, do, decay, scores, made.writer, None if shapes.delta else dstates, *spans, du, scale
-            backward.write_gradients[count, heads](*args, *shapes.numbers, DELTA=shapes.delta, **shapes.options())
-        if len(initial) and shapes.delta:
-            options = shapes.narrow(len(initial))
-            backward.pass_gradients[len(initial), heads, triton.cdiv(shapes.value, options["BV"])](
-                *(q, k, made.w, made.reader, made.writer, made.fade, do, du, chunks.cuts, chunks.bounds, dfinal, dstates, dinitial, scale),
-                *shapes.numbers,
-                **options,
-            )
-        u, fade = made.u, made.fade
-        del made  # W and the faded queries and keys are as large as the inputs
-        options = shapes.options(64, two=shapes.decay < 2, DELTA=shapes.delta, num_stages=1 if shapes.exact or shapes.group > 1 else 2)
-        parts = triton.cdiv(shapes.key, options["BK"])
-        on_reads = k.new_empty(tokens, heads, CHUNK)
-        on_erases, dv, direct, dbeta = None, du, None, None
-        if shapes.delta:
-            on_erases, dv, direct = torch.empty_like(on_reads), torch.empty_like(v), v.new_empty(tokens, heads, dtype=torch.float32)
-            dbeta = v.new_empty(parts, tokens, heads, dtype=torch.float32)
-        if count:
-            narrow = {name: x for name, x in shapes.options(two=True, DELTA=shapes.delta, num_stages=1).items() if name != "BK"}
-            backward.score_gradients[count, heads](
-                *(v, u, decay, solve, do, du, *spans, on_reads, on_erases, dv, direct, scale, heads, shapes.value), **narrow
-            )
-        del du
-        dq, dk = torch.empty_like(q), torch.empty_like(k)
-        ddecay = None
-        if decay is not None:
-            ddecay = torch.empty_like(decay) if shapes.decay == 2 else v.new_empty(parts, tokens, heads, dtype=torch.float32)
-        if count:
-            backward.key_gradients[count * parts, heads // shapes.group](
-                *(q, k, u, decay, beta, dv, firsts, fade, do, on_reads, on_erases, states, dstates, *spans, dq, dk, ddecay, dbeta, scale, tokens),
-                *shapes.numbers,
-                LEVELS,
-                GROUPED=shapes.group > 1,
-                **options,
-            )
-        if ddecay is not None:
-            ddecay = (ddecay.sum(0) if shapes.decay == 1 else ddecay).to(decay.dtype)
-        if dbeta is not None:
-            dbeta = dbeta.sum(0).add_(direct).to(beta.dtype)
-            # torch takes three times as long for it
-            backward.scale_rows[(triton.cdiv(tokens * heads, ROWS),)](dv, beta, tokens * heads, shapes.value, ROWS, _padded(shapes.value))
-        return dq, dk, dv, ddecay, dbeta, dinitial, None, None
+        args = *inputs, (scores, solve, firsts), do, dfinal, ctx.chunks, ctx.shapes, ctx.scale
+        found = _delta_gradients(*args) if ctx.shapes.delta else _gradients(*args)
+        return *found, None, None
 
 
 def linear_recurrence(

@@ -81,6 +81,45 @@ def test_widths_that_are_no_powers_of_two_and_empty_segments(decay):
 
 
 @runs
+@pytest.mark.parametrize(("decay", "group"), [("none", 1), ("head", 2), ("channel", 1)])
+def test_chunks_of_several_blocks(decay, group):
+    """Where nothing is erased, a chunk has 4 blocks of 64 tokens: documents of one token more or less."""
+    compare([257, 1, 255], 1e-5, heads=1, group=group, width=20, value_width=40, decay=decay, delta=False)
+
+
+@runs
+@pytest.mark.parametrize(("blocks", "lengths"), [(4, [700, 256]), (1, [530, 63])])
+def test_several_chunks(blocks, lengths, monkeypatch):
+    """And more than `accumulate` loads at a time, where a chunk has one block."""
+    monkeypatch.setattr("ltrain.kernels.linear_recurrence.triton_chunked.BLOCKS", blocks)
+    compare(lengths, 1e-5, heads=1, width=16, value_width=16, delta=False)
+
+
+@runs
+@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("level", [-1e-3, -5.0, -40.0])
+def test_decay_levels_between_blocks(level, decay):
+    compare([200], 1e-5, heads=1, width=16, value_width=16, level=level, decay=decay, delta=False)
+
+
+@runs
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.01), (torch.float16, 0.05)])
+def test_what_strong_decays_leave_of_gradients(dtype, tolerance):
+    """A decay's gradient is next to nothing where it lets nothing pass, though the sums that it comes from are large: relative to itself."""
+    strong = list(range(10, 200, 20))
+    x = inputs([200], heads=1, width=16, value_width=16, level=-0.1, delta=False, dtype=dtype)
+    x[3].data[strong] = -8.0
+    found = []
+    for kind, backend in ((dtype, "triton"), (torch.float64, "chunked")):
+        of = kind, kind, kind, torch.promote_types(kind, torch.float32), None, torch.promote_types(kind, torch.float32)
+        q, k, v, logs, beta, state = (None if t is None else t.detach().to(DEVICE, to).requires_grad_() for t, to in zip(x, of, strict=True))
+        output = linear_recurrence(q, k, v, logs, beta, cu([200]), scale=0.4, initial_state=state, backend=backend).output
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+        found.append(torch.autograd.grad((output * weights.to(output)).sum(), logs)[0].double()[strong])
+    assert (found[0] - found[1]).norm() < tolerance * found[1].norm()
+
+
+@runs
 @pytest.mark.parametrize(("width", "value_width"), [(256, 16), (16, 256)])
 def test_wide_heads(width, value_width):
     compare([66], 1e-5, heads=1, width=width, value_width=value_width, decay="channel")
@@ -88,14 +127,16 @@ def test_wide_heads(width, value_width):
 
 @runs
 @pytest.mark.parametrize("decay", ["head", "channel"])
-def test_half_precision(decay):
-    compare([130], 5e-3, heads=1, width=16, value_width=16, dtype=torch.float16, decay=decay)
+@pytest.mark.parametrize("delta", [True, False])
+def test_half_precision(decay, delta):
+    compare([130], 5e-3, heads=1, width=16, value_width=16, dtype=torch.float16, decay=decay, delta=delta)
 
 
 @runs
 @pytest.mark.parametrize("decay", ["head", "channel"])
-def test_segment_map(decay):
-    compare([65, 3], 1e-5, heads=1, width=16, value_width=24, with_map=True, decay=decay)
+@pytest.mark.parametrize("delta", [True, False])
+def test_segment_map(decay, delta):
+    compare([65, 3], 1e-5, heads=1, width=16, value_width=24, with_map=True, decay=decay, delta=delta)
 
 
 @runs
@@ -136,7 +177,7 @@ def test_refusals(change, words):
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
 def test_every_shape_on_the_gpu(width, value_width, dtype, tolerance, decay, delta):
-    for lengths, group, level in itertools.product([[500], MIXED, [1] * 70], [1, 8], [-1e-3, -1.0, -5.0, None]):
+    for lengths, group, level in itertools.product([[500], MIXED, [1] * 70, [257, 700, 1, 255, 256]], [1, 8], [-1e-3, -1.0, -5.0, None]):
         compare(lengths, tolerance, heads=2, group=group, width=width, value_width=value_width, dtype=dtype, level=level, decay=decay, delta=delta)
 
 

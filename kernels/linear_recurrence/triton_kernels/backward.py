@@ -1,4 +1,4 @@
-"""The programs of the backward pass: see the package, and `forward` for the shapes of what prepare leaves."""
+"""The programs of the delta rule's backward pass: see the package, and `forward` for the shapes of what prepare leaves."""
 
 import triton
 import triton.language as tl
@@ -10,12 +10,9 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     NONE,
     add_rows,
     decays,
+    factors_of_level,
     fade_between,
     fade_of,
-    from_middle,
-    pair_spans,
-    pair_spans_transposed,
-    products_of_rows,
     put,
     rows_of,
     split,
@@ -24,60 +21,7 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     sums,
     tile,
     tile_transposed,
-    to_middle,
 )
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def write_gradients(
-    q,
-    k,
-    do,
-    decay,
-    scores,
-    writer,
-    dstates,
-    starts,
-    stops,
-    du,
-    scale,
-    H,
-    G,
-    K,
-    V,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    DECAY: tl.constexpr,
-    DELTA: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """Grid (chunks, H) -> du [T, H, V] = scale R^T dO, and where nothing is erased, what comes from the state after the chunk: K dS'"""
-    chunk, h = tl.program_id(0), tl.program_id(1)
-    t, inside = rows_of(starts, stops, chunk, C)
-    if DECAY == CHANNEL:
-        reads = tile_transposed(scores, t, inside, h, H, C, C, 0)  # [i, t]
-    else:
-        g = sums(decay, t, inside, h, H, DECAY, C)
-        rows = tl.arange(0, C)
-        later = rows[:, None] <= rows[None, :]
-        fade = tl.where(later, tl.exp(tl.where(later, g[None, :] - g[:, None], 0.0).to(tl.float32)), 0.0)
-        reads = (products_of_rows(k, q, t, inside, h // G, H // G, K, C, BK, DOT) * fade).to(q.dtype.element_ty)
-    for offset in range(0, V, BV):
-        write = tl.dot(reads, tile(do, t, inside, h, H, V, BV, offset), input_precision=DOT) * scale
-        if not DELTA:
-            later_reads = tl.zeros((C, BV), dtype=tl.float32)
-            for row in range(0, K, BK):
-                at, exists = state_at(dstates, chunk * H + h, K, V, BK, BV, row, offset)
-                if DECAY == CHANNEL:
-                    key = tile(writer, t, inside, h, H, K, BK, row)
-                else:
-                    key = tile(k, t, inside, h // G, H // G, K, BK, row)
-                later_reads += tl.dot(key, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
-            if DECAY == HEAD:
-                later_reads *= tl.load(writer + t * H + h, mask=inside, other=0.0)[:, None]
-            write += later_reads
-        put(du, write, t, inside, h, H, V, BV, offset)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -115,7 +59,7 @@ def pass_gradients(
     begin, end = tl.load(cuts + segment).to(tl.int64), tl.load(cuts + segment + 1).to(tl.int64)
     count = tl.load(bounds + segment + 1) - tl.load(bounds + segment)
     first = tl.load(bounds + segment)
-    following = fade_of(fade, first + count - 1, count > 0, h, H, K, DECAY, BK)
+    following = fade_of(fade, first + count - 1, count > 0, h, H, K, DECAY, BK, 0)
     for back in range(count):
         place = count - 1 - back
         chunk = first + place
@@ -137,7 +81,7 @@ def pass_gradients(
         put(du, write, t, inside, h, H, V, BV, offset)
         if DECAY != NONE:
             state *= following
-            following = fade_of(fade, chunk - 1, place > 0, h, H, K, DECAY, BK)
+            following = fade_of(fade, chunk - 1, place > 0, h, H, K, DECAY, BK, 0)
         state += tl.dot(query, out, input_precision=DOT) * scale
         state -= tl.dot(tile_transposed(w, t, inside, h, H, K, BK, 0), write, input_precision=DOT)
     at, exists = state_at(dinitial, segment * H + h, K, V, BK, BV, 0, offset)
@@ -164,7 +108,6 @@ def score_gradients(
     C: tl.constexpr,
     BV: tl.constexpr,
     DECAY: tl.constexpr,
-    DELTA: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Grid (chunks, H) -> of q_t . k_i: on_reads, and of beta_t k_t . k_i: on_erases [T, H, C] (per channel, of what all channels add up
@@ -174,21 +117,18 @@ def score_gradients(
     reads = tl.zeros((C, C), dtype=tl.float32)
     erases = tl.zeros((C, C), dtype=tl.float32)
     db = tl.zeros((C,), dtype=tl.float32)
-    if DELTA:
-        inverse = tile_transposed(solve, t, inside, h, H, C, C, 0)
+    inverse = tile_transposed(solve, t, inside, h, H, C, C, 0)
     for offset in range(0, V, BV):
         write = tile_transposed(u, t, inside, h, H, V, BV, offset)
         reads += tl.dot(tile(do, t, inside, h, H, V, BV, offset), write, input_precision=DOT)
-        if DELTA:
-            d = tl.dot(inverse, tile(du, t, inside, h, H, V, BV, offset), input_precision=DOT)
-            db += tl.sum(d * tile(v, t, inside, h, H, V, BV, offset), 1)
-            put(wide, d, t, inside, h, H, V, BV, offset)
-            erases -= tl.dot(d.to(u.dtype.element_ty), write, input_precision=DOT)
+        d = tl.dot(inverse, tile(du, t, inside, h, H, V, BV, offset), input_precision=DOT)
+        db += tl.sum(d * tile(v, t, inside, h, H, V, BV, offset), 1)
+        put(wide, d, t, inside, h, H, V, BV, offset)
+        erases -= tl.dot(d.to(u.dtype.element_ty), write, input_precision=DOT)
     g = sums(decay, t, inside, h, H, DECAY, C)
     put(on_reads, reads * fade_between(g, C, False) * scale, t, inside, h, H, C, C, 0)
-    if DELTA:
-        put(on_erases, erases * fade_between(g, C, True), t, inside, h, H, C, C, 0)
-        tl.store(dbeta + t * H + h, db, mask=inside)
+    put(on_erases, erases * fade_between(g, C, True), t, inside, h, H, C, C, 0)
+    tl.store(dbeta + t * H + h, db, mask=inside)
 
 
 @triton.jit
@@ -224,7 +164,6 @@ def _of_head(
     BK: tl.constexpr,
     BV: tl.constexpr,
     DECAY: tl.constexpr,
-    DELTA: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """What value head h adds to dQ and dK [C, BK]; stores its ddecay and dbeta."""
@@ -243,8 +182,7 @@ def _of_head(
         storing += tl.dot(tile(u, t, inside, h, H, V, BV, column), dstate, input_precision=DOT)
         if DECAY != NONE:
             fading += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
-        if DELTA:
-            erasing -= tl.dot(tile(wide, t, inside, h, H, V, BV, column), state, input_precision=DOT)
+        erasing -= tl.dot(tile(wide, t, inside, h, H, V, BV, column), state, input_precision=DOT)
     if DECAY == HEAD:
         g = sums(decay, t, inside, h, H, DECAY, C)
         last = tl.sum(tl.where(rows == C - 1, g, 0.0), 0)
@@ -264,29 +202,24 @@ def _of_head(
     reading *= scale
     query, key = tile(q, t, inside, h // G, H // G, K, BK, here), tile(k, t, inside, h // G, H // G, K, BK, here)
     of_chunk = fading + tl.sum(storing * key, 0)  # of g_C
-    if DELTA:
-        b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
     # Through the scores, added to the same three; but for a token's score with itself, which does not decay.
     own = tl.load(on_reads + (t * H + h) * C + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
     if DECAY == CHANNEL:
         first = tl.load(firsts + chunk * H + h)
         all_pairs = first > 0
         for level in range(first, levels):
-            spans, odd, pairs = pair_spans(level, all_pairs, C)
-            _, _, pairs_columns = pair_spans_transposed(level, all_pairs, C)
-            span = add_rows(spans, high, low, DOT)
-            later, earlier = from_middle(span, odd, all_pairs), to_middle(span, odd, all_pairs)
+            later, earlier, pairs, pairs_columns = factors_of_level(level, all_pairs, high, low, C, DOT)
             all_pairs = level < 0
             far = (key * earlier).to(dtype)
             on_read = tl.where(pairs, tile(on_reads, t, inside, h, H, C, C, 0), 0.0).to(dtype)
             reading += later * tl.dot(on_read, far, input_precision=DOT)
             on_read = tl.where(pairs_columns, tile_transposed(on_reads, t, inside, h, H, C, C, 0), 0.0).to(dtype)
             onto = tl.dot(on_read, (query * later).to(dtype), input_precision=DOT)
-            if DELTA:
-                on_erase = tl.where(pairs, tile(on_erases, t, inside, h, H, C, C, 0), 0.0).to(dtype)
-                erasing += later * tl.dot(on_erase, far, input_precision=DOT)
-                on_erase = tl.where(pairs_columns, tile_transposed(on_erases, t, inside, h, H, C, C, 0), 0.0).to(dtype)
-                onto += tl.dot(on_erase, (key * later * b[:, None]).to(dtype), input_precision=DOT)
+            on_erase = tl.where(pairs, tile(on_erases, t, inside, h, H, C, C, 0), 0.0).to(dtype)
+            erasing += later * tl.dot(on_erase, far, input_precision=DOT)
+            on_erase = tl.where(pairs_columns, tile_transposed(on_erases, t, inside, h, H, C, C, 0), 0.0).to(dtype)
+            onto += tl.dot(on_erase, (key * later * b[:, None]).to(dtype), input_precision=DOT)
             storing += earlier * onto
     else:
         on_read = tile(on_reads, t, inside, h, H, C, C, 0)
@@ -294,17 +227,12 @@ def _of_head(
         before, after = rows[:, None] > rows[None, :], rows[:, None] < rows[None, :]
         reading += tl.dot(tl.where(before, on_read, 0.0).to(dtype), key, input_precision=DOT)
         storing += tl.dot(tl.where(after, on_read_columns, 0.0).to(dtype), query, input_precision=DOT)
-        if DELTA:
-            erasing += tl.dot(tile(on_erases, t, inside, h, H, C, C, 0), key, input_precision=DOT)
-            erased = tile_transposed(on_erases, t, inside, h, H, C, C, 0)
-            storing += tl.dot(erased, (key * b[:, None]).to(dtype), input_precision=DOT)
-    dkey = storing + own * query
-    of_decay = reading * query - storing * key  # of g_t
-    if DELTA:
-        tl.store(dbeta + (part * T + t) * H + h, tl.sum(erasing * key, 1), mask=inside)
-        erasing *= b[:, None]
-        dkey += erasing
-        of_decay += erasing * key
+        erasing += tl.dot(tile(on_erases, t, inside, h, H, C, C, 0), key, input_precision=DOT)
+        erased = tile_transposed(on_erases, t, inside, h, H, C, C, 0)
+        storing += tl.dot(erased, (key * b[:, None]).to(dtype), input_precision=DOT)
+    tl.store(dbeta + (part * T + t) * H + h, tl.sum(erasing * key, 1), mask=inside)
+    erasing *= b[:, None]
+    of_decay = reading * query - storing * key + erasing * key  # of g_t
     # g_t is the sum of the decays up to t: a decay has the gradients of all sums from its own on.
     if DECAY == HEAD:
         total = tl.cumsum(tl.sum(of_decay, 1), 0, reverse=True) + tl.sum(of_chunk, 0)
@@ -312,7 +240,7 @@ def _of_head(
     if DECAY == CHANNEL:
         high, low = split(of_decay, k.dtype.element_ty)
         put(ddecay, add_rows(rows[:, None] <= rows[None, :], high, low, DOT) + of_chunk[None, :], t, inside, h, H, K, BK, here)
-    return reading + own * key, dkey
+    return reading + own * key, storing + own * query + erasing
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -347,7 +275,6 @@ def key_gradients(
     BK: tl.constexpr,
     BV: tl.constexpr,
     DECAY: tl.constexpr,
-    DELTA: tl.constexpr,
     GROUPED: tl.constexpr,
     DOT: tl.constexpr,
 ):
@@ -393,7 +320,6 @@ def key_gradients(
                 BK,
                 BV,
                 DECAY,
-                DELTA,
                 DOT,
             )
             dquery += of_query
@@ -431,7 +357,6 @@ def key_gradients(
             BK,
             BV,
             DECAY,
-            DELTA,
             DOT,
         )
     put(dq, dquery, t, inside, source, H // G, K, BK, here)

@@ -1,7 +1,8 @@
 """The programs of the forward pass: see the package. q, k [T, H / G, K], v [T, H, V], beta [T, H], decay [T, H] or [T, H, K].
 
-For the programs that go chunk by chunk, prepare leaves what the decays make of queries and keys. Per channel: reader = e^{g_t} q_t and
-writer = e^{g_C - g_t} k_t [T, H, K]; per head the factors e^{g_t} and e^{g_C - g_t} alone [T, H]; fade = e^{g_C} [chunks, H, K] or [chunks, H].
+For each block of C tokens, prepare leaves what the decays make of queries and keys; g here is summed from the block's start. Per channel:
+reader = e^{g_t} q_t and writer = e^{g_C - g_t} k_t [T, H, K]; per head the factors e^{g_t} and e^{g_C - g_t} alone [T, H]; and
+fade = e^{g_C} [blocks, H, K] or [blocks, H].
 """
 
 import triton
@@ -15,14 +16,18 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     add_rows,
     decays,
     decays_transposed,
+    fade_across,
     fade_between,
     fade_of,
+    fade_onto,
+    fades_beside,
     first_level,
     from_middle,
     inverse_of,
     last_of,
     pair_spans,
     pair_spans_transposed,
+    place_of,
     products_of_rows,
     put,
     rows_of,
@@ -95,7 +100,7 @@ def prepare(
     SOLVED: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (chunks, H) -> scores = R, solve = T [T, H, C], firsts [chunks, H] (int32, of
+    """Grid (blocks, H) -> scores = R, solve = T [T, H, C], firsts [blocks, H] (int32, of
     tiles.first_level), which are there already where SOLVED; w [T, H, K], u = U0 [T, H, V], reader, writer, fade"""
     chunk, h = tl.program_id(0), tl.program_id(1)
     t, inside = rows_of(starts, stops, chunk, C)
@@ -122,7 +127,8 @@ def prepare(
             if DECAY == CHANNEL:
                 a = recalls
             else:
-                a = products_of_rows(k, k, t, inside, h // G, H // G, K, C, BK, DOT) * fade_between(sums(decay, t, inside, h, H, DECAY, C), C, True)
+                a = products_of_rows(k, k, t, inside, t, inside, h // G, H // G, K, C, BK, False, DOT)
+                a *= fade_between(sums(decay, t, inside, h, H, DECAY, C), C, True)
             inverse = inverse_of(a * b[:, None], C, DOT).to(dtype)
             put(solve, inverse, t, inside, h, H, C, C, 0)
     elif DELTA:
@@ -186,7 +192,7 @@ def pass_states(
     begin, end = tl.load(cuts + segment).to(tl.int64), tl.load(cuts + segment + 1).to(tl.int64)
     first, stop = tl.load(bounds + segment), tl.load(bounds + segment + 1)
     # What is not part of a product is not loaded ahead unless written so, and a chunk would wait for it.
-    following = fade_of(fade, first, first < stop, h, H, K, DECAY, BK)
+    following = fade_of(fade, first, first < stop, h, H, K, DECAY, BK, 0)
     for chunk in range(first, stop):
         before, here = state_at(states, chunk * H + h, K, V, BK, BV, 0, offset)
         low = state.to(k.dtype.element_ty)
@@ -205,122 +211,28 @@ def pass_states(
             write = (write * tl.load(writer + t * H + h, mask=inside, other=0.0)[:, None]).to(k.dtype.element_ty)
         if DECAY != NONE:
             state *= following
-            following = fade_of(fade, chunk + 1, chunk + 1 < stop, h, H, K, DECAY, BK)
+            following = fade_of(fade, chunk + 1, chunk + 1 < stop, h, H, K, DECAY, BK, 0)
         state += tl.dot(key, write, input_precision=DOT)
     at, exists = state_at(final, segment * H + h, K, V, BK, BV, 0, offset)
     tl.store(at, state, mask=exists)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def add_chunks(
+def read(
     x,
     y,
-    factors,
-    starts,
-    stops,
-    added,
-    scale,
-    H,
-    G,
-    K,
-    V,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    DECAY: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """Grid (chunks, H) -> added [chunks, H, K, V] = scale sum_t f_t x_t y_t^T over each chunk's tokens.
-
-    What its writes add to the state (x: keys, y: U) or, in the backward, its reads to the gradient (x: queries, y: dO). factors [T, H]: of
-    decays per head; those per channel are in x [T, H, K] already.
-    """
-    chunk, h = tl.program_id(0), tl.program_id(1)
-    t, inside = rows_of(starts, stops, chunk, C)
-    if DECAY == HEAD:
-        f = tl.load(factors + t * H + h, mask=inside, other=0.0)
-    for column in range(0, V, BV):
-        write = tile(y, t, inside, h, H, V, BV, column)
-        if DECAY == HEAD:
-            write = (write * f[:, None]).to(x.dtype.element_ty)
-        for row in range(0, K, BK):
-            if DECAY == CHANNEL:
-                key = tile_transposed(x, t, inside, h, H, K, BK, row)
-            else:
-                key = tile_transposed(x, t, inside, h // G, H // G, K, BK, row)
-            at, exists = state_at(added, chunk * H + h, K, V, BK, BV, row, column)
-            tl.store(at, (tl.dot(key, write, input_precision=DOT) * scale).to(added.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def meet(at, added, chunk, exists, fade, state, inside, h, H, K, rows, DECAY: tl.constexpr):
-    """One chunk of `accumulate`: the state is kept, fades and is added to."""
-    tl.store(at, state.to(at.dtype.element_ty), mask=inside & exists)
-    if DECAY == CHANNEL:
-        state *= tl.load(fade + (chunk * H + h).to(tl.int64) * K + rows, mask=inside & exists, other=1.0)
-    if DECAY == HEAD:
-        state *= tl.load(fade + (chunk * H + h).to(tl.int64), mask=exists, other=1.0)
-    return state + added.to(tl.float32)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def accumulate(
-    states,
-    fade,
-    bounds,
-    initial,
-    final,
-    H,
-    K,
-    V,
-    N: tl.constexpr,
-    DECAY: tl.constexpr,
-    BACKWARD: tl.constexpr,
-):
-    """Grid (segments, H, K V / N): turns states [chunks, H, K, V] from what each chunk adds to what is there before it, in the order of the
-    chunks or from the last one back; initial and final [N, H, K, V] stand before and after all of a segment."""
-    segment, h = tl.program_id(0), tl.program_id(1)
-    place = tl.program_id(2) * N + tl.arange(0, N)
-    inside = place < K * V
-    whole = (segment * H + h).to(tl.int64) * K * V
-    state = tl.load(initial + whole + place, mask=inside, other=0.0)
-    rows = place // V
-    first = tl.load(bounds + segment)
-    count = tl.load(bounds + segment + 1) - first
-    step = 1
-    if BACKWARD:
-        first, step = first + count - 1, -1
-    # Four chunks are loaded together: each waits for memory, and the next state for each.
-    for done in range(0, count, 4):
-        a = first + step * done
-        b, c, d = a + step, a + 2 * step, a + 3 * step
-        at_a = states + (a * H + h).to(tl.int64) * K * V + place
-        at_b = states + (b * H + h).to(tl.int64) * K * V + place
-        at_c = states + (c * H + h).to(tl.int64) * K * V + place
-        at_d = states + (d * H + h).to(tl.int64) * K * V + place
-        added_a = tl.load(at_a, mask=inside, other=0.0)
-        added_b = tl.load(at_b, mask=inside & (done + 1 < count), other=0.0)
-        added_c = tl.load(at_c, mask=inside & (done + 2 < count), other=0.0)
-        added_d = tl.load(at_d, mask=inside & (done + 3 < count), other=0.0)
-        state = meet(at_a, added_a, a, True, fade, state, inside, h, H, K, rows, DECAY)
-        state = meet(at_b, added_b, b, done + 1 < count, fade, state, inside, h, H, K, rows, DECAY)
-        state = meet(at_c, added_c, c, done + 2 < count, fade, state, inside, h, H, K, rows, DECAY)
-        state = meet(at_d, added_d, d, done + 3 < count, fade, state, inside, h, H, K, rows, DECAY)
-    tl.store(final + whole + place, state, mask=inside)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def read(
-    q,
-    k,
-    u,
+    z,
     decay,
     scores,
-    reader,
+    own,
+    other,
+    fade,
     states,
     starts,
-    stops,
-    o,
+    chunks,
+    begins,
+    ends,
+    out,
     scale,
     H,
     G,
@@ -329,28 +241,90 @@ def read(
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     DECAY: tl.constexpr,
+    LATER: tl.constexpr,
+    STATES: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (chunks, H) -> o [T, H, V]"""
-    chunk, h = tl.program_id(0), tl.program_id(1)
-    t, inside = rows_of(starts, stops, chunk, C)
+    """Grid (blocks, H, V / BV) -> out [T, H, V]: what each token of a block takes of the state and of the tokens z [T, H, V] of its chunk.
+
+    o: x = q, y = k and z = U, of the tokens up to its own, and states [chunks, H, K, V] before each chunk. LATER, from the token's own on, the
+    gradient of U: x = k, y = q, z = dO and the gradients of the states after each chunk (without STATES, what comes from its own chunk alone).
+    x and y are what prepare made of them where channels decay; own and other [T, H] are its factors of their rows where heads do.
+    """
+    block, h, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
+    chunk, begin, t, length, count, after = place_of(block, starts, chunks, begins, ends, C)
+    inside = t < length
+    dtype = x.dtype.element_ty
     if DECAY == CHANNEL:
-        reads = tile(scores, t, inside, h, H, C, C, 0)
+        x += begin * H * K
+        y += begin * H * K
+        scores += begin * H * C
     else:
-        g = sums(decay, t, inside, h, H, DECAY, C)
-        reads = (products_of_rows(q, k, t, inside, h // G, H // G, K, C, BK, DOT) * fade_between(g, C, False)).to(q.dtype.element_ty)
-        from_start = tl.exp(g.to(tl.float32))
-    for column in range(0, V, BV):
-        out = tl.zeros((C, BV), dtype=tl.float32)
-        for row in range(0, K, BK):
+        x += begin * (H // G) * K
+        y += begin * (H // G) * K
+    if DECAY == HEAD:
+        decay += begin * H
+        own += begin * H
+        other += begin * H
+    z += begin * H * V
+    out += begin * H * V
+    step = -1
+    if LATER:
+        count, step = after, 1
+    result = tl.zeros((C, BV), dtype=tl.float32)
+    if STATES:
+        # A loop, if only of one turn, and not loaded ahead: see tiles.add_rows.
+        for row in tl.range(0, K, BK, num_stages=1):
             at, exists = state_at(states, chunk * H + h, K, V, BK, BV, row, column)
             if DECAY == CHANNEL:
-                query = tile(reader, t, inside, h, H, K, BK, row)
+                query = tile(x, t, inside, h, H, K, BK, row)
+                if BLOCKS > 1:
+                    of_part = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, row)
+                    query = (query * fade_across(of_part, BLOCKS, DECAY, BLOCKS, BK)[None, :]).to(dtype)
             else:
-                query = tile(q, t, inside, h // G, H // G, K, BK, row)
-            out += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
-        if DECAY == HEAD:
-            out *= from_start[:, None]
-        out += tl.dot(reads, tile(u, t, inside, h, H, V, BV, column), input_precision=DOT)
-        put(o, out * scale, t, inside, h, H, V, BV, column)
+                query = tile(x, t, inside, h // G, H // G, K, BK, row)
+            result += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
+        if not LATER:  # the gradient of a state has the scale in it
+            result *= scale
+    fades = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, 0)
+    if DECAY == HEAD:
+        result *= fade_across(fades, BLOCKS, DECAY, BLOCKS, BK)
+    if BLOCKS > 1:
+        for n in range(1, count + 1):
+            others = t + step * n * C
+            exist = (others >= 0) & (others < length)
+            if DECAY != CHANNEL:
+                near = products_of_rows(x, y, t, inside, others, exist, h // G, H // G, K, C, BK, BK == KEYS, DOT)
+                near *= scale * fade_across(fades, n, DECAY, BLOCKS, BK)
+            elif BK == KEYS:
+                faded = (tile(x, t, inside, h, H, K, BK, 0) * fade_across(fades, n, DECAY, BLOCKS, BK)[None, :]).to(dtype)
+                near = tl.dot(faded, tile_transposed(y, others, exist, h, H, K, BK, 0), input_precision=DOT) * scale
+            else:
+                near = tl.zeros((C, C), dtype=tl.float32)
+                for offset in range(0, K, BK):
+                    of_part = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, offset)
+                    faded = (tile(x, t, inside, h, H, K, BK, offset) * fade_across(of_part, n, DECAY, BLOCKS, BK)[None, :]).to(dtype)
+                    near += tl.dot(faded, tile_transposed(y, others, exist, h, H, K, BK, offset), input_precision=DOT)
+                near *= scale
+            if DECAY == HEAD:
+                near *= tl.load(other + others * H + h, mask=exist, other=0.0)[None, :]
+            result += tl.dot(near.to(dtype), tile(z, others, exist, h, H, V, BV, column), input_precision=DOT)
+    if DECAY == HEAD and (STATES or BLOCKS > 1):
+        result *= tl.load(own + t * H + h, mask=inside, other=0.0)[:, None]
+    if DECAY == CHANNEL:
+        if LATER:
+            near = tile_transposed(scores, t, inside, h, H, C, C, 0)
+        else:
+            near = tile(scores, t, inside, h, H, C, C, 0)
+    else:
+        near = products_of_rows(x, y, t, inside, t, inside, h // G, H // G, K, C, BK, BK == KEYS, DOT)
+        g = sums(decay, t, inside, h, H, DECAY, C)
+        if LATER:
+            near = (near * fade_onto(g, C)).to(dtype)
+        else:
+            near = (near * fade_between(g, C, False)).to(dtype)
+    result += tl.dot(near, tile(z, t, inside, h, H, V, BV, column), input_precision=DOT) * scale
+    put(out, result, t, inside, h, H, V, BV, column)

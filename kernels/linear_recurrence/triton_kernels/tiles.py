@@ -20,6 +20,16 @@ def rows_of(starts, stops, chunk, C: tl.constexpr):
 
 
 @triton.jit
+def place_of(block, starts, chunks, begins, ends, C: tl.constexpr):
+    """Of a block of C tokens: its chunk, the chunk's first token (int64), from which its own are counted (int32, so that a tile's offsets are:
+    pointers go to the chunk first), the chunk's length, and how many of its blocks come before and after this one."""
+    chunk = tl.load(chunks + block)
+    begin = tl.load(begins + chunk)
+    length, start = tl.load(ends + chunk) - begin, tl.load(starts + block) - begin
+    return chunk, begin.to(tl.int64), start + tl.arange(0, C), length, start // C, (length - 1) // C - start // C
+
+
+@triton.jit
 def tile(x, t, inside, head, heads, WIDTH, B: tl.constexpr, offset):
     """x[t, head, offset : offset + B] of [tokens, heads, WIDTH] -> [C, B]"""
     columns = offset + tl.arange(0, B)
@@ -64,10 +74,10 @@ def sums(decay, t, inside, h, H, DECAY: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def fade_of(fade, chunk, exists, h, H, K, DECAY: tl.constexpr, BK: tl.constexpr):
-    """What a chunk leaves of the state before it: [BK, 1] per channel, or a number."""
+def fade_of(fade, chunk, exists, h, H, K, DECAY: tl.constexpr, BK: tl.constexpr, row):
+    """What a chunk or block leaves of the state before it: of channels from `row` on [BK, 1], or a number."""
     if DECAY == CHANNEL:
-        channels = tl.arange(0, BK)
+        channels = row + tl.arange(0, BK)
         found = tl.load(fade + (chunk * H + h).to(tl.int64) * K + channels, mask=(channels < K) & exists, other=0.0)[:, None]
     elif DECAY == HEAD:
         found = tl.load(fade + (chunk * H + h).to(tl.int64), mask=exists, other=0.0)
@@ -77,9 +87,40 @@ def fade_of(fade, chunk, exists, h, H, K, DECAY: tl.constexpr, BK: tl.constexpr)
 
 
 @triton.jit
+def fades_beside(fade, block, step, count, h, H, K, DECAY: tl.constexpr, BLOCKS: tl.constexpr, BK: tl.constexpr, row):
+    """What each of `count` < BLOCKS blocks from the one beside `block` on leaves of the state: as in fade_of but [BK], 1 past the last."""
+    found = ()
+    channels = row + tl.arange(0, BK)
+    for n in tl.static_range(1, BLOCKS):
+        if DECAY == CHANNEL:
+            at = fade + ((block + step * n) * H + h).to(tl.int64) * K + channels
+            found = found + (tl.load(at, mask=(channels < K) & (n <= count), other=1.0),)  # type: ignore[assignment]
+        if DECAY == HEAD:
+            found = found + (tl.load(fade + ((block + step * n) * H + h).to(tl.int64), mask=n <= count, other=1.0),)  # type: ignore[assignment]
+    return found
+
+
+@triton.jit
+def fade_across(fades, n, DECAY: tl.constexpr, BLOCKS: tl.constexpr, BK: tl.constexpr):
+    """Of fades_beside: what all blocks before the n-th leave."""
+    left = tl.full((BK,), 1.0, dtype=tl.float32) if DECAY == CHANNEL else 1.0
+    if DECAY != NONE:
+        for between in tl.static_range(1, BLOCKS):
+            left *= tl.where(between < n, fades[between - 1], 1.0)
+    return left
+
+
+@triton.jit
 def last_of(g, C: tl.constexpr):
     """The last row of g [C, B]."""
     return tl.sum(tl.where((tl.arange(0, C) == C - 1)[:, None], g, 0.0), 0)
+
+
+@triton.jit
+def _gaps(g, h):
+    """g [C, 1] - h [1, C], or [1, C] and [C, 1], of float64 sums, as float32: each is the sum of two, whose differences are exact or long ones."""
+    high_g, high_h = g.to(tl.float32), h.to(tl.float32)
+    return (high_g - high_h) + ((g - high_g).to(tl.float32) - (h - high_h).to(tl.float32))
 
 
 @triton.jit
@@ -87,17 +128,29 @@ def fade_between(g, C: tl.constexpr, STRICT: tl.constexpr):
     """e^{g_t - g_i} [C, C] for i <= t (i < t where STRICT), else 0; g [C]."""
     rows = tl.arange(0, C)
     later = rows[:, None] > rows[None, :] if STRICT else rows[:, None] >= rows[None, :]
-    return tl.where(later, tl.exp(tl.where(later, g[:, None] - g[None, :], 0.0).to(tl.float32)), 0.0)
+    return tl.where(later, tl.exp(tl.where(later, _gaps(g[:, None], g[None, :]), 0.0)), 0.0)
 
 
 @triton.jit
-def products_of_rows(x, y, t, inside, head, heads, K, C: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
-    """sum_c x_tc y_ic -> [C, C], for x and y [T, heads, K]"""
-    total = tl.zeros((C, C), dtype=tl.float32)
-    for offset in range(0, K, BK):
-        total += tl.dot(
-            tile(x, t, inside, head, heads, K, BK, offset), tile_transposed(y, t, inside, head, heads, K, BK, offset), input_precision=DOT
-        )
+def fade_onto(g, C: tl.constexpr):
+    """The transpose of fade_between, [i, t]."""
+    rows = tl.arange(0, C)
+    later = rows[:, None] <= rows[None, :]
+    return tl.where(later, tl.exp(tl.where(later, _gaps(g[None, :], g[:, None]), 0.0)), 0.0)
+
+
+@triton.jit
+def products_of_rows(x, y, t, inside, others, exist, head, heads, K, C: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr, DOT: tl.constexpr):
+    """sum_c x_tc y_ic -> [C, C], for x and y [T, heads, K], t and i = others [C]; WHOLE: BK channels are all, and no loop is in the way of
+    one around this."""
+    if WHOLE:
+        row = tile(x, t, inside, head, heads, K, BK, 0)
+        total = tl.dot(row, tile_transposed(y, others, exist, head, heads, K, BK, 0), input_precision=DOT)
+    else:
+        total = tl.zeros((C, C), dtype=tl.float32)
+        for offset in range(0, K, BK):
+            row = tile(x, t, inside, head, heads, K, BK, offset)
+            total += tl.dot(row, tile_transposed(y, others, exist, head, heads, K, BK, offset), input_precision=DOT)
     return total
 
 
@@ -123,7 +176,8 @@ def add_rows(ones, high, low, DOT: tl.constexpr):
     chosen = ones.to(high.dtype)
     total = tl.zeros(high.shape, dtype=tl.float32)
     if high.dtype == tl.bfloat16:
-        # In a loop: Triton 3.6 lays out a product that it sees go into another one for a tile of twice the rows, and every number is held twice.
+        # In a loop: Triton 3.6 lays out a product that it sees go into another one, or into a loop that has one, for a tile of twice the rows,
+        # and every number is held twice.
         for part in range(2):
             total += tl.dot(chosen, tl.where(part == 0, high, low))
     else:
@@ -210,6 +264,15 @@ def from_middle(span, odd, all_pairs):
 def to_middle(span, odd, all_pairs):
     """As from_middle, as the earlier."""
     return tl.exp(tl.where(odd, tl.where(all_pairs, -span, LOWEST), span))
+
+
+@triton.jit
+def factors_of_level(level, all_pairs, high, low, C: tl.constexpr, DOT: tl.constexpr):
+    """Of split decays: the factors of a row as the later and as the earlier of a pair [C, B], and the pairs [t, i] and [i, t]."""
+    spans, odd, pairs = pair_spans(level, all_pairs, C)
+    _, _, pairs_columns = pair_spans_transposed(level, all_pairs, C)
+    span = add_rows(spans, high, low, DOT)
+    return from_middle(span, odd, all_pairs), to_middle(span, odd, all_pairs), pairs, pairs_columns
 
 
 @triton.jit

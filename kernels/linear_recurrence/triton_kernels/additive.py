@@ -1,0 +1,454 @@
+"""The programs of recurrences that only add, beside `forward.prepare` and `forward.read`: see the package.
+
+Their chunks have several blocks of C tokens. A state is kept for a chunk only; tokens of different blocks of one meet as in attention, block
+by block. What decays from token i to token t of a later block is what decays from i to the end of its block, in the blocks between, and from
+the start of t's block to t: each a factor of at most 1, which prepare leaves for every block.
+"""
+
+import triton
+import triton.language as tl
+
+from ltrain.kernels.linear_recurrence.triton_kernels.forward import COUNTS
+from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
+    CHANNEL,
+    HEAD,
+    NONE,
+    add_rows,
+    decays,
+    factors_of_level,
+    fade_across,
+    fade_between,
+    fade_of,
+    fade_onto,
+    fades_beside,
+    place_of,
+    products_of_rows,
+    put,
+    split,
+    state_at,
+    state_transposed,
+    sums,
+    tile,
+    tile_transposed,
+)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def add_chunks(
+    x,
+    y,
+    factors,
+    fade,
+    begins,
+    ends,
+    firsts,
+    added,
+    left,
+    scale,
+    H,
+    G,
+    K,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (chunks, H, K / BK V / BV) -> added [chunks, H, K, V] = scale sum_t f_t x_t y_t^T over each chunk's tokens, faded by the blocks
+    between t's and the chunk's end (its start where BACKWARD); left [chunks, H, K] or [chunks, H]: what the chunk leaves of a state.
+
+    What its writes add to the state (x: keys, y: values) or, BACKWARD, its reads to the gradient (x: queries, y: dO). factors [T, H]: of
+    decays per head; those per channel are in x [T, H, K] already.
+    """
+    chunk, h = tl.program_id(0), tl.program_id(1)
+    parts = tl.cdiv(K, BK)
+    row, column = tl.program_id(2) % parts * BK, tl.program_id(2) // parts * BV
+    begin = tl.load(begins + chunk).to(tl.int64)
+    length = tl.load(ends + chunk) - tl.load(begins + chunk)
+    if DECAY == CHANNEL:
+        x += begin * H * K
+    else:
+        x += begin * (H // G) * K
+    if DECAY == HEAD:
+        factors += begin * H
+    y += begin * H * V
+    block, step = tl.load(firsts + chunk), 1
+    count = tl.cdiv(length, C)
+    t = tl.arange(0, C)
+    if BACKWARD:
+        t += (count - 1) * C
+        block, step = block + count - 1, -1
+    state = tl.zeros((BK, BV), dtype=tl.float32)
+    whole = fade_of(fade, block, True, h, H, K, DECAY, BK, row)
+    following = whole
+    for done in range(count):
+        inside = t < length
+        write = tile(y, t, inside, h, H, V, BV, column)
+        if DECAY == CHANNEL:
+            key = tile_transposed(x, t, inside, h, H, K, BK, row)
+        else:
+            key = tile_transposed(x, t, inside, h // G, H // G, K, BK, row)
+        if DECAY == HEAD:
+            write = (write * tl.load(factors + t * H + h, mask=inside, other=0.0)[:, None]).to(x.dtype.element_ty)
+        if DECAY != NONE:
+            state *= following
+            if done > 0:
+                whole *= following
+            following = fade_of(fade, block + step * (done + 1), done + 1 < count, h, H, K, DECAY, BK, row)
+        state += tl.dot(key, write, input_precision=DOT)
+        t += step * C
+    at, exists = state_at(added, chunk * H + h, K, V, BK, BV, row, column)
+    tl.store(at, (state * scale).to(added.dtype.element_ty), mask=exists)
+    if DECAY == HEAD and row + column == 0:
+        tl.store(left + (chunk * H + h).to(tl.int64), whole)
+    if DECAY == CHANNEL and column == 0:
+        channels = row + tl.arange(0, BK)
+        tl.store(left + (chunk * H + h).to(tl.int64) * K + channels[:, None], whole, mask=(channels < K)[:, None])
+
+
+@triton.jit
+def _of_chunk(states, left, chunk, exists, h, H, K, V, place, inside, DECAY: tl.constexpr):
+    """Of `accumulate`: what a chunk adds and, of decays, leaves."""
+    added = tl.load(states + (chunk * H + h).to(tl.int64) * K * V + place, mask=inside & exists, other=0.0)
+    if DECAY == CHANNEL:
+        leaves = tl.load(left + (chunk * H + h).to(tl.int64) * K + place // V, mask=inside & exists, other=1.0)
+    elif DECAY == HEAD:
+        leaves = tl.load(left + (chunk * H + h).to(tl.int64), mask=exists, other=1.0)
+    else:
+        leaves = 1.0
+    return added, leaves
+
+
+@triton.jit
+def _meet(states, chunk, exists, state, added, leaves, h, H, K, V, place, inside):
+    """Of `accumulate`: the state is kept, fades and is added to."""
+    tl.store(states + (chunk * H + h).to(tl.int64) * K * V + place, state.to(states.dtype.element_ty), mask=inside & exists)
+    return state * leaves + added.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def accumulate(
+    states,
+    left,
+    bounds,
+    initial,
+    final,
+    H,
+    K,
+    V,
+    N: tl.constexpr,
+    DECAY: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """Grid (segments, H, K V / N): turns states [chunks, H, K, V] from what each chunk adds to what is there before it, in the order of the
+    chunks or from the last one back; initial and final [N, H, K, V] stand before and after all of a segment."""
+    segment, h = tl.program_id(0), tl.program_id(1)
+    place = tl.program_id(2) * N + tl.arange(0, N)
+    inside = place < K * V
+    whole = (segment * H + h).to(tl.int64) * K * V
+    state = tl.load(initial + whole + place, mask=inside, other=0.0)
+    a = tl.load(bounds + segment)
+    count = tl.load(bounds + segment + 1) - a
+    step = 1
+    if BACKWARD:
+        a, step = a + count - 1, -1
+    # Chunks are loaded four at a time, and the next four before these are met: each load waits for memory, and the next state for each.
+    add_a, leave_a = _of_chunk(states, left, a, count > 0, h, H, K, V, place, inside, DECAY)
+    add_b, leave_b = _of_chunk(states, left, a + step, count > 1, h, H, K, V, place, inside, DECAY)
+    add_c, leave_c = _of_chunk(states, left, a + 2 * step, count > 2, h, H, K, V, place, inside, DECAY)
+    add_d, leave_d = _of_chunk(states, left, a + 3 * step, count > 3, h, H, K, V, place, inside, DECAY)
+    for done in range(0, count, 4):
+        more = count - done
+        next_a, remain_a = _of_chunk(states, left, a + 4 * step, more > 4, h, H, K, V, place, inside, DECAY)
+        next_b, remain_b = _of_chunk(states, left, a + 5 * step, more > 5, h, H, K, V, place, inside, DECAY)
+        next_c, remain_c = _of_chunk(states, left, a + 6 * step, more > 6, h, H, K, V, place, inside, DECAY)
+        next_d, remain_d = _of_chunk(states, left, a + 7 * step, more > 7, h, H, K, V, place, inside, DECAY)
+        state = _meet(states, a, True, state, add_a, leave_a, h, H, K, V, place, inside)
+        state = _meet(states, a + step, more > 1, state, add_b, leave_b, h, H, K, V, place, inside)
+        state = _meet(states, a + 2 * step, more > 2, state, add_c, leave_c, h, H, K, V, place, inside)
+        state = _meet(states, a + 3 * step, more > 3, state, add_d, leave_d, h, H, K, V, place, inside)
+        add_a, add_b, add_c, add_d = next_a, next_b, next_c, next_d
+        leave_a, leave_b, leave_c, leave_d = remain_a, remain_b, remain_c, remain_d
+        a += 4 * step
+    tl.store(final + whole + place, state, mask=inside)
+
+
+@triton.jit
+def _of_head(
+    q,
+    k,
+    v,
+    do,
+    decay,
+    reader,
+    writer,
+    fade,
+    levels_from,
+    states,
+    dstates,
+    moved,
+    recalled,
+    scale,
+    H,
+    G,
+    K,
+    V,
+    levels,
+    block,
+    blocks,
+    part,
+    h,
+    t,
+    length,
+    chunk,
+    before,
+    after,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    DECAY: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """What value head h adds to dQ and dK [C, BK]; stores its parts of `moved` and `recalled`."""
+    here = part * BK
+    rows = tl.arange(0, C)
+    inside = t < length
+    dtype = k.dtype.element_ty
+    # Through the states: of what reads the one before the chunk, and is stored in the one after it. For the loop see tiles.add_rows.
+    reading = tl.zeros((C, BK), dtype=tl.float32)
+    storing = tl.zeros((C, BK), dtype=tl.float32)
+    for column in tl.range(0, V, BV, num_stages=1):
+        state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
+        reading += tl.dot(tile(do, t, inside, h, H, V, BV, column), state, input_precision=DOT)
+        dstate = state_transposed(dstates, chunk * H + h, K, V, BK, BV, here, column)
+        storing += tl.dot(tile(v, t, inside, h, H, V, BV, column), dstate, input_precision=DOT)
+    reading *= scale
+    earlier_fades = fades_beside(fade, block, -1, before, h, H, K, DECAY, BLOCKS, BK, here)
+    later_fades = fades_beside(fade, block, 1, after, h, H, K, DECAY, BLOCKS, BK, here)
+    query = tile(q, t, inside, h // G, H // G, K, BK, here)
+    if DECAY == HEAD:
+        from_start = tl.load(reader + t * H + h, mask=inside, other=0.0)
+        to_end = tl.load(writer + t * H + h, mask=inside, other=0.0)
+        reading *= from_start[:, None] * fade_across(earlier_fades, BLOCKS, DECAY, BLOCKS, BK)
+        storing *= to_end[:, None] * fade_across(later_fades, BLOCKS, DECAY, BLOCKS, BK)
+        tl.store(recalled + (part * blocks + block) * H + h, tl.sum(tl.sum(reading * query, 1), 0))
+    if DECAY == CHANNEL:
+        high, low = split(decays(decay, t, inside, h, H, K, BK, here), dtype)
+        from_start_channels = tl.exp(add_rows(rows[:, None] >= rows[None, :], high, low, DOT))
+        reading *= fade_across(earlier_fades, BLOCKS, DECAY, BLOCKS, BK)[None, :]
+        storing *= fade_across(later_fades, BLOCKS, DECAY, BLOCKS, BK)[None, :]
+        channels = here + tl.arange(0, BK)
+        at = recalled + (block * H + h).to(tl.int64) * K + channels
+        tl.store(at, tl.sum(reading * from_start_channels * query, 0), mask=channels < K)
+    # Through the scores with the other blocks of the chunk. What both sides of a pair move is rounded alike: their difference is a decay's.
+    if BLOCKS > 1:
+        for n in range(1, before + 1):
+            others = t - n * C
+            exist = others >= 0
+            near = products_of_rows(do, v, t, inside, others, exist, h, H, V, C, BV, BV == VALUES, DOT) * scale
+            if DECAY == CHANNEL:
+                left = fade_across(earlier_fades, n, DECAY, BLOCKS, BK)[None, :]
+                key = (tile(writer, others, exist, h, H, K, BK, here) * left).to(dtype)
+            else:
+                key = tile(k, others, exist, h // G, H // G, K, BK, here)
+            if DECAY == HEAD:
+                left = fade_across(earlier_fades, n, DECAY, BLOCKS, BK)
+                near *= (from_start * left)[:, None] * tl.load(writer + others * H + h, mask=exist, other=0.0)[None, :]
+            reading += tl.dot(near.to(dtype), key, input_precision=DOT)
+        for n in range(1, after + 1):
+            others = t + n * C
+            exist = others < length
+            near = products_of_rows(v, do, t, inside, others, exist, h, H, V, C, BV, BV == VALUES, DOT) * scale
+            if DECAY == CHANNEL:
+                left = fade_across(later_fades, n, DECAY, BLOCKS, BK)[None, :]
+                query_there = (tile(reader, others, exist, h, H, K, BK, here) * left).to(dtype)
+            else:
+                query_there = tile(q, others, exist, h // G, H // G, K, BK, here)
+            if DECAY == HEAD:
+                left = fade_across(later_fades, n, DECAY, BLOCKS, BK)
+                near *= to_end[:, None] * (tl.load(reader + others * H + h, mask=exist, other=0.0) * left)[None, :]
+            storing += tl.dot(near.to(dtype), query_there, input_precision=DOT)
+    # And in its own block, but for a token's score with itself, which does not decay.
+    near = products_of_rows(do, v, t, inside, t, inside, h, H, V, C, BV, BV == VALUES, DOT) * scale
+    own = tl.sum(tl.where(rows[:, None] == rows[None, :], near, 0.0), 1)[:, None]
+    key = tile(k, t, inside, h // G, H // G, K, BK, here)
+    if DECAY == CHANNEL:
+        near_columns = products_of_rows(v, do, t, inside, t, inside, h, H, V, C, BV, BV == VALUES, DOT) * scale
+        reading *= from_start_channels
+        storing *= tl.exp(add_rows(rows[:, None] < rows[None, :], high, low, DOT))
+        first = tl.load(levels_from + block * H + h)
+        all_pairs = first > 0
+        for level in range(first, levels):
+            later, earlier, pairs, pairs_columns = factors_of_level(level, all_pairs, high, low, C, DOT)
+            all_pairs = level < 0
+            reading += later * tl.dot(tl.where(pairs, near, 0.0).to(dtype), (key * earlier).to(dtype), input_precision=DOT)
+            storing += earlier * tl.dot(tl.where(pairs_columns, near_columns, 0.0).to(dtype), (query * later).to(dtype), input_precision=DOT)
+    else:
+        g = sums(decay, t, inside, h, H, DECAY, C)
+        near = tl.where(rows[:, None] > rows[None, :], near * fade_between(g, C, True), 0.0)
+        reading += tl.dot(near.to(dtype), key, input_precision=DOT)
+        near = products_of_rows(v, do, t, inside, t, inside, h, H, V, C, BV, BV == VALUES, DOT) * scale
+        near = tl.where(rows[:, None] < rows[None, :], near * fade_onto(g, C), 0.0)
+        storing += tl.dot(near.to(dtype), query, input_precision=DOT)
+    if DECAY == HEAD:
+        tl.store(moved + t * H + h, tl.sum(reading * query - storing * key, 1), mask=inside)
+    if DECAY == CHANNEL:
+        put(moved, reading * query - storing * key, t, inside, h, H, K, BK, here)
+    return reading + own * key, storing + own * query
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def pair_gradients(
+    q,
+    k,
+    v,
+    do,
+    decay,
+    reader,
+    writer,
+    fade,
+    levels_from,
+    states,
+    dstates,
+    starts,
+    chunks,
+    begins,
+    ends,
+    dq,
+    dk,
+    moved,
+    recalled,
+    scale,
+    T,
+    H,
+    G,
+    K,
+    V,
+    levels,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    DECAY: tl.constexpr,
+    GROUPED: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (blocks * K / BK, H / G) -> dq, dk [T, H / G, K], and for `decay_gradients`, per channel or summed over those of this program:
+    moved = q_t dq_t - k_t dk_t [T, H, K] or [K / BK, T, H], and what of q_t dq_t comes from the state before the chunk, summed over the
+    block: recalled [blocks, H, K] or [K / BK, blocks, H]. states and dstates [chunks, H, K, V]: before each chunk, and of those after it."""
+    parts = tl.cdiv(K, BK)
+    block, part, source = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1)
+    blocks = tl.num_programs(0) // parts
+    chunk, begin, t, length, before, after = place_of(block, starts, chunks, begins, ends, C)
+    for_keys, for_values = begin * (H // G) * K, begin * H * V
+    q += for_keys
+    k += for_keys
+    dq += for_keys
+    dk += for_keys
+    v += for_values
+    do += for_values
+    if DECAY == HEAD:
+        decay += begin * H
+        reader += begin * H
+        writer += begin * H
+        moved += (begin + part * T) * H
+    if DECAY == CHANNEL:
+        decay += begin * H * K
+        reader += begin * H * K
+        writer += begin * H * K
+        moved += begin * H * K
+    if GROUPED:
+        dquery = tl.zeros((C, BK), dtype=tl.float32)
+        dkey = tl.zeros((C, BK), dtype=tl.float32)
+        for member in range(G):
+            of_query, of_key = _of_head(
+                *(q, k, v, do, decay, reader, writer, fade, levels_from, states, dstates, moved, recalled, scale, H, G, K, V, levels),
+                *(block, blocks, part, source * G + member, t, length, chunk, before, after, C, BK, BV, VALUES, BLOCKS, DECAY, DOT),
+            )
+            dquery += of_query
+            dkey += of_key
+    else:
+        dquery, dkey = _of_head(
+            *(q, k, v, do, decay, reader, writer, fade, levels_from, states, dstates, moved, recalled, scale, H, G, K, V, levels),
+            *(block, blocks, part, source, t, length, chunk, before, after, C, BK, BV, VALUES, BLOCKS, DECAY, DOT),
+        )
+    put(dq, dquery, t, t < length, source, H // G, K, BK, part * BK)
+    put(dk, dkey, t, t < length, source, H // G, K, BK, part * BK)
+
+
+@triton.jit(do_not_specialize=[*COUNTS, "blocks", "parts"])
+def decay_gradients(
+    moved,
+    recalled,
+    left,
+    states,
+    dstates,
+    begins,
+    ends,
+    firsts,
+    ddecay,
+    blocks,
+    T,
+    H,
+    K,
+    V,
+    parts,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (chunks, H, K / BK or per head 1) -> ddecay [T, H, K] or [T, H]; parts: in which `moved` and `recalled` come.
+
+    A decay's gradient is all that passes it: what earlier tokens of the chunk and the state before it hand on to its own and later tokens
+    and to the state after it. At the start of the chunk that is what its state hands on; from one token to the next, less what the token
+    reads, more of what it writes. What was moved in between cancels as it was added, so that behind a strong decay next to nothing is left.
+    """
+    chunk, h, here = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BK
+    begin, end = tl.load(begins + chunk).to(tl.int64), tl.load(ends + chunk).to(tl.int64)
+    block = tl.load(firsts + chunk)
+    count = tl.cdiv(end - begin, C).to(tl.int32)
+    rows = tl.arange(0, C)
+    if DECAY == HEAD:
+        products = tl.zeros((BK, BV), dtype=tl.float32)
+        for row in range(0, K, BK):
+            for column in range(0, V, BV):
+                at, exists = state_at(states, chunk * H + h, K, V, BK, BV, row, column)
+                after, _ = state_at(dstates, chunk * H + h, K, V, BK, BV, row, column)
+                products += tl.load(at, mask=exists, other=0.0).to(tl.float32) * tl.load(after, mask=exists, other=0.0).to(tl.float32)
+        passing = (tl.sum(tl.sum(products, 1), 0) * tl.load(left + (chunk * H + h).to(tl.int64))).to(tl.float64)
+        for place in range(count):
+            for part in range(parts):
+                passing += tl.load(recalled + (part * blocks + block + place) * H + h).to(tl.float64)
+        for place in range(count):
+            t = begin + place * C + rows
+            inside = t < end
+            x = tl.zeros((C,), dtype=tl.float64)
+            for part in range(parts):
+                x += tl.load(moved + (part * T + t) * H + h, mask=inside, other=0.0).to(tl.float64)
+            tl.store(ddecay + t * H + h, (passing - (tl.cumsum(x, 0) - x)).to(ddecay.dtype.element_ty), mask=inside)
+            passing -= tl.sum(x, 0)
+    else:
+        channels = here + tl.arange(0, BK)
+        exist = channels < K
+        products = tl.zeros((BK, BV), dtype=tl.float32)
+        for column in range(0, V, BV):
+            at, exists = state_at(states, chunk * H + h, K, V, BK, BV, here, column)
+            after, _ = state_at(dstates, chunk * H + h, K, V, BK, BV, here, column)
+            products += tl.load(at, mask=exists, other=0.0).to(tl.float32) * tl.load(after, mask=exists, other=0.0).to(tl.float32)
+        passing = tl.sum(products, 1) * tl.load(left + (chunk * H + h).to(tl.int64) * K + channels, mask=exist, other=0.0)
+        for place in range(count):
+            passing += tl.load(recalled + ((block + place) * H + h).to(tl.int64) * K + channels, mask=exist, other=0.0)
+        for place in range(count):
+            t = begin + place * C + rows
+            inside = t < end
+            x = tile(moved, t, inside, h, H, K, BK, here)
+            high, low = split(x, states.dtype.element_ty)
+            put(ddecay, passing[None, :] - add_rows(rows[:, None] > rows[None, :], high, low, DOT), t, inside, h, H, K, BK, here)
+            passing -= tl.sum(x, 0)
