@@ -1,0 +1,79 @@
+"""Triton programs compiled for a Hopper GPU where there is none: what the interpreter, which runs any Python, does not see."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from ltrain import kernels
+
+TARGET = GPUTarget("cuda", 90, 32)
+SHARED = 227 * 1024  # bytes of a program
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+}
+
+
+def _source(program: Any, args: tuple[Any, ...], named: dict[str, Any]) -> ASTSource:
+    """As a launch with these arguments specialises it: on sizes of 1 and those that 16 divides, where it may."""
+    bound = dict(zip(program.arg_names, args, strict=False)) | named
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(program.params):
+        value = bound[param.name] if param.name in bound else param.default
+        free = not (param.do_not_specialize or param.is_constexpr)
+        if param.is_constexpr or value is None or (free and type(value) is int and value == 1):
+            signature[param.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name], attributes[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if free and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(program, signature, constants, attributes)
+
+
+@contextmanager
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Launches inside compile their program and compute nothing: what they would write is zeros. -> what was compiled, by program and
+    specialisation."""
+    found: dict[str, Any] = {}
+    for module in pkgutil.walk_packages(kernels.__path__, "ltrain.kernels."):
+        if "triton" in module.name:
+            importlib.import_module(module.name)  # before the variable below, by which a program is interpreted for good
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
+        named = {name: options.pop(name) for name in list(options) if name in self.arg_names}
+        source = _source(self, args, named)
+        key = f"{self.__name__} {sorted(map(str, source.constants.items()))} {source.signature} {options}"
+        if key not in found:
+            found[key] = triton.compile(source, target=TARGET, options=options)
+            shared = found[key].metadata.shared
+            assert shared <= SHARED, f"{key}: {shared} bytes of shared memory"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", run)
+        patch.setitem(os.environ, "TRITON_INTERPRET", "1")  # kernels refuse tensors of a CPU otherwise
+        patch.setattr(torch, "empty", torch.zeros)
+        patch.setattr(torch, "empty_like", torch.zeros_like)
+        patch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+        yield found
