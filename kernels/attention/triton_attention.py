@@ -5,6 +5,7 @@ log-sum-exp over all keys, so that a ring can hand it one piece at a time, and g
 """
 
 import os
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from ltrain.kernels.attention.triton_kernels import backward, forward
 from ltrain.kernels.attention.triton_kernels.tiles import REST
 
 WIDEST = 256  # of heads: what a program has room for
+SHARED = {128: 0, 256: 192 << 10}  # bytes of shared memory that heads of 16-bit numbers take: H100s have as many, A100s and desktop GPUs not
 MOST = 1 << 30  # rows: their numbers and sums of two are int32
 
 
@@ -34,14 +36,25 @@ KEY_GRADIENTS = {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles
 EXACT = {128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)}  # for float32, whose products take no tensor cores
 
 
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program can have."""
+    bytes_: int = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return bytes_
+
+
 def refusal(q: Tensor, k: Tensor, v: Tensor, scale: float, score: Score) -> str | None:
     """Why the kernels do not take these, or None."""
     if not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return f"runs on CUDA, not on {q.device.type}"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"takes bfloat16, float16 or float32, not {q.dtype}"
-    if max(q.shape[2], v.shape[2]) > WIDEST:
-        return f"takes heads up to {WIDEST} wide, not {max(q.shape[2], v.shape[2])}"
+    width = max(q.shape[2], v.shape[2])
+    if width > WIDEST:
+        return f"takes heads up to {WIDEST} wide, not {width}"
+    shared = next(size for most, size in SHARED.items() if width <= most) if q.is_cuda and q.dtype != torch.float32 else 0
+    if shared and _shared_memory(q.device) < shared:
+        return f"takes {shared >> 10} KiB of shared memory for heads {width} wide, and {q.device} has {_shared_memory(q.device) >> 10}"
     if score.bias is not None:
         return "has no relative biases"
     if not scale > 0:

@@ -235,6 +235,25 @@ def test_refusals(change, words):
         attention(*given, cu([4]), scale=change.get("scale", 1.0), score=change.get("score", Score()), backend="triton")
 
 
+@runs
+@pytest.mark.parametrize(
+    ("shared", "width", "dtype", "refused"),
+    [
+        (227 << 10, 256, torch.bfloat16, False),  # H100
+        (163 << 10, 256, torch.bfloat16, True),  # A100
+        (163 << 10, 129, torch.float16, True),
+        (99 << 10, 128, torch.bfloat16, False),
+        (99 << 10, 256, torch.float32, False),
+    ],
+)
+def test_wide_heads_need_a_gpu_with_room_for_them(shared, width, dtype, refused, monkeypatch):
+    monkeypatch.setattr(triton_attention, "_shared_memory", lambda device: shared)
+    there = {"is_cuda": True, "dtype": dtype, "shape": (4, 2, width), "device": torch.device("cuda", 0), "__len__": lambda self: 4}
+    x = type("OnGPU", (), there)()
+    why = triton_attention.refusal(x, x, x, 1.0, Score())
+    assert (why is not None) == refused and (why is None or f"192 KiB of shared memory for heads {width} wide, and cuda:0 has 163" in why)
+
+
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="needs neither a GPU nor the interpreter")
 def test_refused_without_a_gpu():
     with pytest.raises(ValueError, match="backend='triton' runs on CUDA, not on cpu"):
