@@ -72,7 +72,7 @@ def arrange(spans: np.ndarray, rows: int, block: int) -> tuple[np.ndarray, ...]:
     return np.argsort(-work, kind="stable"), np.searchsorted(where[first], np.arange(blocks + 1)), ranges, spans
 
 
-@lru_cache(maxsize=64)  # all layers of a micro-batch share it
+@lru_cache(maxsize=256)  # all layers of a micro-batch share it
 def plan(pairs: tuple[Pair, ...], keys: bool, rows: int, block: int, device: torch.device) -> Plan:
     """For a kernel over blocks of queries, or of keys, of which there are `rows`. No pair is empty."""
     spans = spans_of(pairs)

@@ -200,12 +200,14 @@ def add_columns(high, low, ones, DOT: tl.constexpr):
 
 @triton.jit
 def decays(decay, t, inside, h, H, K, B: tl.constexpr, offset):
-    return tl.maximum(tile(decay, t, inside, h, H, K, B, offset).to(tl.float32), LOWEST)
+    g = tile(decay, t, inside, h, H, K, B, offset).to(tl.float32)
+    return tl.where(g < LOWEST, LOWEST, g)  # what is no number stays none, which maximum would make LOWEST of
 
 
 @triton.jit
 def decays_transposed(decay, t, inside, h, H, K, B: tl.constexpr, offset):
-    return tl.maximum(tile_transposed(decay, t, inside, h, H, K, B, offset).to(tl.float32), LOWEST)
+    g = tile_transposed(decay, t, inside, h, H, K, B, offset).to(tl.float32)
+    return tl.where(g < LOWEST, LOWEST, g)
 
 
 @triton.jit
