@@ -36,6 +36,7 @@ class Launch(NamedTuple):
     value: int = 64
     two: bool = False
     stages: int = 3
+    warps: int = WARPS
 
 
 LAUNCHES = {
@@ -131,9 +132,9 @@ class _Shapes(NamedTuple):
         kinds = [" grouped"] * (self.group > 1) + [" per channel"] * (self.decay == 2)
         launch = next((LAUNCHES[program + kind] for kind in kinds if program + kind in LAUNCHES), LAUNCHES.get(program, Launch()))
         key, value = (block // 2 if self.exact else block for block in launch[:2])
-        registers = {"maxnreg": 65536 // (64 * WARPS)} if launch.two and not self.exact else {}
+        registers = {"maxnreg": 65536 // (64 * launch.warps)} if launch.two and not self.exact else {}
         stages = 1 if self.exact else launch.stages
-        pipeline = {"DOT": "ieee" if self.exact else "tf32", "num_warps": WARPS, "num_stages": stages}
+        pipeline = {"DOT": "ieee" if self.exact else "tf32", "num_warps": launch.warps, "num_stages": stages}
         return {"C": BLOCK, "BK": min(key, _padded(self.key)), "BV": min(value, _padded(self.value)), "DECAY": self.decay, **pipeline, **registers}
 
     def narrow(self, segments: int) -> dict[str, Any]:
