@@ -1,14 +1,21 @@
-"""RMSNorm over the last axis: torch's fused kernel on a GPU, two passes of plain torch elsewhere."""
+"""Norms over the last axis. RMSNorm: torch's fused kernel on a GPU, two passes of plain torch elsewhere.
 
+`l2_norm` and `gated_rms_norm` have backends: `reference` (torch) and `triton` (on a GPU: one pass forwards, and one backwards that makes
+everything between inputs and output again); `auto` takes triton wherever it runs.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltrain.kernels.segments import plain_only
+from ltrain.kernels.segments import choose, permitted, plain_only, wants_triton
 
-__all__ = ["rms_norm"]
+__all__ = ["GATES", "gated_rms_norm", "l2_norm", "rms_norm"]
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -47,3 +54,60 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype) if not offset else (weight.float() + offset).to(x.dtype), eps)
     normed: Tensor = _RMSNorm.apply(x, weight, eps, offset)
     return normed
+
+
+def _takes(x: Tensor, backend: str, others: tuple[Tensor, ...] = ()) -> bool:
+    choose(backend, ("reference", "triton"))
+    if not x.numel() or not wants_triton(backend, x):
+        return False
+    from ltrain.kernels.norm import triton_norm
+
+    return permitted(triton_norm.refusal(x, *others), backend, "reference or auto")
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
+    """x / sqrt(sum(x^2) + eps) over the last axis, computed in float32 or wider. Differentiable.
+
+    Args:
+        x: [T, H, width].
+
+    Returns:
+        [T, H, width] in x's type.
+
+    Raises:
+        ValueError: x has other axes, or backend does not fit.
+    """
+    if x.ndim != 3:
+        raise ValueError(f"x is [tokens, heads, width], but has {x.ndim} axes")
+    if _takes(x, backend):
+        from ltrain.kernels.norm import triton_norm
+
+        return triton_norm.l2_norm(x, eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def gated_rms_norm(x: Tensor, weight: Tensor, z: Tensor, eps: float, gate: str, *, backend: str = "auto") -> Tensor:
+    """RMSNorm of x, as `rms_norm`, times gate(z). Differentiable in x, weight and z.
+
+    Args:
+        x, z: [T, H, width].
+        weight: [width].
+        gate: of GATES.
+
+    Returns:
+        [T, H, width] in x's type.
+
+    Raises:
+        ValueError: shapes, gate or backend do not fit.
+    """
+    if x.ndim != 3 or z.shape != x.shape or weight.shape != x.shape[2:]:
+        given = ", ".join(str(list(t.shape)) for t in (x, z, weight))
+        raise ValueError(f"x and z are [tokens, heads, width] and weight [width], but have shapes {given}")
+    if gate not in GATES:
+        raise ValueError(f"gate={gate!r} is not known: write one of {', '.join(GATES)}")
+    if _takes(x, backend, (z,)):
+        from ltrain.kernels.norm import triton_norm
+
+        return triton_norm.gated_rms_norm(x, weight, z, eps, gate)
+    return rms_norm(x, weight, eps) * GATES[gate](z)

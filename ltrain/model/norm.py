@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltrain.kernels.norm import rms_norm
+from ltrain.kernels.norm import gated_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -17,6 +17,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> [..., width]"""
         return rms_norm(x, self.weight, self.eps, float(self.zero_centred))
+
+    def gated(self, x: Tensor, z: Tensor, gate: str) -> Tensor:
+        """x, z [T, H, width] -> the norm of x times gate(z), in one pass on a GPU; not where it is zero-centred."""
+        assert not self.zero_centred
+        return gated_rms_norm(x, self.weight, z, self.eps, gate)
 
 
 class GroupRMSNorm(nn.Module):

@@ -13,8 +13,9 @@ from ltrain.kernels.attention import FULL, Mask, attention
 from ltrain.kernels.cross_entropy import linear_cross_entropy_sum
 from ltrain.kernels.elementwise_recurrence import scan, selective_scan
 from ltrain.kernels.experts import grouped_linear
+from ltrain.kernels.gates import channel_decay
 from ltrain.kernels.linear_recurrence import linear_recurrence
-from ltrain.kernels.norm import rms_norm
+from ltrain.kernels.norm import gated_rms_norm, l2_norm, rms_norm
 from ltrain.kernels.segments import parts
 from ltrain.kernels.short_conv import short_conv
 from ltrain.kernels.sparse_attention import select
@@ -303,6 +304,33 @@ def _norm(s: Sizes) -> Operator:
     return Operator("norm", inputs, lambda x, backend: rms_norm(x["x"], x["weight"], s.eps), lambda n: 4 * n * s.hidden)
 
 
+def _norm_of_heads(s: Sizes, gated: bool) -> Operator:
+    """To length 1, or RMSNorm times a gate."""
+
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw, shape = _Random(dtype, generator), (tokens, s.heads, s.head_dim)
+        return {"x": draw(*shape)} | ({"weight": draw(s.head_dim, dtype=torch.float32), "z": draw(*shape)} if gated else {})
+
+    def run(x: Inputs, backend: str) -> Tensor:
+        if gated:
+            return gated_rms_norm(x["x"], x["weight"], x["z"], s.eps, "silu", backend=backend)
+        return l2_norm(x["x"], s.eps, backend=backend)
+
+    return Operator("norm", inputs, run, lambda n: (8 if gated else 4) * n * s.channels)
+
+
+def _channel_decay(s: Sizes) -> Operator:
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw = _Random(dtype, generator)
+        wide = {"A_log": draw(s.heads, dtype=torch.float32), "bias": draw(s.channels, dtype=torch.float32)}
+        return {"a": draw(tokens, s.channels), **wide}
+
+    def run(x: Inputs, backend: str) -> Tensor:
+        return channel_decay(x["a"], x["A_log"], x["bias"], s.heads, "softplus", backend=backend)
+
+    return Operator("gates", inputs, run, lambda n: 6 * n * s.channels)
+
+
 def _experts(s: Sizes) -> Operator:
     def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         draw = _Random(dtype, generator)
@@ -352,6 +380,9 @@ def operators(s: Sizes) -> dict[str, Operator]:
         "moba": _moba(s),
         "cross_entropy": _cross_entropy(s),
         "norm": _norm(s),
+        "l2_norm": _norm_of_heads(s, False),
+        "gated_norm": _norm_of_heads(s, True),
+        "channel_decay": _channel_decay(s),
         "experts": _experts(s),
         "routing": _routing(s),
     }

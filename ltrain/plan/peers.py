@@ -206,6 +206,21 @@ def _torch_routing(x: Inputs, s: Any) -> Tensor:
     return torch.zeros_like(x["x"]).index_add(0, by_expert // 2, rows * weights.flatten()[by_expert].to(rows.dtype).unsqueeze(-1))
 
 
+def _fla_kda_gate(x: Inputs, s: Any) -> Tensor:
+    from fla.ops.kda.gate import fused_kda_gate
+
+    y: Tensor = fused_kda_gate(x["a"].unflatten(-1, (s.heads, -1)), x["A_log"], x["bias"])
+    return y
+
+
+def _torch_l2_norm(x: Inputs, s: Any) -> Tensor:
+    return F.normalize(x["x"], dim=-1, eps=s.eps)
+
+
+def _torch_gated_norm(x: Inputs, s: Any) -> Tensor:
+    return F.rms_norm(x["x"], x["weight"].shape, x["weight"].to(x["x"].dtype), s.eps) * F.silu(x["z"])
+
+
 def _fla(name: str, run: Callable[[Inputs, Any], Tensor]) -> Peer:
     return Peer(f"fla {name}", "fla", "flash-linear-attention", run)
 
@@ -235,5 +250,8 @@ PEERS: dict[str, list[Peer]] = {
         Peer("whole logits", "torch", "torch", _torch_cross_entropy),
     ],
     "routing": [Peer("index_add", "torch", "torch", _torch_routing)],
+    "l2_norm": [Peer("normalize", "torch", "torch", _torch_l2_norm)],
+    "gated_norm": [Peer("rms_norm, silu", "torch", "torch", _torch_gated_norm)],
+    "channel_decay": [_fla("kda gate", _fla_kda_gate)],
     "norm": [Peer("liger", "liger_kernel", "liger-kernel", _liger_rms_norm)],
 }

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from ltrain.kernels import linear_recurrence as kernels
 from ltrain.kernels import short_conv
+from ltrain.kernels.norm import l2_norm
 from ltrain.kernels.recurrence import Linear
 from ltrain.kernels.rope import rotate
 from ltrain.model.layers import LocalLayers, constant
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.mixers.decay import constant_rates, inverse_softplus_step, log_decay, log_uniform_decay
+from ltrain.model.norm import RMSNorm
 from ltrain.model.options import LinearRecurrenceOptions
 from ltrain.model.options.linear_recurrence import DATA_DECAYS
 from ltrain.model.position import rotary_width, shared_rotary_tables
@@ -24,12 +26,6 @@ from ltrain.model.sequence import Sequence
 class RecurrentState:
     conv: Tensor | None  # [N, W - 1, C]: the convolution's last inputs
     recurrent: Tensor  # [N, H, K, V], float32 or wider
-
-
-def l2_normalise(x: Tensor) -> Tensor:
-    """x / sqrt(sum(x^2) + 1e-6) over the last axis, in float32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 class LinearRecurrence(Mixer):
@@ -111,7 +107,7 @@ class LinearRecurrence(Mixer):
         if o.feature_map != "none":
             q, k = (F.elu(q) + 1, F.elu(k) + 1) if o.feature_map == "elu" else (F.relu(q), F.relu(k))
         if o.qk_norm == "l2":
-            q, k = l2_normalise(q), l2_normalise(k)
+            q, k = l2_norm(q), l2_norm(k)
         elif self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if o.rope:
@@ -153,6 +149,8 @@ class LinearRecurrence(Mixer):
             y = y[..., :-1] / (y[..., -1:] + 1e-6)
         if skip is not None and self.D is not None:
             y = y + (self.D.unsqueeze(-1) * skip).to(y.dtype)
+        if z is not None and not o.gate_first and o.norm == "head" and isinstance(self.norm, RMSNorm):
+            return self.norm.gated(y, z.view(y.shape), o.gate).flatten(1)
         if z is not None:
             z = (F.silu(z) if o.gate == "silu" else z.sigmoid()).view(y.shape)
         if z is not None and o.gate_first:

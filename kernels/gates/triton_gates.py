@@ -1,0 +1,66 @@
+"""Decays per channel on a GPU. Inputs alone are kept for the backward; sums over tokens are made in the same order every time."""
+
+import os
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ltrain.kernels.gates import KINDS, SIGMOID_SHARE
+from ltrain.kernels.gates import triton_kernels as kernels
+
+COLUMNS = 256  # of a program
+ROWS = 8  # at a time
+PROGRAMS = 1024  # in all: several for each processor
+
+
+def refusal(a: Tensor, bias: Tensor) -> str | None:
+    """Why the kernels do not take these tensors, or None."""
+    if not (a.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"runs on CUDA, not on {a.device.type}"
+    if a.dtype not in (torch.bfloat16, torch.float16, torch.float32) or bias.dtype != torch.float32:
+        return f"takes a in bfloat16, float16 or float32 and bias in float32, not {a.dtype} and {bias.dtype}"
+    return None
+
+
+class _ChannelDecay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, A_log: Tensor | None, bias: Tensor, heads: int, kind: int, bound: float) -> Tensor:
+        ctx.save_for_backward(a, A_log, bias)
+        ctx.kind, ctx.bound = kind, bound
+        (tokens, width), rate = a.shape, None if A_log is None else A_log.float().exp()
+        y = torch.empty(tokens, heads, width // heads, dtype=torch.float32, device=a.device)
+        grid = (triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))
+        kernels.decays[grid](
+            a, rate, bias, y, tokens, a.stride(0), width, width // heads, bound, SIGMOID_SHARE, KIND=kind, ROWS=ROWS, BC=COLUMNS, num_warps=4
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        a, A_log, bias = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        (tokens, width), rate = a.shape, None if A_log is None else A_log.float().exp()
+        columns = triton.cdiv(width, COLUMNS)
+        programs = max(1, min(PROGRAMS // columns, triton.cdiv(tokens, ROWS)))
+        da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+        parts = torch.empty(2, programs, width, dtype=torch.float32, device=a.device)  # of bias, and of A_log by channel
+        kernels.decay_gradients[programs, columns](
+            *(a, rate, bias, grad, da, parts, tokens, a.stride(0), width, width // grad.shape[1], ctx.bound, SIGMOID_SHARE),
+            KIND=ctx.kind,
+            ROWS=ROWS,
+            BC=COLUMNS,
+            num_warps=4,
+        )
+        dbias, dA = parts.sum(1)
+        return da, None if A_log is None else dA.view(grad.shape[1], -1).sum(1).to(A_log.dtype), dbias, None, None, None
+
+
+def channel_decay(a: Tensor, A_log: Tensor | None, bias: Tensor, heads: int, kind: str, bound: float) -> Tensor:
+    """-> [T, H, K] float32"""
+    a = a if a.stride(1) == 1 else a.contiguous()
+    y: Tensor = _ChannelDecay.apply(a, A_log, bias.contiguous(), heads, KINDS.index(kind), bound)
+    return y
