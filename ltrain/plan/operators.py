@@ -316,7 +316,7 @@ def _norm_of_heads(s: Sizes, gated: bool) -> Operator:
             return gated_rms_norm(x["x"], x["weight"], x["z"], s.eps, "silu", backend=backend)
         return l2_norm(x["x"], s.eps, backend=backend)
 
-    return Operator("norm", inputs, run, lambda n: (8 if gated else 4) * n * s.channels)
+    return Operator("gates", inputs, run, lambda n: (8 if gated else 4) * n * s.channels)
 
 
 def _channel_decay(s: Sizes) -> Operator:
