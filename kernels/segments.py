@@ -92,6 +92,19 @@ def wants_triton(backend: str, x: Tensor) -> bool:
     return backend == "triton" or (backend == "auto" and x.is_cuda and _triton_is_installed() and not plain_only())
 
 
+TRITON_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # of inputs
+
+
+def device_refusal(x: Tensor) -> str | None:
+    """Why no Triton kernel takes a tensor that lies where this one does, or None: on a GPU, or in Triton's interpreter."""
+    return None if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" else f"runs on CUDA, not on {x.device.type}"
+
+
+def plain_refusal(x: Tensor) -> str | None:
+    """As `device_refusal`, and of a type that they do not take."""
+    return device_refusal(x) or (None if x.dtype in TRITON_TYPES else f"takes bfloat16, float16 or float32, not {x.dtype}")
+
+
 def permitted(why: str | None, backend: str, others: str) -> bool:
     """Whether the Triton kernels run, which refuse for the reason `why` (None: they do not).
 

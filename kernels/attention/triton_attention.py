@@ -4,7 +4,6 @@ Work follows what the pairs leave, not queries x keys; memory is linear in the s
 log-sum-exp over all keys, so that a ring can hand it one piece at a time, and gives the same bits each time.
 """
 
-import os
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from ltrain.kernels.attention.intervals import Plan, plan
 from ltrain.kernels.attention.pairs import PLAIN, Pair, Score
 from ltrain.kernels.attention.triton_kernels import backward, forward
 from ltrain.kernels.attention.triton_kernels.tiles import REST
+from ltrain.kernels.segments import plain_refusal
 
 WIDEST = 256  # of heads: what a program has room for
 SHARED = {128: 0, 256: 192 << 10}  # bytes of shared memory that heads of 16-bit numbers take: H100s have as many, A100s and desktop GPUs not
@@ -45,10 +45,8 @@ def _shared_memory(device: torch.device) -> int:
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, scale: float, score: Score) -> str | None:
     """Why the kernels do not take these, or None."""
-    if not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"runs on CUDA, not on {q.device.type}"
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"takes bfloat16, float16 or float32, not {q.dtype}"
+    if why := plain_refusal(q):
+        return why
     width = max(q.shape[2], v.shape[2])
     if width > WIDEST:
         return f"takes heads up to {WIDEST} wide, not {width}"

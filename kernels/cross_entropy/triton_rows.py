@@ -1,12 +1,10 @@
 """`reference.rows` on a GPU, in one pass over the products."""
 
-import os
-
-import torch
 import triton
 from torch import Tensor
 
 from ltrain.kernels.cross_entropy import triton_kernels as kernels
+from ltrain.kernels.segments import plain_refusal
 
 BLOCK = 16384  # logits of a token at a time: with 32 warps one token for each multiprocessor, so that their rows stay in the cache
 PER_WARP = 512  # of these
@@ -14,11 +12,7 @@ PER_WARP = 512  # of these
 
 def refusal(x: Tensor) -> str | None:
     """Why the kernel does not take these tensors, or None."""
-    if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"runs on CUDA, not on {x.device.type}"
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"takes bfloat16, float16 or float32, not {x.dtype}"
-    return None
+    return plain_refusal(x)
 
 
 def rows(

@@ -4,7 +4,6 @@ Beside the inputs the states are kept for the backward that chunks begin with; t
 into SCRATCH.
 """
 
-import os
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.elementwise_recurrence import triton_kernels as kernels
+from ltrain.kernels.segments import TRITON_TYPES, device_refusal
 
-TYPES = (torch.bfloat16, torch.float16, torch.float32)  # of the selective scan, whose states are float32
 CHUNK = 64  # tokens of one program
 SCRATCH = 256 * 2**20  # bytes of states that the backward of the selective scan holds at a time
 STATES = 32  # a thread holds those of a channel and their rates in registers: 64 do not fit
@@ -38,10 +37,10 @@ FORWARD = Tile(128, 4, 4)  # of the selective scan
 BACKWARD = Tile(128, 4, 1, 168)  # one warp, four channels to a thread: sums over channels go through few threads and need no other warp
 
 
-def refusal(values: Tensor, *others: Tensor, types: tuple[torch.dtype, ...] = TYPES, states: int = 1) -> str | None:
+def refusal(values: Tensor, *others: Tensor, types: tuple[torch.dtype, ...] = TRITON_TYPES, states: int = 1) -> str | None:
     """Why the kernels do not take these tensors, or None."""
-    if not (values.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"runs on CUDA, not on {values.device.type}"
+    if why := device_refusal(values):
+        return why
     unknown = [x.dtype for x in (values, *others) if x.dtype not in types]
     if unknown:
         return f"takes {', '.join(str(x).removeprefix('torch.') for x in types)}, not {unknown[0]}"

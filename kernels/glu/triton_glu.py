@@ -1,6 +1,5 @@
 """Gated activations on a GPU. Gate and up alone are kept for the backward."""
 
-import os
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.glu import Gating
 from ltrain.kernels.glu import triton_kernels as kernels
+from ltrain.kernels.segments import plain_refusal
 
 NUMBERS = 1024  # of a program
 AFTER = {"before": False, "after": True}
@@ -17,11 +17,7 @@ AFTER = {"before": False, "after": True}
 
 def refusal(gate: Tensor) -> str | None:
     """Why the kernels do not take this tensor, or None."""
-    if not (gate.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"runs on CUDA, not on {gate.device.type}"
-    if gate.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"takes bfloat16, float16 or float32, not {gate.dtype}"
-    return None
+    return plain_refusal(gate)
 
 
 def _rows(x: Tensor) -> Tensor:

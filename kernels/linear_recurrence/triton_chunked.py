@@ -5,7 +5,6 @@ each, which take the most to compute. The states of the chunks are made again: f
 head, as much as q or v and more.
 """
 
-import os
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.linear_recurrence.triton_kernels import additive, backward, forward
+from ltrain.kernels.segments import TRITON_TYPES, device_refusal
 
 BLOCK = 64  # tokens that meet in one product
 # Blocks of a chunk where nothing is erased. A state is stored and loaded about 14 times, and each token meets those of half a chunk in 8
@@ -58,10 +58,9 @@ LAUNCHES = {
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> str | None:
     """Why the kernels do not take these tensors, or None."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not (v.is_cuda or interpreted):
-        return f"runs on CUDA, not on {v.device.type}"
-    if v.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not q.dtype == k.dtype == v.dtype:
+    if why := device_refusal(v):
+        return why
+    if v.dtype not in TRITON_TYPES or not q.dtype == k.dtype == v.dtype:
         return f"takes q, k and v in one type of bfloat16, float16 or float32, not {q.dtype}, {k.dtype} and {v.dtype}"
     if max(k.shape[2], v.shape[2]) > WIDEST:
         return f"takes heads of at most {WIDEST}, not {k.shape[2]} and {v.shape[2]}"

@@ -1,6 +1,5 @@
 """Rotary position embedding on a GPU. Nothing but the angles is kept for the backward, which turns gradients the other way."""
 
-import os
 from typing import Any
 
 import torch
@@ -9,15 +8,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.rope import triton_kernels as kernels
+from ltrain.kernels.segments import TRITON_TYPES, device_refusal
 
 NUMBERS = 2048  # of a program
 
 
 def refusal(x: Tensor, cos: Tensor) -> str | None:
     """Why the kernel does not take these tensors, or None."""
-    if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"runs on CUDA, not on {x.device.type}"
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or cos.dtype != torch.float32:
+    if why := device_refusal(x):
+        return why
+    if x.dtype not in TRITON_TYPES or cos.dtype != torch.float32:
         return f"takes x in bfloat16, float16 or float32 and angles in float32, not {x.dtype} and {cos.dtype}"
     return None
 

@@ -1,6 +1,5 @@
 """The short convolution on a GPU: autograd around the programs of `triton_kernels`. Only the inputs are kept for the backward."""
 
-import os
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +8,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ltrain.kernels.segments import plain_refusal
 from ltrain.kernels.short_conv import triton_kernels as kernels
 
 TOKENS, CHANNELS = 64, 64  # of one program
@@ -16,10 +16,8 @@ TOKENS, CHANNELS = 64, 64  # of one program
 
 def refusal(x: Tensor, initial_state: Tensor | None) -> str | None:
     """Why the kernels do not take these tensors, or None."""
-    if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"runs on CUDA, not on {x.device.type}"
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"takes bfloat16, float16 or float32, not {x.dtype}"
+    if why := plain_refusal(x):
+        return why
     if initial_state is not None:
         return "begins every segment from zeros, without an initial_state"
     return None

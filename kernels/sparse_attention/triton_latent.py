@@ -4,7 +4,6 @@ The backward goes through so many queries at a time that they have at most PAIRS
 what the query adds to its key's gradient: memory is linear in the stream.
 """
 
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ltrain.kernels.segments import TRITON_TYPES, device_refusal
 from ltrain.kernels.sparse_attention import triton_kernels as kernels
 
 WIDEST, WIDEST_REST = 512, 64  # of values, and of what keys have beyond them: what a program has room for
@@ -24,9 +24,9 @@ WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wr
 
 def refusal(q: Tensor, latent: Tensor, width: int) -> str | None:
     """Why the kernels do not take these tensors, or None."""
-    if not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"runs on CUDA, not on {q.device.type}"
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or q.dtype != latent.dtype:
+    if why := device_refusal(q):
+        return why
+    if q.dtype not in TRITON_TYPES or q.dtype != latent.dtype:
         return f"takes q and latent in one type of bfloat16, float16 or float32, not {q.dtype} and {latent.dtype}"
     if width > WIDEST or q.shape[2] - width > WIDEST_REST:
         return f"takes values of at most {WIDEST} numbers and keys of at most {WIDEST_REST} more, not {width} and {q.shape[2] - width}"

@@ -4,14 +4,13 @@ Scores of a block of queries, at most SCORES, are made by matrix products and re
 Making them again for each of its passes would cost more: a score of 64 heads of 128 is 16384 operations, and 4 bytes to read again.
 """
 
-import os
 from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
-from ltrain.kernels.segments import Part
+from ltrain.kernels.segments import TRITON_TYPES, Part, device_refusal
 from ltrain.kernels.sparse_attention import blocks, in_fp8
 from ltrain.kernels.sparse_attention import triton_kernels as kernels
 
@@ -25,9 +24,9 @@ LEAST_WIDTH, LEAST_FP8_WIDTH = 16, 32  # of the tiles of a product
 
 def refusal(q: Tensor, k: Tensor, fp8: bool) -> str | None:
     """Why the kernels do not take these tensors, or None."""
-    if not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"runs on CUDA, not on {q.device.type}"
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or q.dtype != k.dtype:
+    if why := device_refusal(q):
+        return why
+    if q.dtype not in TRITON_TYPES or q.dtype != k.dtype:
         return f"takes q and k in one type of bfloat16, float16 or float32, not {q.dtype} and {k.dtype}"
     if q.shape[2] > WIDEST:
         return f"takes heads of at most {WIDEST}, not {q.shape[2]}"

@@ -102,10 +102,20 @@ class Exchange(Protocol):
         ...
 
     def decode_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, behind: Tensor, *, scale: float, score: Score = PLAIN, sinks: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        behind: Tensor,
+        *,
+        scale: float,
+        score: Score = PLAIN,
+        sinks: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor:
         """One query per document, q [N, H, D], over the keys k [N, L, Hk, D], v [N, L, Hk, Dv] of all context ranks, which are behind [N, L]
-        it by so much (negative: it does not see them), and sinks [H] -> [N, H, Dv]."""
+        it by so much (negative: it does not see them), and sinks [H] -> [N, H, Dv]. seen [N, H, L] or [N, Hk, L]: which of these keys a head sees,
+        or the heads of a K/V head; None: all."""
         ...
 
     def merged(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,9 +197,18 @@ class LocalExchange:
         return output, final
 
     def decode_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, behind: Tensor, *, scale: float, score: Score = PLAIN, sinks: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        behind: Tensor,
+        *,
+        scale: float,
+        score: Score = PLAIN,
+        sinks: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor:
-        out, lse = attention.decode_attention(q, k, v, behind, scale=scale, score=score)
+        out, lse = attention.decode_attention(q, k, v, behind, scale=scale, score=score, seen=seen)
         return (out if sinks is None else attention.with_sinks(out, lse, sinks)[0]).to(q.dtype)
 
     def merged(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

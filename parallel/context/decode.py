@@ -85,10 +85,19 @@ def merged(out: Tensor, lse: Tensor, messages: Messages) -> tuple[Tensor, Tensor
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, behind: Tensor, messages: Messages, *, scale: float, score: Score, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    behind: Tensor,
+    messages: Messages,
+    *,
+    scale: float,
+    score: Score,
+    sinks: Tensor | None,
+    seen: Tensor | None,
 ) -> Tensor:
-    """q [N, H, D] over every context rank's k [N, L, Hk, D] and v [N, L, Hk, Dv], and sinks [H] -> [N, H, Dv]."""
-    out, lse = merged(*attention.decode_attention(q, k, v, behind, scale=scale, score=score), messages)
+    """q [N, H, D] over what is seen of every context rank's k [N, L, Hk, D] and v [N, L, Hk, Dv], and sinks [H] -> [N, H, Dv]."""
+    out, lse = merged(*attention.decode_attention(q, k, v, behind, scale=scale, score=score, seen=seen), messages)
     return (out if sinks is None else attention.with_sinks(out, lse, sinks)[0]).to(q.dtype)
 
 

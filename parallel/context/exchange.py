@@ -260,10 +260,19 @@ class ContextExchange:
         return decode.final_recurrence(inputs, self._local(inputs.values, "the recurrence", seq), self._messages, seq.tape)
 
     def decode_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, behind: Tensor, *, scale: float, score: Score = PLAIN, sinks: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        behind: Tensor,
+        *,
+        scale: float,
+        score: Score = PLAIN,
+        sinks: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor:
-        """q [N, H, D], k [N, L, Hk, D], v [N, L, Hk, Dv], behind [N, L], sinks [H] -> [N, H, Dv]"""
-        return decode.decode_attention(q, k, v, behind, self._messages, scale=scale, score=score, sinks=sinks)
+        """q [N, H, D], k [N, L, Hk, D], v [N, L, Hk, Dv], behind [N, L], sinks [H], seen [N, H or Hk, L] -> [N, H, Dv]"""
+        return decode.decode_attention(q, k, v, behind, self._messages, scale=scale, score=score, sinks=sinks, seen=seen)
 
     def merged(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """out [N, H, Dv] and lse [N, H] over the keys here -> over those of all context ranks"""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ltrain.kernels import attention
 from ltrain.kernels.rope import rotate
 from ltrain.kernels.sparse_attention import block_index as kernels
 from ltrain.kernels.sparse_attention.decoding import seen_blocks
@@ -111,8 +110,8 @@ class BlockIndexAttention(Attention):
         scores.masked_fill_((every > (own - o.local_blocks).unsqueeze(1)).unsqueeze(1), -torch.inf)  # seen whatever their score
         chosen = seq.exchange.best(scores, every.expand(scores.shape), o.top_blocks - o.local_blocks)
         seen = seen_blocks(chosen, numbers, own, o.local_blocks)
-        y, _ = seq.exchange.merged(*attention.decode_attention(q, kept.k, kept.v, kept.behind(seq.positions), scale=self.scale, seen=seen))
-        return self._output(y.to(v.dtype), gate), state
+        y = seq.exchange.decode_attention(q, kept.k, kept.v, kept.behind(seq.positions), scale=self.scale, seen=seen)
+        return self._output(y, gate), state
 
     def _seen_before(self, context: int) -> float:
         return (context + 1) / 2 if self.dense else super()._seen_before(context)

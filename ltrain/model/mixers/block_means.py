@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltrain.kernels import attention
 from ltrain.kernels.segments import accumulator
 from ltrain.kernels.sparse_attention.block_means import block_attention
 from ltrain.kernels.sparse_attention.decoding import seen_blocks
@@ -90,8 +89,8 @@ class BlockMeansAttention(Attention):
         numbers = means.positions.unsqueeze(1).expand(scores.shape)
         chosen = seq.exchange.best(scores.masked_fill(near.unsqueeze(1), -torch.inf), numbers, o.top_blocks - o.local_blocks)
         seen = seen_blocks(chosen, tokens.positions // o.block_size, own, o.local_blocks)
-        y, _ = seq.exchange.merged(*attention.decode_attention(q, tokens.k, tokens.v, tokens.behind(seq.positions), scale=self.scale, seen=seen))
-        return self._output(y.to(v.dtype), gate), state
+        y = seq.exchange.decode_attention(q, tokens.k, tokens.v, tokens.behind(seq.positions), scale=self.scale, seen=seen)
+        return self._output(y, gate), state
 
     def state_bytes(self, context: int, bytes_per_value: int = 2) -> int:
         """With a mean of each whole block, and the sum of the last one in at least float32."""

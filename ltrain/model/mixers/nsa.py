@@ -144,10 +144,9 @@ class NSA(Mixer):
         compressed, lse = seq.exchange.merged(*attention.decode_attention(q, blocks.k, blocks.v, blocks.behind(seq.positions), scale=self.scale))
         numbers = tokens.positions // self.shape.block
         seen = seen_blocks(self._choice(q, lse, state, seq), numbers, seq.positions // self.shape.block, 2) | (numbers == 0).unsqueeze(1)
-        seen_of_tokens = attention.decode_attention(turned, tokens.k, tokens.v, tokens.behind(seq.positions), scale=self.scale, seen=seen)
-        selected, _ = seq.exchange.merged(*seen_of_tokens)
+        selected = seq.exchange.decode_attention(turned, tokens.k, tokens.v, tokens.behind(seq.positions), scale=self.scale, seen=seen)
         window = seq.exchange.decode_attention(turned, state.window.k, state.window.v, state.window.behind(seq.positions), scale=self.scale)
-        return self._output((compressed.to(q.dtype), selected.to(q.dtype), window), gates), state
+        return self._output((compressed.to(q.dtype), selected, window), gates), state
 
     def _choice(self, q: Tensor, lse: Tensor, state: NSACache, seq: Sequence) -> Tensor:
         """q [N, H, D] and lse [N, H] over compressed blocks -> the selected blocks [N, Hk, top - 3] beside the first and the two nearest"""
