@@ -1,6 +1,5 @@
 """Decays per channel on a GPU. Inputs alone are kept for the backward; sums over tokens are made in the same order every time."""
 
-import os
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.gates import KINDS, SIGMOID_SHARE
 from ltrain.kernels.gates import triton_kernels as kernels
+from ltrain.kernels.segments import TRITON_TYPES, device_refusal
 
 COLUMNS = 256  # of a program
 ROWS = 8  # at a time
@@ -18,9 +18,9 @@ PROGRAMS = 1024  # in all: several for each processor
 
 def refusal(a: Tensor, bias: Tensor) -> str | None:
     """Why the kernels do not take these tensors, or None."""
-    if not (a.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"runs on CUDA, not on {a.device.type}"
-    if a.dtype not in (torch.bfloat16, torch.float16, torch.float32) or bias.dtype != torch.float32:
+    if why := device_refusal(a):
+        return why
+    if a.dtype not in TRITON_TYPES or bias.dtype != torch.float32:
         return f"takes a in bfloat16, float16 or float32 and bias in float32, not {a.dtype} and {bias.dtype}"
     return None
 

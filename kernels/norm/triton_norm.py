@@ -1,6 +1,5 @@
 """Norms of heads on a GPU. Inputs alone are kept for the backward; weights' gradients are summed in the same order every time."""
 
-import os
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.norm import triton_kernels as kernels
+from ltrain.kernels.segments import TRITON_TYPES, device_refusal
 
 NUMBERS = 2048  # of a program at a time
 WIDEST = 1024  # head
@@ -17,9 +17,9 @@ PROGRAMS = 1024  # that sum a weight's gradient: several for each processor
 
 def refusal(x: Tensor, *others: Tensor) -> str | None:
     """Why the kernels do not take these tensors, or None."""
-    if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"runs on CUDA, not on {x.device.type}"
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or any(other.dtype != x.dtype for other in others):
+    if why := device_refusal(x):
+        return why
+    if x.dtype not in TRITON_TYPES or any(other.dtype != x.dtype for other in others):
         return f"takes bfloat16, float16 or float32, all inputs of one type, not {', '.join(str(t.dtype) for t in (x, *others))}"
     if x.shape[-1] > WIDEST:
         return f"takes heads of at most {WIDEST}, not {x.shape[-1]}"

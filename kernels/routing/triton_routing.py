@@ -1,23 +1,22 @@
 """Routing on a GPU: a counting sort in two passes over the slots, and rows copied and summed without an intermediate [T, k, D]."""
 
-import os
-
 import torch
 import triton
 from torch import Tensor
 
 from ltrain.kernels.routing import triton_kernels as kernels
+from ltrain.kernels.segments import TRITON_TYPES, device_refusal
 
 SLOTS = 256  # of a program of the sort
 NUMBERS = 2048  # of a row at a time
 SCORES = 4096  # of a program of `best`
-TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64)
+TYPES = (*TRITON_TYPES, torch.int64)
 
 
 def refusal(x: Tensor) -> str | None:
     """Why the kernels do not take this tensor, or None."""
-    if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"runs on CUDA, not on {x.device.type}"
+    if why := device_refusal(x):
+        return why
     if x.dtype not in TYPES:
         return f"takes bfloat16, float16 or float32 (int64 of indices), not {x.dtype}"
     return None

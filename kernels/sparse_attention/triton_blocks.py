@@ -12,7 +12,6 @@ What pairs of queries and blocks write before it is summed takes at most PARTS b
 Compressed blocks that ended before a query are one selected block, the document's, of which the query sees so many.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ltrain.kernels.segments import Part, documents
+from ltrain.kernels.segments import TRITON_TYPES, Part, device_refusal, documents
 from ltrain.kernels.sparse_attention import triton_kernels_blocks as kernels
 
 WIDEST = 256  # of heads: what a program has room for
@@ -127,9 +126,9 @@ def _in_order(parts: tuple[Part, ...], tokens: int) -> bool:
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, selections: int, parts: list[Part], scale: float) -> str | None:
     """Why the kernels do not take these tensors, of which queries have so many selections each, or None."""
-    if not (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"runs on CUDA, not on {q.device.type}"
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not q.dtype == k.dtype == v.dtype:
+    if why := device_refusal(q):
+        return why
+    if q.dtype not in TRITON_TYPES or not q.dtype == k.dtype == v.dtype:
         return f"takes q, k and v in one type of bfloat16, float16 or float32, not {q.dtype}, {k.dtype} and {v.dtype}"
     if max(q.shape[2], v.shape[2]) > WIDEST:
         return f"takes heads up to {WIDEST} wide, not {max(q.shape[2], v.shape[2])}"
