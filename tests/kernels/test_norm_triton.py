@@ -83,7 +83,7 @@ def test_half_precision_and_refusals():
     with pytest.raises(ValueError, match="backend='triton' .* one type, not torch.bfloat16, torch.float32"):
         gated_rms_norm(x, weight, z.float(), 1e-5, "silu", backend="triton")
     with pytest.raises(ValueError, match="backend='triton' .* bias in float32, not torch.float32 and torch.float64"):
-        channel_decay(torch.zeros(2, 4), torch.zeros(2), torch.zeros(4).double(), 2, "softplus", backend="triton")
+        channel_decay(*(torch.zeros(n, device=DEVICE) for n in ((2, 4), 2)), torch.zeros(4, device=DEVICE).double(), 2, "softplus", backend="triton")
     with pytest.raises(ValueError, match="all but sigmoid take A_log"):
         channel_decay(torch.zeros(2, 4), None, torch.zeros(4), 2, "softplus")
 

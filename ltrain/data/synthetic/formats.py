@@ -2,7 +2,7 @@
 
 import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 WORDS = """
 acorn alder amber anchor apple arrow aspen badger bamboo barley basil beacon beaver birch bison blossom bramble brass breeze bridge bronze brook
@@ -42,15 +42,19 @@ PARTS: tuple[Format, ...] = (
     lambda rng: _text(rng, string.ascii_uppercase, 1, 5),
     lambda rng: _text(rng, string.ascii_lowercase, 2, 5),
     lambda rng: _hexadecimal(rng, 3, 8),
-    lambda rng: rng.choice(WORDS),
-    lambda rng: rng.choice(WORDS).capitalize(),
-    lambda rng: rng.choice(WORDS).upper(),
 )
+CASES = (str, str.capitalize, str.upper)
 
 
-def _assembled(parts: int) -> Format:
-    """Codes of so many parts of any kind: who has seen many shapes copies those that he has not seen."""
-    return lambda rng: rng.choice(SEPARATORS).join(rng.choice(PARTS)(rng) for _ in range(parts))
+def assembled(parts: int, words: Sequence[str] = WORDS) -> Format:
+    """Codes of so many parts, some of them words but not all: who has seen many shapes copies those that he has not seen."""
+
+    def code(rng: random.Random) -> str:
+        kinds = [rng.random() < 0.5 for _ in range(parts)]
+        kinds[rng.randrange(parts)] = False  # words alone may stand in a text anyway
+        return rng.choice(SEPARATORS).join(rng.choice(CASES)(rng.choice(words)) if word else rng.choice(PARTS)(rng) for word in kinds)
+
+    return code
 
 
 FORMATS: dict[str, Format] = {
@@ -65,7 +69,7 @@ FORMATS: dict[str, Format] = {
     "address": lambda rng: ".".join(str(rng.randint(1, 254)) for _ in range(4)),
     "constant": lambda rng: "_".join(word.upper() for word in rng.sample(WORDS, 2)),
     "lowercase": lambda rng: _text(rng, string.ascii_lowercase, 5, 8),
-    **{f"assembled-{parts}": _assembled(parts) for parts in range(2, 9)},
+    **{f"assembled-{parts}": assembled(parts) for parts in range(2, 9)},
 }
 HELD_OUT_FORMATS: dict[str, Format] = {
     "plate": lambda rng: f"{_text(rng, string.ascii_uppercase, 3, 3)}-{_text(rng, string.digits, 4, 4)}",

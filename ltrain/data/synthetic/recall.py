@@ -26,7 +26,7 @@ SHORTEST = 64  # tokens
 TRIES = 64
 DRAWN = 0.7  # share of training's lines that come from no list of templates
 ALIKE = 0.3  # share of these that differ from another line of the document in one word
-OWN = 0.5  # share of the others whose words are the haystack's: none of them alone tells where the line is
+OWN = 0.5  # share of the others, and of keys and values, whose words are the haystack's: none of them alone tells where the line is
 FEWEST = 8  # different words of the haystack that lines are made of: a table of numbers has none
 FIRST = 0.03  # share of training's needles that are the very first line
 WORD = re.compile(r"[A-Za-z]{2,12}")
@@ -141,13 +141,19 @@ class _Facts:
 
     def _distinct(self, known: dict[str, Format], count: int) -> list[str]:
         """Different texts of one format (of several, where one has too few)."""
-        form = known[self.rng.choice(list(known))]
+
+        def any_format() -> Format:
+            if known is formats.FORMATS and self.rng.random() < OWN:  # words that no list has: copying is learned, not words
+                return formats.assembled(self.rng.randint(2, 5), self._words)
+            return known[self.rng.choice(list(known))]
+
+        form = any_format()
         found: dict[str, None] = {}
         tries = 0
         while len(found) < count:
             tries += 1
             if tries % (4 * count) == 0:
-                form = known[self.rng.choice(list(known))]
+                form = any_format()
             found[form(self.rng)] = None
         return list(found)
 
@@ -206,15 +212,19 @@ def sample(
         raise ValueError(f"depth={depth:g} is not a share of the haystack: write a number from 0 to 1")
     if needles is not None and needles < 1:
         raise ValueError(f"needles={needles} hides nothing to ask for: write 1 or more")
-    facts = _Facts(rng, tokenizer, split, haystack).draw(task, needles or max(1, min(NEEDLES[task], length_tokens // 256)))
-    asked, others = facts[0], facts[1:]
-    answered = others[:3] if task == "multi_query" else []
-    ending = [*(part for fact in answered for part in (fact.lead, fact.question, fact.answer, fact.rest)), asked.lead, asked.question]
-    lines = sum(fact.size + len(haystack.newline) * len(fact.lines) for fact in facts)
+    count = needles or max(1, min(NEEDLES[task], length_tokens // 256))
     slack = max(2, length_tokens // 200)  # where two pieces of text meet, their common tokenisation may differ by a token
-    room = length_tokens - slack - lines - sum(map(len, ending)) - len(asked.answer) - len(haystack.newline)
-    if room < SHORTEST // 2:
-        raise ValueError(f"{length_tokens} tokens are too few for {len(facts)} needles of task {task}: ask for more tokens or fewer needles")
+    for _ in range(TRIES):  # a short prompt may have no place for long lines
+        facts = _Facts(rng, tokenizer, split, haystack).draw(task, count)
+        asked, others = facts[0], facts[1:]
+        answered = others[:3] if task == "multi_query" else []
+        ending = [*(part for fact in answered for part in (fact.lead, fact.question, fact.answer, fact.rest)), asked.lead, asked.question]
+        lines = sum(fact.size + len(haystack.newline) * len(fact.lines) for fact in facts)
+        room = length_tokens - slack - lines - sum(map(len, ending)) - len(asked.answer) - len(haystack.newline)
+        if room >= SHORTEST // 2:
+            break
+    else:
+        raise ValueError(f"{length_tokens} tokens are too few for {count} needles of task {task}: ask for more tokens or fewer needles")
     if depth is None and split == "train":
         hay = haystack.trimmed(haystack.take(rng, room))
         cuts = haystack.cuts(hay)

@@ -163,7 +163,7 @@ AROUND = (
     ),
 )
 COMMON = "the The a of in to for this that our your my with by on at is was it all one new old first last next no who has when".split()
-JOINTS = (" ", " ", " ", "_", ".", "-", ", ", " and ", " of the ", "::", "][")
+JOINTS = (*" " * 8, "_", ".", "-", ", ", " and ", " of the ", "::", "][")
 BEFORE = (
     *((" ", ""), (": ", ""), (" = ", ""), ("=", ""), (":", ","), (" -> ", ""), (" => ", ","), (" is ", ""), (" was ", " then"), (" has ", "")),
     *(
@@ -182,9 +182,14 @@ BEFORE = (
 
 
 def drawn(rng: random.Random, words: Sequence[str], keyed: bool) -> Template:
-    """A line of 2 to 7 words, the key among them where `keyed`, that stands in no list: what is learned is to find lines, not to know them."""
+    """A line of 2 to 12 words, the key among them where `keyed`, that stands in no list: what is learned is to find lines, not to know them.
+
+    Most are short. Some of the long ones have a second part behind a comma or the like.
+    """
     around, before, joint = rng.choice(AROUND), rng.choice(BEFORE), rng.choice(JOINTS)
-    parts = [rng.choice(COMMON if rng.random() < 0.4 else words) for _ in range(rng.randint(2, 7))]
+    parts = [rng.choice(COMMON if rng.random() < 0.4 else words) for _ in range(rng.randint(2, rng.randint(4, 12)))]
+    if len(parts) > 5 and rng.random() < 0.5:
+        parts[rng.randrange(2, len(parts) - 2)] += rng.choice((",", ":", ";", "."))
     if keyed:
         parts.insert(rng.randrange(len(parts) + 1), "{key}")
     after = f" {' '.join(rng.choices(words, k=rng.randint(1, 3)))}" if rng.random() < 0.3 else ""
