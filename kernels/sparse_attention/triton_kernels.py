@@ -102,11 +102,13 @@ def score_gradients(
     latent,
     indices,
     stops,
+    out,
     lse,
-    delta,
+    dlse,
     dout,
     dq,
     weights,
+    factors,
     first,
     scale,
     H,
@@ -119,18 +121,21 @@ def score_gradients(
     BK: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (queries from first on, blocks of BH heads): dq [T, H, D], and weights [queries, 2, H, K] up to the stops: the gradients of the
-    products with keys, and the attention.
-
-    delta [T, H]: sum of out times its gradient, less the gradient of lse.
-    """
+    """Grid (queries from first on, blocks of BH heads): dq [T, H, D], weights [queries, 2, H, K] up to the stops: the gradients of the products
+    with keys, and the attention; and factors [queries, 2, H, D]: what these are multiplied with for keys, the queries and dout, 0 behind R."""
     row = tl.program_id(0).to(tl.int64)
     t = row + first
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     there, rows = heads < H, t * H + heads
     query, query_rest, grad = _tile(q, rows, there, D, 0, R, BR), _tile(q, rows, there, D, R, D, BP), _tile(dout, rows, there, R, 0, R, BR)
+    beside = row * 2 * H + heads
+    _put(factors, query, beside, there, D, 0, R, BR)
+    _put(factors, query_rest, beside, there, D, R, D, BP)
+    _put(factors, grad, beside + H, there, D, 0, R, BR)
+    _put(factors, tl.zeros_like(query_rest), beside + H, there, D, R, D, BP)
     level = tl.load(lse + rows, mask=there, other=0.0) * LOG2E
-    less = tl.load(delta + rows, mask=there, other=0.0)
+    less = tl.sum(grad.to(tl.float32) * _tile(out, rows, there, R, 0, R, BR).to(tl.float32), 1)
+    less -= tl.load(dlse + rows, mask=there, other=0.0)
     sums, sums_rest = tl.zeros((BH, BR), tl.float32), tl.zeros((BH, BP), tl.float32)
     for at in range(0, tl.load(stops + t), BK):
         slots, keys, held = _slots(indices, t, at, K, BK)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -19,6 +18,7 @@ from ltrain.kernels.sparse_attention import triton_kernels as kernels
 WIDEST, WIDEST_REST = 512, 64  # of values, and of what keys have beyond them: what a program has room for
 WIDEST_INDEX = 128  # of the indexer's heads
 PAIRS = 1 << 20  # of queries and slots at a time in the backward: 1.9 GB for 128 heads and 576 numbers in bfloat16
+INDEX_PAIRS = 1 << 22  # in that of the indexer's loss: 1.1 GB for 128 numbers
 WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
 
 
@@ -88,9 +88,9 @@ def stops(indices: Tensor) -> Tensor:
     return found
 
 
-def chunks(indices: Tensor) -> Iterator[slice]:
-    """All queries, so many at a time that they have at most PAIRS slots."""
-    step = max(PAIRS // max(indices.shape[1], 1), 1)
+def chunks(indices: Tensor, pairs: int) -> Iterator[slice]:
+    """All queries, so many at a time that they have at most so many slots."""
+    step = max(pairs // max(indices.shape[1], 1), 1)
     for first in range(0, len(indices), step):
         yield slice(first, min(first + step, len(indices)))
 
@@ -100,7 +100,8 @@ def add_parts(parts: Tensor, indices: Tensor, total: Tensor) -> None:
     keys, order = indices.flatten().sort(stable=True)
     bounds = torch.searchsorted(keys, torch.arange(len(total) + 1, device=keys.device, dtype=keys.dtype))
     width = parts.shape[-1]
-    kernels.add_parts[(len(total),)](parts, order, bounds, total, W=width, BW=power(width, 1024), B=8, num_warps=4)
+    wide = power(width, 1024)
+    kernels.add_parts[(len(total),)](parts, order, bounds, total, W=width, BW=wide, B=max(8, 4096 // wide), num_warps=4)
 
 
 class _Attention(torch.autograd.Function):
@@ -119,20 +120,17 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, latent, indices, last, out, lse = ctx.saved_tensors
-        dout, dlse = grads[0].contiguous(), grads[1]
+        dout, dlse = grads[0].contiguous(), grads[1].contiguous()
         (_, heads, wide), slots = q.shape, indices.shape[1]
-        delta = torch.empty_like(lse)
         dq, dlatent = torch.empty_like(q), torch.zeros_like(latent, dtype=torch.float32)
         options = _options(q, ctx.width, GRADIENTS)
-        for some in chunks(indices):
+        for some in chunks(indices, PAIRS):
             rows = some.stop - some.start
-            torch.sub(torch.linalg.vecdot(dout[some].float(), out[some].float()), dlse[some], out=delta[some])
-            weights = q.new_empty(rows, 2, heads, slots)
+            weights, factors = q.new_empty(rows, 2, heads, slots), q.new_empty(rows, 2, heads, wide)
             kernels.score_gradients[rows, triton.cdiv(heads, options["BH"])](
-                *(q, latent, indices, last, lse, delta, dout, dq, weights, some.start, ctx.scale, heads, slots), **options
+                *(q, latent, indices, last, out, lse, dlse, dout, dq, weights, factors, some.start, ctx.scale, heads, slots), **options
             )
             # dK = dS^T Q, and where keys are values P^T dO besides: one product, whose sums are rounded once
-            factors = torch.stack((q[some], F.pad(dout[some], (0, wide - ctx.width))), 1)
             add_parts(weights.flatten(1, 2).mT @ factors.flatten(1, 2), indices[some], dlatent)
         return dq, dlatent.to(latent.dtype), None, None, None
 
@@ -155,7 +153,7 @@ class _IndexLoss(torch.autograd.Function):
         options = _options(q, min(q.shape[2], WIDEST), INDEX_TERMS) | _index_options(iq, INDEX_TERMS)
         loss = torch.zeros((), dtype=torch.float32, device=q.device)
         dscores = torch.empty(indices.shape, dtype=torch.float32, device=q.device) if any(ctx.needs_input_grad) else None
-        for some in chunks(indices):
+        for some in chunks(indices, INDEX_PAIRS):
             rows = some.stop - some.start
             target = q.new_zeros(rows, slots, dtype=torch.float32)
             scores = torch.full_like(target, -torch.inf)
@@ -181,7 +179,7 @@ class _IndexLoss(torch.autograd.Function):
         kernels.index_query_gradients[rows, triton.cdiv(heads, options["BI"])](
             iq, ik, weights, indices, last, dscores, factor, diq, dweights, heads, slots, **options
         )
-        for some in chunks(indices):
+        for some in chunks(indices, INDEX_PAIRS):
             parts = iq.new_empty(some.stop - some.start, slots, width)
             kernels.index_key_parts[len(parts), triton.cdiv(slots, options["BK"])](
                 iq, ik, weights, indices, last, dscores, parts, some.start, heads, slots, **options

@@ -112,7 +112,7 @@ def test_loss_against_the_reference(lengths, heads, width, index_heads, index_wi
 
 @runs
 def test_loss_in_half_precision_and_several_blocks(monkeypatch):
-    monkeypatch.setattr(triton_latent, "PAIRS", 400)
+    monkeypatch.setattr(triton_latent, "INDEX_PAIRS", 400)
     compare_loss([12], 70, 16, 70, 16, 70, 2e-3, dtype=torch.float16, holes=True)
 
 
