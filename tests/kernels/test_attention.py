@@ -474,6 +474,13 @@ def test_few_lengths_have_plans():
     assert len({lengths[n] for n in range(4097, 8193)}) == 16
 
 
+def test_cudnn_is_for_streams_whose_scores_are_in_long_documents():
+    document = [Pair(0, 9000, 0, 9000, True)]
+    short = [Pair(9000 + 2000 * n, 2000, 9000 + 2000 * n, 2000, True) for n in range(25)]
+    assert cudnn.worthwhile(document + short[:20]) and not cudnn.worthwhile(document + short)
+    assert not cudnn.worthwhile([Pair(0, 8191, 0, 8191, True)]) and not cudnn.worthwhile([])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     ("backend", "heads", "kv_heads", "width", "value_width"),
