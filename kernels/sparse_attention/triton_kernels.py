@@ -221,33 +221,68 @@ def _ranks(scores, place, inside):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
+@triton.jit
+def _digit(rank, inside, threshold, DIGIT: tl.constexpr):
+    """How many of the numbers that begin with the bits `threshold` have which 8 bits behind them [256]."""
+    if DIGIT > 0:
+        inside = inside & ((rank >> (32 - 8 * DIGIT)) == threshold)
+    return tl.histogram(((rank >> (24 - 8 * DIGIT)) & 255).to(tl.int32), 256, mask=inside)
+
+
+@triton.jit
+def _next(counts, threshold, need):
+    """threshold with the 8 bits of the need-th highest number behind it, and how many of those that begin with these are among the highest"""
+    bins = tl.arange(0, 256)
+    last = tl.max(tl.where(tl.cumsum(counts, 0, reverse=True) >= need, bins, 0), 0)
+    return (threshold << 8) | last.to(tl.uint32), need - tl.sum(tl.where(bins > last, counts, 0), 0)
+
+
+@triton.jit
+def _places(chosen, some, at, count, B: tl.constexpr):
+    """Places at, at + 1, ... of a row's scores or, where `some`, those that are chosen; and which are below count."""
+    n = at + tl.arange(0, B)
+    return tl.where(some, tl.load(chosen + n, mask=(n < count) & some, other=0), n), n < count
+
+
 @triton.jit(do_not_specialize=["place", "begin", "K"])
-def best_keys(scores, found, stride, place, begin, K, B: tl.constexpr):
+def best_keys(scores, found, chosen, stride, place, begin, K, CHOSEN, B: tl.constexpr, SAMPLE: tl.constexpr):
     """Grid (rows): found [rows, K], the keys of the K highest scores [rows, stride] in the order of their places, the first of equals. begin:
     the number of the first key. Query i sees keys up to place + i, and has no fewer than K.
 
-    The K-th highest score is found 8 bits at a time, from the highest on, by counting.
+    The K-th highest score is found 8 bits at a time, from the highest on, by counting. Of long rows a sample says above which score some 2 K
+    lie, and these alone are counted, if they are at least K and have room in chosen [rows, CHOSEN].
     """
     row = tl.program_id(0).to(tl.int64)
     count = place + tl.program_id(0) + 1
     scores += row * stride
-    bins = tl.arange(0, 256)
+    chosen += row * CHOSEN
+    some, among = count < 0, count
+    if (count > 4 * CHOSEN) & (count > 2 * SAMPLE) & (CHOSEN > 0):
+        n = tl.arange(0, SAMPLE)  # 8 neighbours at a time, which are one sector of memory
+        sample = _ranks(scores, n // 8 * (count // (SAMPLE // 8)) + n % 8, n < SAMPLE)
+        threshold, need = tl.zeros((), tl.uint32), tl.cdiv(2 * K * SAMPLE, count)
+        for digit in tl.static_range(4):
+            threshold, need = _next(_digit(sample, n < SAMPLE, threshold, digit), threshold, need)
+        above = 0
+        for at in range(0, count, B):
+            slots = at + tl.arange(0, B)
+            taken = (slots < count) & (_ranks(scores, slots, slots < count) >= threshold)
+            to = above + tl.cumsum(taken.to(tl.int32), 0) - 1
+            tl.store(chosen + to, slots, mask=taken & (to < CHOSEN))
+            above += tl.sum(taken.to(tl.int32), 0)
+        some = (above >= K) & (above <= CHOSEN)
+        among = tl.where(some, above, count)
+        tl.debug_barrier()  # what other threads have stored
     threshold, need = tl.zeros((), tl.uint32), K  # bits of the score so far, and how many of those that begin with them are taken
     for digit in tl.static_range(4):
         counts = tl.zeros((256,), tl.int32)
-        for at in range(0, count, B):
-            slots = at + tl.arange(0, B)
-            rank, inside = _ranks(scores, slots, slots < count), slots < count
-            if digit > 0:
-                inside = inside & ((rank >> (32 - 8 * digit)) == threshold)
-            counts += tl.histogram(((rank >> (24 - 8 * digit)) & 255).to(tl.int32), 256, mask=inside)
-        last = tl.max(tl.where(tl.cumsum(counts, 0, reverse=True) >= need, bins, 0), 0)
-        need -= tl.sum(tl.where(bins > last, counts, 0), 0)
-        threshold = (threshold << 8) | last.to(tl.uint32)
+        for at in range(0, among, B):
+            slots, inside = _places(chosen, some, at, among, B)
+            counts += _digit(_ranks(scores, slots, inside), inside, threshold, digit)
+        threshold, need = _next(counts, threshold, need)
     equal, written = 0, 0
-    for at in range(0, count, B):
-        slots = at + tl.arange(0, B)
-        inside = slots < count
+    for at in range(0, among, B):
+        slots, inside = _places(chosen, some, at, among, B)
         rank = _ranks(scores, slots, inside)
         ties = (inside & (rank == threshold)).to(tl.int32)
         taken = (inside & (rank > threshold)) | ((ties > 0) & (equal + tl.cumsum(ties, 0) <= need))

@@ -18,6 +18,8 @@ WIDEST = 128  # of the indexer's heads
 TILE, EXACT_TILE = (64, 256), (32, 32)  # queries and keys; of float32
 LEAST = 128  # queries at a time, whatever their keys: fewer leave most of a GPU idle (512 MiB of scores for a million keys)
 BLOCK = 4096  # scores that the selection reads at a time
+SAMPLE = 4096  # of a long row's scores
+CHOSEN = 4  # times as many keys as are taken have room among those that a sample leaves
 FP8_CAPABILITY = 8, 9  # the first that has products of e4m3 numbers
 LEAST_WIDTH, LEAST_FP8_WIDTH = 16, 32  # of the tiles of a product
 
@@ -74,5 +76,10 @@ def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int,
         of_keys = None if sizes is None else sizes[block.keys]
         args = (q[block.rows], k[block.keys], weights[block.rows], of_keys, scores, rows, seen, stride, block.first, heads)
         kernels.index_scores[grid](*args, **options, num_warps=8, num_stages=2)
-        kernels.best_keys[(rows,)](scores, found[block.rows], stride, block.first, block.keys.start, top_k, B=BLOCK, num_warps=8)
+        chosen = CHOSEN * top_k
+        room = torch.empty(rows if seen > 4 * chosen else 0, chosen, dtype=torch.int32, device=q.device)
+        kernels.best_keys[(rows,)](
+            *(scores, found[block.rows], room, stride, block.first, block.keys.start, top_k, chosen if len(room) else 0, BLOCK, SAMPLE),
+            num_warps=8,
+        )
     return found

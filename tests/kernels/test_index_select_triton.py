@@ -96,16 +96,39 @@ def test_queries_behind_keys_that_other_ranks_hold(monkeypatch):
 
 @runs
 def test_scores_of_either_sign_and_size(monkeypatch):
-    """One head of width 1 makes any score: subnormals, both zeros and infinities keep their order."""
+    """Subnormals, both zeros and infinities keep their order."""
     monkeypatch.setattr(triton_select, "BLOCK", 16)
     some = [1e-40, -1e-40, 0.0, -0.0, 1.0, -1.0, 1.0000001, -1.0000001, 3e38, -3e38, torch.inf, -torch.inf, 2e-38, 300.0, -300.0, 1e-20]
-    wanted = torch.tensor(some)[torch.randperm(40, generator=torch.Generator().manual_seed(0)) % len(some)]
-    # heads of weight 1 and -1 pass on the positive and the negative part of a key
-    q = torch.tensor([1.0, -1.0]).view(1, 2, 1).expand(40, 2, 1).to(DEVICE)
-    found = select(q, wanted.view(40, 1).to(DEVICE), torch.tensor([[1.0, -1.0]]).expand(40, 2).to(DEVICE), whole([40]), 20, backend="triton").cpu()
-    for t in range(40):
-        best = wanted[: t + 1].sort(descending=True, stable=True).indices[:20].sort().values.tolist()
-        assert found[t].tolist() == best + [-1] * (20 - len(best))
+    compare_scores(torch.tensor(some)[torch.randperm(40, generator=torch.Generator().manual_seed(0)) % len(some)], 20)
+
+
+def compare_scores(wanted: torch.Tensor, top_k: int, first: int = 0) -> None:
+    """Of the queries from `first` on. One head of width 1 makes any score: heads of weight 1 and -1 pass on a key's positive and negative part."""
+    rows = len(wanted) - first
+    q, weights = (torch.tensor([1.0, -1.0]).view(1, 2, *rest).expand(rows, 2, *rest).to(DEVICE) for rest in ((1,), ()))
+    found = select(q, wanted.unsqueeze(1).to(DEVICE), weights, [Part(0, rows, 0, first)], top_k, backend="triton").cpu()
+    for t in range(rows):
+        best = wanted[: first + t + 1].sort(descending=True, stable=True).indices[:top_k].sort().values.tolist()
+        assert found[t].tolist() == best + [-1] * (top_k - len(best))
+
+
+@runs
+@pytest.mark.parametrize(
+    "kind", ["all differ", "few differ", "the highest come late", "the highest lie between those of the sample", "one alone is above the others"]
+)
+def test_long_rows_of_which_a_sample_is_taken_first(kind, monkeypatch):
+    monkeypatch.setattr(triton_select, "BLOCK", 16)
+    monkeypatch.setattr(triton_select, "SAMPLE", 32)
+    wanted = torch.randn(160, generator=torch.Generator().manual_seed(0))
+    if kind == "few differ":
+        wanted = wanted.round()
+    if kind == "the highest come late":
+        wanted = wanted.sort().values
+    if kind == "the highest lie between those of the sample":
+        wanted[15:18] += 100  # the sample: eight neighbours of each quarter
+    if kind == "one alone is above the others":
+        wanted[1] += 100  # in the sample, which so leaves too few
+    compare_scores(wanted, 2, 150)
 
 
 @runs
