@@ -2,8 +2,9 @@
 
 Backends: `reference` (all scores at once), `blockwise` (plain torch, memory linear in the stream), `flash` (torch's own fused
 kernels: any floating type on a CPU, float16 and bfloat16 on CUDA; plain scores without windows), `cudnn` (the same on GPUs from Hopper on,
-faster on long documents), `triton` (our own kernels on CUDA: up to float32, all but relative biases). `auto` takes the first that runs of
-cudnn (where most scores are in documents that are long enough), triton, flash and blockwise; flash before triton for heads wider than 128.
+faster on long documents), `triton` (our own kernels on CUDA: up to float32, all but relative biases). `auto` takes the first
+that runs of cudnn (where most scores are in documents of at least 8192 tokens, unless torch is to be deterministic), triton, flash and
+blockwise; flash before triton for heads wider than 128.
 """
 
 from collections.abc import Sequence
@@ -79,7 +80,8 @@ def _backend(name: str, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scal
         if why is not None:
             raise ValueError(f"backend={name!r} {why}: choose blockwise or auto")
         return BACKENDS[name]
-    if name == "auto" and plain and cudnn.refusal(q, k, v, pairs) is None and cudnn.worthwhile(pairs):
+    exact = torch.are_deterministic_algorithms_enabled()  # which cuDNN's gradients are not promised to be
+    if name == "auto" and plain and not exact and cudnn.refusal(q, k, v, pairs) is None and cudnn.worthwhile(pairs):
         return cudnn
     flashes = name == "auto" and plain and flash.refusal(q, k, v, pairs) is None
     if wants_triton(name, q) and not (flashes and max(q.shape[2], v.shape[2]) > NARROW):

@@ -6,6 +6,7 @@ as long as our own kernels in documents of 4096 tokens, 0.83 of it in those of 8
 Source: torch.ops.aten._scaled_dot_product_cudnn_attention*.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ltrain.kernels.segments import wants_triton
 LEAST = 8192  # rows and keys of a pair
 LENGTHS = 16  # of a power of two: at most 1/16 of the rows are added
 WIDEST = 128  # head that both passes take
+MERGED = 1 << 16  # rows at a time
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
@@ -30,19 +32,34 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
         return f"takes float16 or bfloat16, not {q.dtype}"
     if q.shape[2] != v.shape[2] or q.shape[2] > WIDEST or q.shape[2] % 8:
         return f"takes keys and values of one width, a multiple of 8 up to {WIDEST}, not {q.shape[2]} and {v.shape[2]}"
-    if not any(_long(pair) for pair in by_pair.squares(pairs)):
+    if not _parted(tuple(pairs))[0]:
         return f"takes pairs of at least {LEAST} queries and keys, of which there are none"
     return None
 
 
+def rounded(rows: int) -> int:
+    """The next length that there is a plan for."""
+    step = max((1 << (rows - 1).bit_length()) // (2 * LENGTHS), 1)
+    return -(-rows // step) * step
+
+
 def _long(pair: Pair) -> bool:
-    return min(pair.q_len, pair.k_len) >= LEAST
+    """Whether a square or a rectangle is cuDNN's: a rectangle has its own lengths, which must have a plan."""
+    enough = min(pair.q_len, pair.k_len) >= LEAST
+    return enough and (pair.causal or rounded(pair.q_len) == pair.q_len and rounded(pair.k_len) == pair.k_len)
+
+
+@lru_cache(maxsize=64)  # all layers of a micro-batch have the same
+def _parted(pairs: tuple[Pair, ...]) -> tuple[list[Pair], list[Pair]]:
+    """Those for cuDNN and the others."""
+    kept = list(by_pair.squares(list(pairs)))
+    return [pair for pair in kept if _long(pair)], [pair for pair in kept if not _long(pair)]
 
 
 def worthwhile(pairs: list[Pair]) -> bool:
     """Whether most of the scores are in pairs for cuDNN."""
-    scores = [(pair.q_len * pair.k_len / (2 if pair.causal else 1), _long(pair)) for pair in by_pair.squares(pairs)]
-    return 2 * sum(number for number, long in scores if long) > sum(number for number, _ in scores)
+    long, short = (sum(pair.q_len * pair.k_len / (2 if pair.causal else 1) for pair in some) for some in _parted(tuple(pairs)))
+    return long > short
 
 
 def _for_short(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
@@ -55,27 +72,19 @@ def _for_short(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
     return flash
 
 
-def _parted(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Those for cuDNN and the others."""
-    kept = list(by_pair.squares(pairs))
-    return [pair for pair in kept if _long(pair)], [pair for pair in kept if not _long(pair)]
-
-
-def rounded(rows: int) -> int:
-    """The next length that there is a plan for."""
-    step = max((1 << (rows - 1).bit_length()) // (2 * LENGTHS), 1)
-    return -(-rows // step) * step
-
-
 def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float) -> tuple[Tensor, Tensor]:
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
         return out, lse
 
-    long, short = _parted(pairs)
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    long, short = _parted(tuple(pairs))
     out, lse = by_pair.forward(q, k, v, long, attend, rounded)
     if short:
-        out, lse = merge(out, lse, *_for_short(q, k, v, scale).forward_pairs(q, k, v, short, scale))
+        out = out.float()
+        others, others_lse = _for_short(q, k, v, scale).forward_pairs(q, k, v, short, scale)
+        for rows in map(slice, range(0, len(q), MERGED), range(MERGED, len(q) + MERGED, MERGED)):
+            out[rows], lse[rows] = merge(out[rows], lse[rows], others[rows], others_lse[rows])
     return out, lse
 
 
@@ -91,10 +100,15 @@ def backward_pairs(
         )
         return dq, dk, dv
 
-    long, short = _parted(pairs)
-    dout, out = dout.to(q.dtype), out.to(q.dtype)
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    long, short = _parted(tuple(pairs))
+    # contiguous: of these two a plan has the strides, and torch finds plans by those of q, k and v
+    dout, out = dout.to(q.dtype).contiguous(), out.to(q.dtype).contiguous()
     grads = by_pair.backward(dout, q, k, v, out, lse, long, differentiate, rounded)
     if short:
         others = _for_short(q, k, v, scale).backward_pairs(dout, q, k, v, out, lse, short, scale)
-        grads = tuple(a.float() + b for a, b in zip(grads, others, strict=True))  # type: ignore[assignment]
+        dq, dk, dv = (grad.float() for grad in grads)
+        for total, other in zip((dq, dk, dv), others, strict=True):
+            total += other
+        return dq, dk, dv
     return grads

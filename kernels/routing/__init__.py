@@ -82,7 +82,8 @@ class _Spread(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, weights: Tensor | None, order: Tensor, places: Tensor, k: int, triton: bool) -> Tensor:
-        ctx.save_for_backward(y, weights, order, places)
+        learns = weights is not None and ctx.needs_input_grad[1]
+        ctx.save_for_backward(y if learns else None, weights, order, places)
         ctx.k, ctx.triton = k, triton
         return _sums(y, places, k, weights, triton)
 

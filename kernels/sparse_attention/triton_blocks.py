@@ -221,7 +221,7 @@ class _Attention(torch.autograd.Function):
         selections, top = indices.shape[1:]
         out, lse = q.new_empty(tokens, heads, width), q.new_empty(tokens, heads, dtype=torch.float32)
         options, size = _options(q, k, v, indices, layout.longest, ATTEND)
-        ctx.lists = []
+        kept: list[Tensor] = []
         for some in _chunks(q, v, top):
             lists = Lists.of(indices[some], layout.bases[some], k.shape[1], blocks)
             items, _ = lists.items(size)
@@ -236,15 +236,15 @@ class _Attention(torch.autograd.Function):
                 kernels.merge[(triton.cdiv(rows, SUMMED),)](
                     *(*parts, indices[some], *to, rows, options["M"], top), DV=width, BV=options["BV"], ROWS=SUMMED, num_warps=4
                 )
-            ctx.lists.append(lists)
-        ctx.save_for_backward(q, k, v, indices, out, lse)
+            kept += lists
+        ctx.save_for_backward(q, k, v, indices, out, lse, *kept)
         ctx.layout, ctx.scale = layout, scale
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, indices, out, lse = ctx.saved_tensors
+        q, k, v, indices, out, lse, *kept = ctx.saved_tensors
         layout, scale, dout, dlse = ctx.layout, float(ctx.scale), grads[0].contiguous(), grads[1].contiguous()
         heads, blocks, kv_heads, top = q.shape[1], len(layout.starts), k.shape[1], indices.shape[2]
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
@@ -252,7 +252,8 @@ class _Attention(torch.autograd.Function):
         of_keys, least = _options(q, k, v, indices, layout.longest, KEY_GRADIENTS)
         tiles = triton.cdiv(layout.longest, of_keys["COLUMNS"])
         widths = {name: of_keys[name] for name in ("D", "DV", "BD", "BV", "COLUMNS")}
-        for some, lists in zip(_chunks(q, v, top), ctx.lists, strict=True):
+        for some, *of_lists in zip(_chunks(q, v, top), kept[::2], kept[1::2], strict=True):
+            lists = Lists(*of_lists)
             chosen, to = indices[some], dq[some]
             rows, pairs = len(to) * heads, len(lists.order)
             rest = lse.new_empty(rows, kernels.REST.value)

@@ -35,7 +35,7 @@ def _everything(layout: Layout, block: int, selections: int, top: int) -> Tensor
 def _runs(parts: list[Part], block: int, selections: int, top: int) -> Iterator[tuple[slice, int, int, int]]:
     """The queries that have more than top blocks, some of a document at a time: which they are, the first one's place, where the document's
     keys begin, and the numbers that a row of scores has."""
-    for part in (beyond(part, top * block) for part in parts):
+    for part in (beyond(part, top * block) for part in parts if part.start < part.stop):
         before = part.first - part.begin
         stride = triton.cdiv(triton.cdiv(before + part.stop - part.start, block), 16) * 16
         step = max(SCORES // (selections * stride) // 128 * 128, 128)

@@ -110,7 +110,8 @@ def products(
         columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         key = load(k, columns.to(tl.int64) * HK + h // (H // HK), columns < blocks, D, BD)
         product = tl.dot(load(q, head, there, D, BD), tl.trans(key), input_precision=DOT)
-        tl.store(scores + head[:, None] * stride + columns[None, :], product, mask=there[:, None] & (columns < blocks)[None, :])
+        kept = columns < tl.minimum(blocks, stride)  # a row has no numbers for blocks behind its part
+        tl.store(scores + head[:, None] * stride + columns[None, :], product, mask=there[:, None] & kept[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "place", "stride"])

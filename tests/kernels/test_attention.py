@@ -479,6 +479,8 @@ def test_cudnn_is_for_streams_whose_scores_are_in_long_documents():
     short = [Pair(9000 + 2000 * n, 2000, 9000 + 2000 * n, 2000, True) for n in range(25)]
     assert cudnn.worthwhile(document + short[:20]) and not cudnn.worthwhile(document + short)
     assert not cudnn.worthwhile([Pair(0, 8191, 0, 8191, True)]) and not cudnn.worthwhile([])
+    # a rectangle is as long as it is: of those in a ring some have a length that there is a plan for
+    assert cudnn.worthwhile([Pair(0, 8192, 0, 12288, False)]) and not cudnn.worthwhile([Pair(0, 8200, 0, 12288, False)])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,6 +14,10 @@ SCALE = 0.3
 LATE = [Part(0, 5, 0, 9), Part(5, 9, 14, 14), Part(9, 21, 14, 30)]  # of 42 keys: queries that start late in their documents, one twice
 
 
+TWICE = [Part(0, 7, 0, 23), Part(7, 15, 0, 132)]  # of one document: the second part sees blocks that the first has no numbers for
+EMPTY = [Part(0, 0, 0, 0), Part(0, 30, 0, 0), Part(30, 30, 30, 30)]
+
+
 def whole(lengths: list[int]) -> list[Part]:
     return parts(torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32), sum(lengths))
 
@@ -144,6 +148,7 @@ def compare_nsa(some, heads, kv, width, value, shape, tolerance, dtype=torch.flo
         (whole([1, 9, 30]), Shape(4, 4, 4, 4)),
         (LATE, Shape(4, 2, 4, 5)),
         (whole([3, 2]), Shape(4, 4, 4, 3)),  # no compressed block
+        (EMPTY, Shape(4, 4, 4, 4)),
     ],
 )
 def test_nsa(some, shape, monkeypatch):
@@ -154,7 +159,7 @@ def test_nsa(some, shape, monkeypatch):
 
 
 @runs
-@pytest.mark.parametrize(("some", "local"), [(whole([1, 5, 25]), 1), (LATE, 2)])
+@pytest.mark.parametrize(("some", "local"), [(whole([1, 5, 25]), 1), (LATE, 2), (TWICE, 1), (EMPTY, 1)])
 def test_moba(some, local):
     queries, keys = sizes(some)
 

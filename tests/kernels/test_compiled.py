@@ -1,4 +1,4 @@
-"""Every operator's programs compile for a Hopper GPU, in the types that they take, and fit its shared memory."""
+"""Every operator's programs compile for a Hopper GPU, in bfloat16, and fit its shared memory."""
 
 import pytest
 import torch
