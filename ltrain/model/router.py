@@ -129,11 +129,14 @@ class Router(nn.Module):
             gaps.append(_gap(self._group_scores((scores + self.bias).unflatten(-1, (o.groups, -1))), o.top_groups))
         return torch.stack(gaps).min()
 
-    @torch.no_grad()
-    def update_bias(self, load: Tensor, rate: float) -> None:
-        """Once per global batch, load [E] summed over all ranks: experts with less than the mean load become easier to choose."""
-        load = load.to(self.bias.dtype)
-        self.bias += rate * torch.sign(load.mean() - load)
+
+@torch.no_grad()
+def update_biases(routers: list[Router], loads: Tensor) -> None:
+    """Once per global batch, loads [routers, E] summed over all ranks: experts with less than the mean load become easier to choose."""
+    loads = loads.to(routers[0].bias.dtype)
+    rates = torch.tensor([[router.options.bias_rate] for router in routers], dtype=loads.dtype).to(loads.device, non_blocking=True)
+    moved = rates * torch.sign(loads.mean(1, keepdim=True) - loads)
+    torch._foreach_add_([router.bias for router in routers], list(moved.unbind()))
 
 
 def _gap(scores: Tensor, chosen: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from ltrain.model.ffn import MoE
 from ltrain.model.layers import LocalLayers, seed_parameters
 from ltrain.model.options import MoEOptions
-from ltrain.model.router import Router, attach_loss
+from ltrain.model.router import Router, attach_loss, update_biases
 from ltrain.model.sequence import LocalExchange, Sequence
 
 
@@ -44,11 +44,11 @@ def test_bias_moves_the_selection_and_not_the_weights() -> None:
     torch.testing.assert_close(weights, (x @ module.weight.T).sigmoid().gather(-1, after))
 
 
-def test_update_bias_pulls_towards_the_mean_load() -> None:
-    module = router()
-    module.update_bias(torch.tensor([10, 0, 5, 5, 5, 5]), 0.01)
+def test_biases_pull_towards_the_mean_load() -> None:
+    module = router(bias_rate=0.01)
+    update_biases([module], torch.tensor([[10, 0, 5, 5, 5, 5]]))
     torch.testing.assert_close(module.bias, torch.tensor([-0.01, 0.01, 0, 0, 0, 0]))
-    module.update_bias(torch.tensor([10, 0, 6, 6, 4, 4]), 0.01)
+    update_biases([module], torch.tensor([[10, 0, 6, 6, 4, 4]]))
     torch.testing.assert_close(module.bias, torch.tensor([-0.02, 0.02, -0.01, -0.01, 0.01, 0.01]))
 
 
