@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltrain.kernels import routing
+from ltrain.kernels.routing.gate import Gate, Routed, route, scored
 from ltrain.model.layers import LocalLayers
 from ltrain.model.options import MoEOptions
 from ltrain.model.recompute import cheap
@@ -58,45 +59,54 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(options.experts, dtype=torch.float32, device=layers.device))
         self.register_buffer("load", torch.zeros(options.experts, dtype=torch.int64, device=layers.device), persistent=False)
 
-    def scores(self, x: Tensor) -> Tensor:
-        """x [T, hidden] -> [T, E], each in 0..1"""
+    def _logits(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, E] in float32 or wider"""
         wide = torch.promote_types(x.dtype, torch.float32)
         product = wide if self.options.router_dtype == "float32" else x.dtype
         bias = None if self.logit_bias is None else self.logit_bias.to(product)
-        logits = F.linear(cheap(Tensor.to, x, product), self.weight.to(product), bias).to(wide)
-        return logits.softmax(-1) if self.options.score == "softmax" else logits.sigmoid()
+        return F.linear(cheap(Tensor.to, x, product), self.weight.to(product), bias).to(wide)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, E], each in 0..1"""
+        return scored(self._logits(x), self.options.score)
 
     def forward(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
         """x [T, hidden] -> weights [T, k] (float32 or wider) and expert indices [T, k]."""
-        o = self.options
-        scores = self.scores(x)
-        probabilities = scores if o.score == "softmax" else scores / (scores.sum(-1, keepdim=True) + 1e-20)
-        indices, fractions = seq.tape.keep(lambda: self._decide(scores.detach(), probabilities.detach(), seq))
-        weights = scores.gather(-1, indices)
-        if o.renormalise:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        weights = weights * o.scale
-        if fractions is not None:
-            weights = attach_loss(weights, self._aux_loss(probabilities, fractions) * seq.aux_weight)
-        return weights, indices
+        logits, made = self._logits(x), list[Routed]()
 
-    def _decide(self, scores: Tensor, probabilities: Tensor, seq: Sequence) -> tuple[Tensor, Tensor | None]:
-        """What must happen once per forward: the selection [T, k], the counting, and the balance [E] that the auxiliary loss needs."""
+        def decide() -> tuple[Tensor, Tensor | None]:
+            """What must happen once per forward: the selection [T, k], the counting, and the balance [E] that the auxiliary loss needs."""
+            made.append(self._routed(logits))
+            return made[0].indices, self._balance(made[0], seq)
+
+        indices, fractions = seq.tape.keep(decide)
+        routed = made[0] if made else self._routed(logits, indices)
+        if fractions is None:
+            return routed.weights, indices
+        return attach_loss(routed.weights, self._aux_loss(routed.shares, fractions) * seq.aux_weight), indices
+
+    def _routed(self, logits: Tensor, indices: Tensor | None = None) -> Routed:
+        """indices: where the choice is made already."""
         o = self.options
-        gradients = torch.is_grad_enabled()
-        indices = routing.best(self._choices(scores), o.top_k)
-        counts = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, indices, True).sum(0)  # [E]; bincount would wait for the device
-        if gradients and self.training:
-            self.load += counts
-        if not gradients or o.aux_loss == 0:
-            return indices, None
-        everywhere = seq.exchange.sum(counts).to(scores.dtype)  # over all tokens of the micro-batch
-        slots = everywhere.sum()
+        if indices is None and o.groups > 1:
+            indices = routing.best(self._choices(scored(logits.detach(), o.score)), o.top_k)
+        return route(logits, self.bias, Gate(o.top_k, o.score, o.renormalise, o.scale), indices)
+
+    def _balance(self, routed: Routed, seq: Sequence) -> Tensor | None:
+        """Count the tokens of each expert, and note the auxiliary loss: [E] that it takes; None: there is none."""
+        o = self.options
+        if not torch.is_grad_enabled():
+            return None
+        if self.training:
+            self.load += routed.loads
+        if o.aux_loss == 0:
+            return None
+        slots = max(int(seq.cu_seqlens[-1]), 1) * o.top_k  # of the micro-batch: what the counts of all its ranks add up to
         # Fraction of the slots over the number of tokens: f_e / T, so that a sum over all ranks' tokens gives f_e P_e.
-        fractions = everywhere / slots / (slots / o.top_k)
-        loss = self._aux_loss(probabilities, fractions)
+        fractions = seq.exchange.sum(routed.loads).to(routed.shares.dtype) * (o.top_k / slots**2)
+        loss = self._aux_loss(routed.shares.detach(), fractions)
         seq.metrics["aux_loss"] = seq.metrics["aux_loss"] + loss if "aux_loss" in seq.metrics else loss
-        return indices, fractions
+        return fractions
 
     def _choices(self, scores: Tensor) -> Tensor:
         """What is chosen by [T, E]: scores with the bias, and -inf in groups that are not among a token's best."""
@@ -112,9 +122,9 @@ class Router(nn.Module):
         """[T, groups, E / groups] -> [T, groups]"""
         return grouped.amax(-1) if self.options.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
 
-    def _aux_loss(self, probabilities: Tensor, fractions: Tensor) -> Tensor:
+    def _aux_loss(self, shares: Tensor, fractions: Tensor) -> Tensor:
         """This rank's term of coefficient * E * sum_e f_e P_e (Fedus et al. 2021): f_e the fraction of slots, P_e the mean probability."""
-        return self.options.aux_loss * self.options.experts * (probabilities.sum(0) * fractions).sum()
+        return torch.dot(shares, fractions) * (self.options.aux_loss * self.options.experts)
 
     @torch.no_grad()
     def margin(self, x: Tensor) -> Tensor:

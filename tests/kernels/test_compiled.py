@@ -22,3 +22,18 @@ def test_programs_of_an_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         out = operator.run(leaves | {key: t for key, t in x.items() if key not in leaves}, "triton")
         torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), allow_unused=True)
     assert found
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("experts", [8, 300])
+def test_programs_of_a_router(score: str, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ltrain.kernels.routing.gate import Gate, route
+    from tests.kernels.compiled import compiling
+
+    logits, gate = torch.randn(200, experts, generator=torch.Generator().manual_seed(0)).requires_grad_(), Gate(3, score)
+    with compiling(monkeypatch) as found:
+        for indices in (None, torch.zeros(200, 3, dtype=torch.int64)):
+            routed = route(logits, torch.zeros(experts), gate, indices, backend="triton")
+            for out in (routed.weights.sum(), routed.shares.sum(), routed.weights.sum() + routed.shares.sum()):
+                torch.autograd.grad(out, logits, retain_graph=True)
+    assert len(found) == 5

@@ -86,7 +86,8 @@ class CommonCounts(LocalExchange):
 def test_auxiliary_loss_of_parts_sums_to_that_of_the_whole() -> None:
     """Two ranks with half of the tokens each, that exchange their counts."""
     module, x = router(aux_loss=1.0), tokens()
-    whole, halves = Sequence.of([40]), [Sequence.of([15]), Sequence.of([25])]
+    whole = Sequence.of([40])
+    halves = [Sequence(whole.cu_seqlens, whole.positions[:15]), Sequence(whole.cu_seqlens, whole.positions[15:])]
     _, indices = module(x, whole)
     counts = indices.flatten().bincount(minlength=6)
     for seq in halves:
