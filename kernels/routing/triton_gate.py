@@ -1,12 +1,13 @@
 """`gate.route` on a GPU. Logits and indices alone are kept for the backward; sums over tokens are made in the same order every time."""
 
+from typing import Any
+
 import torch
-import triton
 from torch import Tensor
 
 from ltrain.kernels.routing import triton_kernels_gate as kernels
 from ltrain.kernels.routing.gate import TINY, Gate
-from ltrain.kernels.segments import device_refusal
+from ltrain.kernels.segments import ceil_div, device_refusal, power_of_two
 
 SCORES = 4096  # of a program
 
@@ -18,15 +19,15 @@ def refusal(logits: Tensor) -> str | None:
     return None if logits.dtype == torch.float32 else f"takes logits in float32, not {logits.dtype}"
 
 
-def _options(logits: Tensor, gate: Gate) -> dict[str, object]:
-    block = triton.next_power_of_2(logits.shape[1])
+def _options(logits: Tensor, gate: Gate) -> dict[str, Any]:
+    block = power_of_two(logits.shape[1])
     return {
         "K": gate.k,
         "SIGMOID": gate.score == "sigmoid",
         "RENORMALISE": gate.renormalise,
         "ROWS": max(1, SCORES // block),
         "BE": block,
-        "BK": triton.next_power_of_2(gate.k),
+        "BK": power_of_two(gate.k),
         "num_warps": 4,
     }
 
@@ -34,7 +35,7 @@ def _options(logits: Tensor, gate: Gate) -> dict[str, object]:
 def forward(logits: Tensor, bias: Tensor, indices: Tensor | None, gate: Gate) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> weights [T, k], indices [T, k], loads [E], shares [E]"""
     logits, (tokens, experts), options = logits.contiguous(), logits.shape, _options(logits, gate)
-    blocks = triton.cdiv(tokens, options["ROWS"])
+    blocks = ceil_div(tokens, options["ROWS"])
     weights = logits.new_empty(tokens, gate.k)
     chosen = torch.empty(tokens, gate.k, dtype=torch.int64, device=logits.device)
     loads = torch.empty(blocks, experts, dtype=torch.int32, device=logits.device)
@@ -49,6 +50,6 @@ def backward(logits: Tensor, indices: Tensor, dweights: Tensor | None, dshares: 
     logits, (tokens, experts), options = logits.contiguous(), logits.shape, _options(logits, gate)
     dlogits = torch.empty_like(logits)
     of_weights, of_shares = (None if x is None else x.contiguous() for x in (dweights, dshares))
-    grid = (triton.cdiv(tokens, options["ROWS"]),)
+    grid = (ceil_div(tokens, options["ROWS"]),)
     kernels.logit_gradients[grid](logits, indices, of_weights, of_shares, dlogits, tokens, experts, gate.scale, TINY, **options)
     return dlogits
