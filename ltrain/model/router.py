@@ -72,18 +72,25 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
         """x [T, hidden] -> weights [T, k] (float32 or wider) and expert indices [T, k]."""
-        logits, made = self._logits(x), list[Routed]()
+        logits, made = self._logits(x), list[tuple[Tensor, Tensor | None]]()
 
         def decide() -> tuple[Tensor, Tensor | None]:
             """What must happen once per forward: the selection [T, k], the counting, and the balance [E] that the auxiliary loss needs."""
-            made.append(self._routed(logits))
-            return made[0].indices, self._balance(made[0], seq)
+            routed = self._routed(logits)
+            fractions = self._balance(routed, seq)
+            loss = None if fractions is None else self._aux_loss(routed.shares, fractions)
+            if loss is not None:
+                noted = loss.detach()
+                seq.metrics["aux_loss"] = seq.metrics["aux_loss"] + noted if "aux_loss" in seq.metrics else noted
+            made.append((routed.weights, loss))
+            return routed.indices, fractions
 
         indices, fractions = seq.tape.keep(decide)
-        routed = made[0] if made else self._routed(logits, indices)
-        if fractions is None:
-            return routed.weights, indices
-        return attach_loss(routed.weights, self._aux_loss(routed.shares, fractions) * seq.aux_weight), indices
+        if not made:
+            routed = self._routed(logits, indices)
+            made.append((routed.weights, None if fractions is None else self._aux_loss(routed.shares, fractions)))
+        weights, loss = made[0]
+        return weights if loss is None else attach_loss(weights, loss * seq.aux_weight), indices
 
     def _routed(self, logits: Tensor, indices: Tensor | None = None) -> Routed:
         """indices: where the choice is made already."""
@@ -93,7 +100,7 @@ class Router(nn.Module):
         return route(logits, self.bias, Gate(o.top_k, o.score, o.renormalise, o.scale), indices)
 
     def _balance(self, routed: Routed, seq: Sequence) -> Tensor | None:
-        """Count the tokens of each expert, and note the auxiliary loss: [E] that it takes; None: there is none."""
+        """Count the tokens of each expert -> [E] that the auxiliary loss takes; None: there is none."""
         o = self.options
         if not torch.is_grad_enabled():
             return None
@@ -103,10 +110,7 @@ class Router(nn.Module):
             return None
         slots = max(int(seq.cu_seqlens[-1]), 1) * o.top_k  # of the micro-batch: what the counts of all its ranks add up to
         # Fraction of the slots over the number of tokens: f_e / T, so that a sum over all ranks' tokens gives f_e P_e.
-        fractions = seq.exchange.sum(routed.loads).to(routed.shares.dtype) * (o.top_k / slots**2)
-        loss = self._aux_loss(routed.shares.detach(), fractions)
-        seq.metrics["aux_loss"] = seq.metrics["aux_loss"] + loss if "aux_loss" in seq.metrics else loss
-        return fractions
+        return seq.exchange.sum(routed.loads).to(routed.shares.dtype) * (o.top_k / slots**2)
 
     def _choices(self, scores: Tensor) -> Tensor:
         """What is chosen by [T, E]: scores with the bias, and -inf in groups that are not among a token's best."""
