@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ltrain.kernels import linear_recurrence as kernels
 from ltrain.kernels import short_conv
-from ltrain.kernels.norm import l2_norm
+from ltrain.kernels.norm import l2_norm, l2_normed_parts
 from ltrain.kernels.recurrence import Linear
 from ltrain.kernels.rope import rotate
 from ltrain.model.layers import LocalLayers, constant, joined
@@ -110,11 +110,16 @@ class LinearRecurrence(Mixer):
     def _inputs(self, mixed: Tensor, seq: Sequence, *rates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """What lies behind the convolution [T, C] -> q and k [T, Hk, K], what is written [T, H, V], log decay, beta, and v for the skip."""
         o = self.options
-        q, k, v = mixed.split(self._widths, dim=-1)
-        q, k, v = q.unflatten(-1, (self.key_heads, -1)), k.unflatten(-1, (self.key_heads, -1)), v.unflatten(-1, (self.value_heads, -1))
+        at_once = o.qk_norm == "l2" and o.feature_map == "none"
+        if at_once:
+            q, k, v = l2_normed_parts(mixed, self.key_heads, o.key_dim)
+        else:
+            q, k, v = mixed.split(self._widths, dim=-1)
+            q, k = q.unflatten(-1, (self.key_heads, -1)), k.unflatten(-1, (self.key_heads, -1))
+        v = v.unflatten(-1, (self.value_heads, -1))
         if o.feature_map != "none":
             q, k = (F.elu(q) + 1, F.elu(k) + 1) if o.feature_map == "elu" else (F.relu(q), F.relu(k))
-        if o.qk_norm == "l2":
+        if o.qk_norm == "l2" and not at_once:
             q, k = l2_norm(q), l2_norm(k)
         elif self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
