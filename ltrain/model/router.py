@@ -16,22 +16,22 @@ from ltrain.model.sequence import Sequence
 
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.loss = (loss.shape, loss.dtype, loss.device)
+    def forward(ctx: Any, x: Tensor, loss: Tensor, weight: float) -> Tensor:
+        ctx.loss = (loss.shape, weight, loss.dtype, loss.device)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
-        shape, dtype, device = ctx.loss
-        return grads[0], torch.ones(shape, dtype=dtype, device=device)
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+        shape, weight, dtype, device = ctx.loss
+        return grads[0], torch.full(shape, weight, dtype=dtype, device=device), None
 
 
-def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
-    """x unchanged; a backward through it adds d loss with weight 1 to whatever is differentiated.
+def attach_loss(x: Tensor, loss: Tensor, weight: float = 1.0) -> Tensor:
+    """x unchanged; a backward through it adds weight x d loss to whatever is differentiated.
 
     A block can so carry a loss of its own without returning it, through checkpointing and across pipeline cuts.
     """
-    return _AttachLoss.apply(x, loss)
+    return _AttachLoss.apply(x, loss, weight)
 
 
 class Router(nn.Module):
@@ -77,20 +77,20 @@ class Router(nn.Module):
         def decide() -> tuple[Tensor, Tensor | None]:
             """What must happen once per forward: the selection [T, k], the counting, and the balance [E] that the auxiliary loss needs."""
             routed = self._routed(logits)
-            fractions = self._balance(routed, seq)
-            loss = None if fractions is None else self._aux_loss(routed.shares, fractions)
+            coefficients = self._balance(routed, seq)
+            loss = None if coefficients is None else torch.dot(routed.shares, coefficients)
             if loss is not None:
                 noted = loss.detach()
                 seq.metrics["aux_loss"] = seq.metrics["aux_loss"] + noted if "aux_loss" in seq.metrics else noted
             made.append((routed.weights, loss))
-            return routed.indices, fractions
+            return routed.indices, coefficients
 
-        indices, fractions = seq.tape.keep(decide)
+        indices, coefficients = seq.tape.keep(decide)
         if not made:
             routed = self._routed(logits, indices)
-            made.append((routed.weights, None if fractions is None else self._aux_loss(routed.shares, fractions)))
+            made.append((routed.weights, None if coefficients is None else torch.dot(routed.shares, coefficients)))
         weights, loss = made[0]
-        return weights if loss is None else attach_loss(weights, loss * seq.aux_weight), indices
+        return weights if loss is None else attach_loss(weights, loss, seq.aux_weight), indices
 
     def _routed(self, logits: Tensor, indices: Tensor | None = None) -> Routed:
         """indices: where the choice is made already."""
@@ -100,7 +100,11 @@ class Router(nn.Module):
         return route(logits, self.bias, Gate(o.top_k, o.score, o.renormalise, o.scale), indices)
 
     def _balance(self, routed: Routed, seq: Sequence) -> Tensor | None:
-        """Count the tokens of each expert -> [E] that the auxiliary loss takes; None: there is none."""
+        """Count the tokens of each expert -> coefficients [E], with which its shares cost the auxiliary loss; None: there is none.
+
+        It is coefficient * E * sum_e f_e P_e (Fedus et al. 2021): f_e the fraction of slots, P_e the mean probability. Each rank's shares give its
+        own term, by fractions over all tokens.
+        """
         o = self.options
         if not torch.is_grad_enabled():
             return None
@@ -108,9 +112,8 @@ class Router(nn.Module):
             self.load += routed.loads
         if o.aux_loss == 0:
             return None
-        slots = max(int(seq.cu_seqlens[-1]), 1) * o.top_k  # of the micro-batch: what the counts of all its ranks add up to
-        # Fraction of the slots over the number of tokens: f_e / T, so that a sum over all ranks' tokens gives f_e P_e.
-        return seq.exchange.sum(routed.loads).to(routed.shares.dtype) * (o.top_k / slots**2)
+        tokens = max(int(seq.cu_seqlens[-1]), 1)  # of the micro-batch: the counts of all its ranks add up to top_k for each
+        return seq.exchange.sum(routed.loads).to(routed.shares.dtype) * (o.aux_loss * o.experts / (o.top_k * tokens**2))
 
     def _choices(self, scores: Tensor) -> Tensor:
         """What is chosen by [T, E]: scores with the bias, and -inf in groups that are not among a token's best."""
@@ -125,10 +128,6 @@ class Router(nn.Module):
     def _group_scores(self, grouped: Tensor) -> Tensor:
         """[T, groups, E / groups] -> [T, groups]"""
         return grouped.amax(-1) if self.options.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
-
-    def _aux_loss(self, shares: Tensor, fractions: Tensor) -> Tensor:
-        """This rank's term of coefficient * E * sum_e f_e P_e (Fedus et al. 2021): f_e the fraction of slots, P_e the mean probability."""
-        return torch.dot(shares, fractions) * (self.options.aux_loss * self.options.experts)
 
     @torch.no_grad()
     def margin(self, x: Tensor) -> Tensor:
