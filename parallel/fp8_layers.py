@@ -23,7 +23,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from ltrain.config import FP8Config
 from ltrain.model.experts import Experts
-from ltrain.model.layers import LocalLayers, ParamLayout, RMSNorm, normal
+from ltrain.model.layers import LocalLayers, ParamLayout, RMSNorm, normal, split
 from ltrain.model.options import MoEOptions
 from ltrain.model.recompute import cheap
 from ltrain.parallel.experts import ExpertParallelExperts
@@ -71,7 +71,7 @@ class ColumnLinear(_WithoutScales, te.Linear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         y = super().forward(x)
-        return (y + self.bias if self.offset else y).split(self.parts, dim=-1)
+        return split(y + self.bias if self.offset else y, self.parts)
 
 
 class NormLinear(_WithoutScales, te.LayerNormLinear):
@@ -97,7 +97,7 @@ class NormLinear(_WithoutScales, te.LayerNormLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         y = super().forward(x)
-        return (y + self.bias if self.offset else y).split(self.parts, dim=-1)
+        return split(y + self.bias if self.offset else y, self.parts)
 
 
 class RowLinear(_WithoutScales, te.Linear):

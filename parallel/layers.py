@@ -23,7 +23,7 @@ from ltrain.config import Config
 from ltrain.kernels.cross_entropy import Losses, linear_cross_entropy_sum
 from ltrain.kernels.cross_entropy.reference import bounded
 from ltrain.model.head import main_grad
-from ltrain.model.layers import Experts, LocalLayers, ParamLayout, declare, layout_of, normal, settings
+from ltrain.model.layers import Experts, LocalLayers, ParamLayout, declare, layout_of, normal, settings, split
 from ltrain.model.options import MoEOptions
 from ltrain.model.sequence import Sequence
 from ltrain.parallel.experts import ExpertParallelExperts
@@ -43,7 +43,7 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         y, _ = super().forward(x.unsqueeze(1))  # [T / tensor, 1, in] -> [T, 1, sum(parts) / tensor]
-        return y.squeeze(1).split(self.parts, dim=-1)
+        return split(y.squeeze(1), self.parts)
 
 
 class RowLinear(RowParallelLinear):

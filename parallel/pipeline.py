@@ -51,9 +51,13 @@ class Stage(nn.Module):
         """What the stage before sent, or None on the first; megatron's schedules call this."""
         self._input = tensors[0] if tensors else None
 
-    def sequence(self, batch: MicroBatch, aux_weight: float) -> Sequence:
-        positions = self.layout.of(batch.cu_seqlens).take(batch.positions).to(self.mesh.device)
-        return Sequence(batch.cu_seqlens, positions, exchange=self.exchange, aux_weight=aux_weight)
+    def _brought(self, batch: MicroBatch, *streams: Tensor) -> tuple[Tensor, ...]:
+        """This rank's tokens of each of these streams [tokens] int64, on the device. In one copy that the host does not wait for: it is to be
+        ahead of the device when a micro-batch begins."""
+        layout = self.layout.of(batch.cu_seqlens)
+        rows = torch.stack([layout.take(stream) for stream in streams])
+        rows = rows.pin_memory() if self.mesh.device.type == "cuda" else rows
+        return rows.to(self.mesh.device, non_blocking=True).unbind()
 
     def forward(self, batch: MicroBatch, labels: int, micro_batches: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The hidden states for the next stage, or on the last stage this rank's part of the loss.
@@ -61,9 +65,10 @@ class Stage(nn.Module):
         labels: labelled tokens of the global batch, and micro_batches: micro-batches of it; the loss is already divided
         by them, so gradients add up over micro-batches and ranks. Returns sums for the log beside it.
         """
-        seq = self.sequence(batch, aux_weight=1.0 / micro_batches)
+        tokens, positions, targets = self._brought(batch, batch.tokens, batch.positions, batch.labels)
+        seq = Sequence(batch.cu_seqlens, positions, exchange=self.exchange, aux_weight=1.0 / micro_batches)
         if self.mesh.first_stage:
-            x = self.layout.of(batch.cu_seqlens).take(batch.tokens).to(self.mesh.device)
+            x = tokens
         else:
             assert self._input is not None
             x = self._input.squeeze(1)
@@ -73,7 +78,6 @@ class Stage(nn.Module):
         sums = {"aux_loss": seq.metrics.get("aux_loss", torch.zeros((), device=self.mesh.device)) / micro_batches}
         if not self.mesh.last_stage:
             return hidden.unsqueeze(1), sums
-        targets = self.layout.of(batch.cu_seqlens).take(batch.labels).to(self.mesh.device)
         # divided in there, not here: where megatron's buffer has the head's gradient, nothing may scale it afterwards
         loss, ce, z = self.stack.loss(hidden, targets, 1 / labels)
         # every tensor rank computes the same loss: one of them counts
@@ -91,10 +95,7 @@ class Stage(nn.Module):
         if not (self.mesh.last_stage and depth and torch.is_grad_enabled()):
             return None
 
-        def mine(x: Tensor) -> Tensor:
-            return self.layout.of(batch.cu_seqlens).take(x).to(self.mesh.device)
-
-        further = [Ahead(mine(a.tokens), mine(a.labels)) for a in ahead(batch.tokens, batch.labels, batch.cu_seqlens, depth)]
+        further = [Ahead(*self._brought(batch, *a)) for a in ahead(batch.tokens, batch.labels, batch.cu_seqlens, depth)]
         return self.stack.further_loss(hidden, further, seq, factor)
 
 

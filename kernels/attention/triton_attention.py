@@ -15,7 +15,7 @@ from ltrain.kernels.attention.intervals import Plan, plan
 from ltrain.kernels.attention.pairs import PLAIN, Pair, Score
 from ltrain.kernels.attention.triton_kernels import backward, forward
 from ltrain.kernels.attention.triton_kernels.tiles import REST
-from ltrain.kernels.segments import plain_refusal
+from ltrain.kernels.segments import plain_refusal, power_of_two
 
 WIDEST = 256  # of heads: what a program has room for
 SHARED = {128: 0, 256: 192 << 10}  # bytes of shared memory that heads of 16-bit numbers take: H100s have as many, A100s and desktop GPUs not
@@ -68,7 +68,7 @@ def _laid(x: Tensor) -> Tensor:
 
 
 def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_two(width))
 
 
 def _options(q: Tensor, k: Tensor, v: Tensor, score: Score, table: dict[int, Tiles]) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """`reference.rows` on a GPU, in one pass over the products."""
 
-import triton
 from torch import Tensor
 
 from ltrain.kernels.cross_entropy import triton_kernels as kernels
-from ltrain.kernels.segments import plain_refusal
+from ltrain.kernels.segments import plain_refusal, power_of_two
 
 BLOCK = 16384  # logits of a token at a time: with 32 warps one token for each multiprocessor, so that their rows stay in the cache
 PER_WARP = 512  # of these
@@ -34,7 +33,7 @@ def rows(
     if not (reads or learns):
         return
     vocab = products.shape[1]
-    block = min(BLOCK, triton.next_power_of_2(vocab))
+    block = min(BLOCK, power_of_two(vocab))
     kernels.rows[(len(products),)](
         products,
         labels,

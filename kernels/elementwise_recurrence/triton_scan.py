@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.elementwise_recurrence import triton_kernels as kernels
-from ltrain.kernels.segments import TRITON_TYPES, device_refusal
+from ltrain.kernels.segments import TRITON_TYPES, ceil_div, device_refusal, power_of_two
 
 CHUNK = 64  # tokens of one program
 SCRATCH = 256 * 2**20  # bytes of states that the backward of the selective scan holds at a time
@@ -68,7 +67,7 @@ def _places(bounds: tuple[int, ...], chunk: int, device: torch.device) -> Places
     begins = torch.full((bounds[-1],), -1, dtype=torch.int32)
     ends = begins.clone()
     begins[firsts], ends[lasts] = filled.int(), filled.int()
-    whole = torch.ones(triton.cdiv(bounds[-1], chunk), dtype=torch.int32)
+    whole = torch.ones(ceil_div(bounds[-1], chunk), dtype=torch.int32)
     whole[firsts // chunk] = 0
     return Places(*(x.to(device, non_blocking=True) for x in (begins, ends, whole, lasts, filled)))
 
@@ -104,7 +103,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _grid(chunks: int, x: Tensor, tile: Tile) -> tuple[int]:
-    return (chunks * triton.cdiv(x.shape[1], tile.BC),)
+    return (chunks * ceil_div(x.shape[1], tile.BC),)
 
 
 def _scan_bounds(a: Tensor, b: Tensor, places: Places, initial: Tensor | None, dfinal: Tensor | None, reverse: bool = False) -> Tensor:
@@ -132,7 +131,7 @@ class _SelectiveScan(torch.autograd.Function):
         B, C = (F.pad(t, (0, 0, 0, chunks * CHUNK - len(x))) for t in (B, C))  # so that no program need look where they end
         starts = x.new_empty(chunks, states, channels, dtype=torch.float32)
         totals = x.new_empty(chunks, channels, dtype=torch.float32)
-        options = {"CHUNK": CHUNK, **FORWARD._asdict(), "S": states, "BS": triton.next_power_of_2(states), "INITIAL": initial is not None}
+        options = {"CHUNK": CHUNK, **FORWARD._asdict(), "S": states, "BS": power_of_two(states), "INITIAL": initial is not None}
         grid = _grid(chunks, x, FORWARD)
         kernels.selective_locals[grid](x, step, rate, B, places.begins, initial, starts, totals, len(x), channels, **options)
         _selective_carry(starts, totals, rate, places, reverse=False)
@@ -151,9 +150,9 @@ class _SelectiveScan(torch.autograd.Function):
         dy, dfinal = (None if g is None else g.contiguous() for g in grads)
         dy = torch.zeros_like(x) if dy is None else dy
         places: Places = ctx.places
-        (states, channels), chunks, blocks = rate.shape, len(starts), triton.cdiv(x.shape[1], BACKWARD.BC)
+        (states, channels), chunks, blocks = rate.shape, len(starts), ceil_div(x.shape[1], BACKWARD.BC)
         given, ended = {"INITIAL": initial is not None}, {"FINAL": dfinal is not None}
-        tile = {"CHUNK": CHUNK, **FORWARD._asdict(), "S": states, "BS": triton.next_power_of_2(states)}
+        tile = {"CHUNK": CHUNK, **FORWARD._asdict(), "S": states, "BS": power_of_two(states)}
 
         ahead = torch.empty_like(starts)
         args = step, rate, C, dy, places.begins, places.ends, dfinal, ahead, len(x), channels
@@ -186,7 +185,7 @@ class _SelectiveScan(torch.autograd.Function):
 def _selective_carry(local: Tensor, totals: Tensor, rate: Tensor, places: Places, *, reverse: bool) -> None:
     """What `_scan_bounds` makes of the chunks' own ends [chunks, S, C], in their place."""
     chunks, states, channels = local.shape
-    grid = triton.cdiv(channels, CARRY.BC), states
+    grid = ceil_div(channels, CARRY.BC), states
     kernels.selective_carry[grid](local, totals, rate, places.whole, chunks, channels, S=states, **CARRY._asdict(), REVERSED=reverse)
 
 

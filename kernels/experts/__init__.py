@@ -32,7 +32,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        ends = counts.cumsum(0).to(torch.int32)
+        ends = counts.cumsum(0, dtype=torch.int32)
         ctx.save_for_backward(x, weight, counts, ends)
         return torch._grouped_mm(x, weight.mT, offs=ends)
 
@@ -45,7 +45,7 @@ class _GroupedLinear(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             # A sum over no rows is not something every kernel writes.
-            grad_weight = torch._grouped_mm(grad.mT, x, offs=ends).masked_fill_((counts == 0)[:, None, None], 0.0)  # [E, out, in]
+            grad_weight = torch._grouped_mm(grad.mT, x, offs=ends).masked_fill_((counts == 0).view(-1, 1, 1), 0.0)  # [E, out, in]
         return grad_x, grad_weight, None
 
 

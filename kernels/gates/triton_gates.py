@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.gates import KINDS, SIGMOID_SHARE
 from ltrain.kernels.gates import triton_kernels as kernels
-from ltrain.kernels.segments import TRITON_TYPES, device_refusal
+from ltrain.kernels.segments import TRITON_TYPES, ceil_div, device_refusal
 
 COLUMNS = 256  # of a program
 ROWS = 8  # at a time
@@ -32,7 +31,7 @@ class _ChannelDecay(torch.autograd.Function):
         ctx.kind, ctx.bound = kind, bound
         (tokens, width), rate = a.shape, None if A_log is None else A_log.float().exp()
         y = torch.empty(tokens, heads, width // heads, dtype=torch.float32, device=a.device)
-        grid = (triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))
+        grid = (ceil_div(tokens, ROWS), ceil_div(width, COLUMNS))
         kernels.decays[grid](
             a, rate, bias, y, tokens, a.stride(0), width, width // heads, bound, SIGMOID_SHARE, KIND=kind, ROWS=ROWS, BC=COLUMNS, num_warps=4
         )
@@ -44,8 +43,8 @@ class _ChannelDecay(torch.autograd.Function):
         a, A_log, bias = ctx.saved_tensors
         grad = grads[0].contiguous()
         (tokens, width), rate = a.shape, None if A_log is None else A_log.float().exp()
-        columns = triton.cdiv(width, COLUMNS)
-        programs = max(1, min(PROGRAMS // columns, triton.cdiv(tokens, ROWS)))
+        columns = ceil_div(width, COLUMNS)
+        programs = max(1, min(PROGRAMS // columns, ceil_div(tokens, ROWS)))
         da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
         parts = torch.empty(2, programs, width, dtype=torch.float32, device=a.device)  # of bias, and of A_log by channel
         kernels.decay_gradients[programs, columns](

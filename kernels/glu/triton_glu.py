@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.glu import Gating
 from ltrain.kernels.glu import triton_kernels as kernels
-from ltrain.kernels.segments import plain_refusal
+from ltrain.kernels.segments import ceil_div, plain_refusal
 
 NUMBERS = 1024  # of a program
 AFTER = {"before": False, "after": True}
@@ -40,7 +39,7 @@ class _Gated(torch.autograd.Function):
         gate, up = map(_rows, parts if len(parts) == 2 else parts[0].chunk(2, dim=-1))
         out = gate.new_empty(gate.shape)
         numbers, options = _launch(how)
-        kernels.forward[(triton.cdiv(out.numel(), NUMBERS),)](
+        kernels.forward[(ceil_div(out.numel(), NUMBERS),)](
             gate, up, out, out.numel(), out.shape[1], gate.stride(0), up.stride(0), *numbers, **options
         )
         ctx.save_for_backward(*parts)
@@ -57,7 +56,7 @@ class _Gated(torch.autograd.Function):
         dout = grads[0].contiguous()
         numbers, options = _launch(ctx.how)
         strides = gate.stride(0), up.stride(0), dgate.stride(0)
-        grid = (triton.cdiv(gate.numel(), NUMBERS),)
+        grid = (ceil_div(gate.numel(), NUMBERS),)
         kernels.backward[grid](gate, up, dout, dgate, dup, gate.numel(), gate.shape[1], *strides, *numbers, **options)
         found = (together,) if len(parts) == 1 else (dgate, dup)
         return None, *(grad.view(part.shape) for grad, part in zip(found, parts, strict=True))

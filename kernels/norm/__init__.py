@@ -1,7 +1,7 @@
 """Norms over the last axis. RMSNorm: torch's fused kernel on a GPU, two passes of plain torch elsewhere.
 
-`l2_norm` and `gated_rms_norm` have backends: `reference` (torch) and `triton` (on a GPU: one pass forwards, and one backwards that makes
-everything between inputs and output again); `auto` takes triton wherever it runs.
+`l2_norm`, `l2_normed_parts` and `gated_rms_norm` have backends: `reference` (torch) and `triton` (on a GPU: one pass forwards, and one
+backwards that makes everything between inputs and output again); `auto` takes triton wherever it runs.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ltrain.kernels.segments import choose, permitted, plain_only, wants_triton
 
-__all__ = ["GATES", "gated_rms_norm", "l2_norm", "rms_norm"]
+__all__ = ["GATES", "gated_rms_norm", "l2_norm", "l2_normed_parts", "rms_norm"]
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -56,13 +56,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     return normed
 
 
-def _takes(x: Tensor, backend: str, others: tuple[Tensor, ...] = ()) -> bool:
+def _takes(x: Tensor, backend: str, others: tuple[Tensor, ...] = (), width: int | None = None) -> bool:
+    """width: of a head, where that is not the last axis."""
     choose(backend, ("reference", "triton"))
     if not x.numel() or not wants_triton(backend, x):
         return False
     from ltrain.kernels.norm import triton_norm
 
-    return permitted(triton_norm.refusal(x, *others), backend, "reference or auto")
+    return permitted(triton_norm.refusal(x, *others, width=width or x.shape[-1]), backend, "reference or auto")
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -85,6 +86,30 @@ def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
         return triton_norm.l2_norm(x, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def l2_normed_parts(x: Tensor, heads: int, width: int, eps: float = 1e-6, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values that lie side by side, apart: the first two normed as by `l2_norm`. Differentiable, its gradient made in one piece.
+
+    Args:
+        x: [T, C], of which the first 2 heads x width columns are queries and keys.
+
+    Returns:
+        q and k [T, heads, width] and v [T, C - 2 heads x width].
+
+    Raises:
+        ValueError: the width of x, or backend does not fit.
+    """
+    keys = heads * width
+    if x.ndim != 2 or x.shape[1] <= 2 * keys:
+        raise ValueError(f"x is [tokens, C] with C above the {2 * keys} columns of queries and keys, but has shape {list(x.shape)}")
+    if _takes(x, backend, width=width):
+        from ltrain.kernels.norm import triton_norm
+
+        return triton_norm.l2_normed_parts(x, heads, width, eps)
+    q, k, v = x.split((keys, keys, x.shape[1] - 2 * keys), dim=-1)
+    q, k = (l2_norm(part.unflatten(-1, (heads, width)), eps, backend=backend) for part in (q, k))
+    return q, k, v
 
 
 def gated_rms_norm(x: Tensor, weight: Tensor, z: Tensor, eps: float, gate: str, *, backend: str = "auto") -> Tensor:

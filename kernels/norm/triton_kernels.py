@@ -35,6 +35,57 @@ def l2_norm_gradients(x, grad, dx, rows, token, head, grad_token, grad_head, H, 
     tl.store(dx + out, ((g - number * along[:, None]) * scale[:, None]).to(dx.dtype.element_ty), mask=there)
 
 
+@triton.jit
+def _head(program, tokens, stride, H, D, C, ROWS: tl.constexpr, BD: tl.constexpr):
+    """Of ROWS heads of queries and keys, H of each a token: where their numbers lie in x, in an output of either, and in one as wide as x; which
+    there are, and which of these are queries."""
+    row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    t, h, columns = row // (2 * H), row % (2 * H), tl.arange(0, BD)[None, :]
+    there = (t < tokens)[:, None] & (columns < D)
+    at = (h * D)[:, None] + columns
+    return (t * stride)[:, None] + at, ((t * H + h % H) * D)[:, None] + columns, (t * C)[:, None] + at, there, (h < H)[:, None]
+
+
+@triton.jit
+def _copied(program, stride, H, D, REST, C, COLUMNS: tl.constexpr):
+    """Of COLUMNS numbers of a row of values: where they lie in x, in an output, and in one as wide as x; which there are."""
+    across = tl.cdiv(REST, COLUMNS)
+    t, columns = (program // across).to(tl.int64), (program % across) * COLUMNS + tl.arange(0, COLUMNS)
+    return t * stride + 2 * H * D + columns, t * REST + columns, t * C + 2 * H * D + columns, columns < REST
+
+
+@triton.jit(do_not_specialize=["tokens", "norms"])
+def l2_normed_parts(x, q, k, v, tokens, stride, norms, H, D, REST, eps, ROWS: tl.constexpr, BD: tl.constexpr, COLUMNS: tl.constexpr):
+    """Grid (norms + tokens x REST / COLUMNS)"""
+    program = tl.program_id(0)
+    if program < norms:
+        at, out, at_dx, there, query = _head(program, tokens, stride, H, D, 2 * H * D + REST, ROWS, BD)
+        number = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+        normed = (number * tl.rsqrt(tl.sum(number * number, 1) + eps)[:, None]).to(q.dtype.element_ty)
+        tl.store(q + out, normed, mask=there & query)
+        tl.store(k + out, normed, mask=there & (query == 0))
+    else:
+        # other names than above: both branches would have to give them one shape
+        source, target, behind, here = _copied(program - norms, stride, H, D, REST, 2 * H * D + REST, COLUMNS)
+        tl.store(v + target, tl.load(x + source, mask=here, other=0.0), mask=here)
+
+
+@triton.jit(do_not_specialize=["tokens", "norms"])
+def l2_normed_parts_gradients(x, dq, dk, dv, dx, tokens, stride, norms, H, D, REST, eps, ROWS: tl.constexpr, BD: tl.constexpr, COLUMNS: tl.constexpr):
+    """Grid (norms + tokens x REST / COLUMNS): dx [T, C] is contiguous"""
+    program = tl.program_id(0)
+    if program < norms:
+        at, out, at_dx, there, query = _head(program, tokens, stride, H, D, 2 * H * D + REST, ROWS, BD)
+        number = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+        g = tl.load(dq + out, mask=there & query, other=0.0).to(tl.float32) + tl.load(dk + out, mask=there & (query == 0), other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(number * number, 1) + eps)
+        along = tl.sum(number * g, 1) * scale * scale
+        tl.store(dx + at_dx, ((g - number * along[:, None]) * scale[:, None]).to(dx.dtype.element_ty), mask=there)
+    else:
+        source, target, behind, here = _copied(program - norms, stride, H, D, REST, 2 * H * D + REST, COLUMNS)
+        tl.store(dx + behind, tl.load(dv + target, mask=here, other=0.0), mask=here)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def gated_rms_norm(x, weight, z, y, rows, token, head, z_token, z_head, H, D, eps, SILU: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
     """Grid (rows / ROWS)"""

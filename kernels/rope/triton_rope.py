@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.rope import triton_kernels as kernels
-from ltrain.kernels.segments import TRITON_TYPES, device_refusal
+from ltrain.kernels.segments import TRITON_TYPES, ceil_div, device_refusal, power_of_two
 
 NUMBERS = 2048  # of a program
 
@@ -27,11 +26,11 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool, sign: float) -> Te
     if x.stride(2) != 1:
         x = x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block, rest = triton.next_power_of_2(half), width - 2 * half
-    at_once = max(1, NUMBERS // triton.next_power_of_2(width))
-    grid = (triton.cdiv(tokens * heads, at_once),)
+    block, rest = power_of_two(half), width - 2 * half
+    at_once = max(1, NUMBERS // power_of_two(width))
+    grid = (ceil_div(tokens * heads, at_once),)
     sizes = tokens * heads, x.stride(0), x.stride(1), heads, half, width, sign
-    options = {"ROWS": at_once, "BR": block, "BREST": triton.next_power_of_2(rest) if rest else 0, "PAIRS": pairs}
+    options = {"ROWS": at_once, "BR": block, "BREST": power_of_two(rest) if rest else 0, "PAIRS": pairs}
     kernels.turn[grid](x, cos, sin, y, *sizes, **options, num_warps=4)
     return y
 

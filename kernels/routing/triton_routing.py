@@ -1,11 +1,10 @@
 """Routing on a GPU: a counting sort in two passes over the slots, and rows copied and summed without an intermediate [T, k, D]."""
 
 import torch
-import triton
 from torch import Tensor
 
 from ltrain.kernels.routing import triton_kernels as kernels
-from ltrain.kernels.segments import TRITON_TYPES, device_refusal
+from ltrain.kernels.segments import TRITON_TYPES, ceil_div, device_refusal, power_of_two
 
 SLOTS = 256  # of a program of the sort
 NUMBERS = 2048  # of a row at a time
@@ -26,15 +25,15 @@ def best(scores: Tensor, k: int) -> Tensor:
     """[T, E] -> [T, k] int64"""
     tokens, experts = scores.shape
     found = torch.empty(tokens, k, dtype=torch.int64, device=scores.device)
-    block = triton.next_power_of_2(experts)
+    block = power_of_two(experts)
     rows = max(1, SCORES // block)
-    kernels.best[(triton.cdiv(tokens, rows),)](scores.contiguous(), found, tokens, experts, k, ROWS=rows, BE=block, num_warps=4)
+    kernels.best[(ceil_div(tokens, rows),)](scores.contiguous(), found, tokens, experts, k, ROWS=rows, BE=block, num_warps=4)
     return found
 
 
 def sort(slots: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """slots [n], the expert of each -> order [n], places [n] int32, counts [E] int64; equal ones keep their order."""
-    n, blocks = len(slots), triton.cdiv(len(slots), SLOTS)
+    n, blocks = len(slots), ceil_div(len(slots), SLOTS)
     counts = torch.empty(experts, blocks, dtype=torch.int32, device=slots.device)
     kernels.count[(blocks,)](slots, counts, n, experts, blocks, B=SLOTS, COLUMNS=32, num_warps=4)
     ends = counts.flatten().cumsum(0, dtype=torch.int32).unflatten(0, counts.shape)
@@ -44,14 +43,14 @@ def sort(slots: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _columns(width: int) -> int:
-    return min(NUMBERS, triton.next_power_of_2(width))
+    return min(NUMBERS, power_of_two(width))
 
 
 def rows(x: Tensor, order: Tensor, k: int, weights: Tensor | None) -> Tensor:
     """x [T, D] -> [T k, D]"""
     y, block = x.new_empty(len(order), x.shape[1]), _columns(x.shape[1])
     args = x.contiguous(), order, None if weights is None else weights.contiguous(), y, x.shape[1], k
-    kernels.copy_rows[(len(order), triton.cdiv(x.shape[1], block))](*args, BD=block, num_warps=4)
+    kernels.copy_rows[(len(order), ceil_div(x.shape[1], block))](*args, BD=block, num_warps=4)
     return y
 
 
@@ -59,7 +58,7 @@ def sums(y: Tensor, places: Tensor, k: int, weights: Tensor | None) -> Tensor:
     """y [T k, D] -> [T, D]"""
     x, block = y.new_empty(len(places) // k, y.shape[1]), _columns(y.shape[1])
     args = y.contiguous(), places, None if weights is None else weights.contiguous(), x, y.shape[1], k
-    kernels.sum_rows[(len(x), triton.cdiv(y.shape[1], block))](*args, BD=block, num_warps=4)
+    kernels.sum_rows[(len(x), ceil_div(y.shape[1], block))](*args, BD=block, num_warps=4)
     return x
 
 

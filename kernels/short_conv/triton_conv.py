@@ -4,11 +4,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ltrain.kernels.segments import plain_refusal
+from ltrain.kernels.segments import ceil_div, plain_refusal
 from ltrain.kernels.short_conv import triton_kernels as kernels
 
 TOKENS, CHANNELS = 64, 64  # of one program
@@ -33,10 +32,10 @@ def _starts(bounds: tuple[int, ...], device: torch.device) -> Tensor:
 class _ShortConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bounds: tuple[int, ...], silu: bool) -> Tensor:
-        starts, y = _starts(bounds, x.device), torch.empty_like(x)
-        ctx.grid = triton.cdiv(len(x), TOKENS), triton.cdiv(x.shape[1], CHANNELS)
+        starts, y = _starts(bounds, x.device), x.new_empty(x.shape)
+        ctx.grid = ceil_div(len(x), TOKENS), ceil_div(x.shape[1], CHANNELS)
         ctx.options = {"W": weight.shape[1], "BT": TOKENS, "BC": CHANNELS, "num_warps": 4}
-        kernels.forward[ctx.grid](x, weight, starts, y, *x.shape, SILU=silu, **ctx.options)
+        kernels.forward[ctx.grid](x, weight, starts, y, *x.shape, x.stride(0), SILU=silu, **ctx.options)
         ctx.save_for_backward(x, weight, starts)
         ctx.silu = silu
         return y
@@ -45,14 +44,14 @@ class _ShortConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, starts = ctx.saved_tensors
-        dz, dx = torch.empty_like(x), torch.empty_like(x)
+        dz, dx = x.new_empty(x.shape), x.new_empty(x.shape)
         dweight = x.new_empty(ctx.grid[0], *weight.shape, dtype=torch.float32)
-        kernels.backward[ctx.grid](x, weight, starts, grads[0].contiguous(), dz, dweight, *x.shape, SILU=ctx.silu, **ctx.options)
+        kernels.backward[ctx.grid](x, weight, starts, grads[0].contiguous(), dz, dweight, *x.shape, x.stride(0), SILU=ctx.silu, **ctx.options)
         kernels.input_gradient[ctx.grid](dz, weight, starts, dx, *x.shape, **ctx.options)
         return dx, dweight.sum(0).to(weight.dtype), None, None
 
 
 def short_conv(x: Tensor, weight: Tensor, bounds: list[int], silu: bool) -> Tensor:
     """x [T, C], weight [C, W] -> [T, C], from zeros before each segment"""
-    y: Tensor = _ShortConv.apply(x.contiguous(), weight.contiguous(), tuple(bounds), silu)
+    y: Tensor = _ShortConv.apply(x if x.stride(1) == 1 else x.contiguous(), weight.contiguous(), tuple(bounds), silu)
     return y

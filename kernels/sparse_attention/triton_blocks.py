@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ltrain.kernels.segments import TRITON_TYPES, Part, device_refusal, documents
+from ltrain.kernels.segments import TRITON_TYPES, Part, ceil_div, device_refusal, documents, power_of_two
 from ltrain.kernels.sparse_attention import triton_kernels_blocks as kernels
 
 WIDEST = 256  # of heads: what a program has room for
@@ -143,7 +142,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, selections: int, parts: list[Part],
 
 def padded(width: int) -> int:
     """The power of two that a tile has as its side."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_two(width))
 
 
 def _options(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, longest: int, table: dict[bool, dict[int, Tiles]]) -> tuple[dict[str, Any], int]:
@@ -153,7 +152,7 @@ def _options(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, longest: int, tab
     whole = longest <= one.columns
     tiles = one if whole else several
     together = q.shape[1] // indices.shape[1]
-    in_tile = triton.next_power_of_2(together)
+    in_tile = power_of_two(together)
     rows = max(tiles.rows, in_tile)
     options = {
         "H": q.shape[1],
@@ -233,7 +232,7 @@ class _Attention(torch.autograd.Function):
                 *(q[some], k, v, lists.order, items, layout.starts, layout.stops, layout.highs[some], *parts, float(scale), blocks), **options
             )
             if top > 1:
-                kernels.merge[(triton.cdiv(rows, SUMMED),)](
+                kernels.merge[(ceil_div(rows, SUMMED),)](
                     *(*parts, indices[some], *to, rows, options["M"], top), DV=width, BV=options["BV"], ROWS=SUMMED, num_warps=4
                 )
             kept += lists
@@ -250,14 +249,14 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
         of_queries, size = _options(q, k, v, indices, layout.longest, QUERY_GRADIENTS)
         of_keys, least = _options(q, k, v, indices, layout.longest, KEY_GRADIENTS)
-        tiles = triton.cdiv(layout.longest, of_keys["COLUMNS"])
+        tiles = ceil_div(layout.longest, of_keys["COLUMNS"])
         widths = {name: of_keys[name] for name in ("D", "DV", "BD", "BV", "COLUMNS")}
         for some, *of_lists in zip(_chunks(q, v, top), kept[::2], kept[1::2], strict=True):
             lists = Lists(*of_lists)
             chosen, to = indices[some], dq[some]
             rows, pairs = len(to) * heads, len(lists.order)
             rest = lse.new_empty(rows, kernels.REST.value)
-            kernels.remember[(triton.cdiv(rows, SUMMED),)](
+            kernels.remember[(ceil_div(rows, SUMMED),)](
                 *(out[some], dout[some], lse[some], dlse[some], rest, rows), DV=widths["DV"], BV=widths["BV"], ROWS=SUMMED, num_warps=4
             )
             around = layout.starts, layout.stops, layout.highs[some], dout[some], rest
@@ -265,12 +264,12 @@ class _Attention(torch.autograd.Function):
             parts = to.zero_() if top == 1 else q.new_empty(rows * top, q.shape[2])
             kernels.query_gradients[(len(items),)](*(q[some], k, v, lists.order, items, *around, parts, scale, blocks), **of_queries)
             if top > 1:
-                kernels.add[(triton.cdiv(rows, SUMMED),)](
+                kernels.add[(ceil_div(rows, SUMMED),)](
                     *(parts, chosen, to, rows, of_keys["M"], top), D=widths["D"], BD=widths["BD"], ROWS=SUMMED, num_warps=4
                 )
             del parts
             in_block = tiles * widths["COLUMNS"]
-            longest_list = max(least, triton.cdiv(pairs * in_block * (widths["D"] + widths["DV"]) * 4, EXTRA))
+            longest_list = max(least, ceil_div(pairs * in_block * (widths["D"] + widths["DV"]) * 4, EXTRA))
             items, bounds = lists.items(longest_list)
             extra = [dk.new_empty(pairs // longest_list * in_block, widths[name]) for name in ("D", "DV")]
             if tiles:

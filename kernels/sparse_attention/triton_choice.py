@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ltrain.kernels.segments import Part
+from ltrain.kernels.segments import Part, ceil_div, power_of_two
 from ltrain.kernels.sparse_attention import triton_kernels_choice as kernels
 from ltrain.kernels.sparse_attention.triton_blocks import Layout, cut, numbered, padded
 from ltrain.kernels.sparse_attention.triton_select import beyond
@@ -37,7 +36,7 @@ def _runs(parts: list[Part], block: int, selections: int, top: int) -> Iterator[
     keys begin, and the numbers that a row of scores has."""
     for part in (beyond(part, top * block) for part in parts if part.start < part.stop):
         before = part.first - part.begin
-        stride = triton.cdiv(triton.cdiv(before + part.stop - part.start, block), 16) * 16
+        stride = ceil_div(ceil_div(before + part.stop - part.start, block), 16) * 16
         step = max(SCORES // (selections * stride) // 128 * 128, 128)
         for start in range(part.start, part.stop, step):
             yield slice(start, min(start + step, part.stop)), before + start - part.start, part.begin, stride
@@ -53,9 +52,9 @@ def _options(q: Tensor, tile: tuple[int, int, int, int], exact: tuple[int, int, 
 def _best(scores: Tensor, found: Tensor, place: int, block: int, first: int, local: int) -> None:
     """scores [R, S, stride] -> found [R, S, top]"""
     rows, selections, stride = scores.shape
-    width = triton.next_power_of_2(stride)
+    width = power_of_two(stride)
     together = max(READ // width, 1)
-    kernels.best_blocks[(triton.cdiv(rows * selections, together),)](
+    kernels.best_blocks[(ceil_div(rows * selections, together),)](
         *(scores, found, rows * selections, place, stride, selections, found.shape[2], block, first, local),
         ROWS=together,
         B=width,
@@ -80,7 +79,7 @@ def important_blocks(q: Tensor, kc: Tensor, lse: Tensor, parts: list[Part], scal
         n = rows.stop - rows.start
         scores = torch.empty(n, kv_heads, width, dtype=torch.float32, device=q.device)
         first, count = of_document[begin]
-        grid = triton.cdiv(width, together), triton.cdiv(n, options["ROWS"]), kv_heads
+        grid = ceil_div(width, together), ceil_div(n, options["ROWS"]), kv_heads
         kernels.importance[grid](q[rows], kc[first : first + count], lse[rows], scores, n, place, count, width, float(scale), **options)
         _best(scores, found[rows], place, block, 1, 2)
     return found
@@ -104,7 +103,7 @@ def liked_blocks(q: Tensor, k: Tensor, parts: list[Part], block: int, top: int, 
             number = numbered(parts, lambda n: -(-n // block))
         n, (first, count) = rows.stop - rows.start, number[begin]
         scores = torch.empty(n, heads, width, dtype=torch.float32, device=q.device)
-        grid = triton.cdiv(width, options["COLUMNS"]), triton.cdiv(n, options["ROWS"]), heads
+        grid = ceil_div(width, options["COLUMNS"]), ceil_div(n, options["ROWS"]), heads
         kernels.products[grid](q[rows], means[first : first + count], scores, n, place, count, width, **options)
         _best(scores, found[rows], place, block, 0, local)
     return found

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ltrain.kernels.segments import TRITON_TYPES, device_refusal
+from ltrain.kernels.segments import TRITON_TYPES, ceil_div, device_refusal, power_of_two
 from ltrain.kernels.sparse_attention import triton_kernels as kernels
 
 WIDEST, WIDEST_REST = 512, 64  # of values, and of what keys have beyond them: what a program has room for
@@ -45,7 +44,7 @@ def index_refusal(q: Tensor, latent: Tensor, index: tuple[Tensor, Tensor, Tensor
 
 def power(number: int, most: int) -> int:
     """The next power of two that a tile can have as its side, at most `most`."""
-    return min(most, max(16, triton.next_power_of_2(number)))
+    return min(most, max(16, power_of_two(number)))
 
 
 class Tiles(NamedTuple):
@@ -110,7 +109,7 @@ class _Attention(torch.autograd.Function):
         rows, heads, _ = q.shape
         out, lse, last = q.new_empty(rows, heads, width), q.new_empty(rows, heads, dtype=torch.float32), stops(indices)
         options = _options(q, width, ATTEND)
-        grid = (rows, triton.cdiv(heads, options["BH"]))
+        grid = (rows, ceil_div(heads, options["BH"]))
         kernels.attend[grid](q, latent, indices, last, out, lse, scale, heads, indices.shape[1], **options)
         ctx.save_for_backward(q, latent, indices, last, out, lse)
         ctx.width, ctx.scale = width, scale
@@ -127,7 +126,7 @@ class _Attention(torch.autograd.Function):
         for some in chunks(indices, PAIRS):
             rows = some.stop - some.start
             weights, factors = q.new_empty(rows, 2, heads, slots), q.new_empty(rows, 2, heads, wide)
-            kernels.score_gradients[rows, triton.cdiv(heads, options["BH"])](
+            kernels.score_gradients[rows, ceil_div(heads, options["BH"])](
                 *(q, latent, indices, last, out, lse, dlse, dout, dq, weights, factors, some.start, ctx.scale, heads, slots), **options
             )
             # dK = dS^T Q, and where keys are values P^T dO besides: one product, whose sums are rounded once
@@ -157,7 +156,7 @@ class _IndexLoss(torch.autograd.Function):
             rows = some.stop - some.start
             target = q.new_zeros(rows, slots, dtype=torch.float32)
             scores = torch.full_like(target, -torch.inf)
-            kernels.index_terms[rows, triton.cdiv(slots, options["BK"])](
+            kernels.index_terms[rows, ceil_div(slots, options["BK"])](
                 *(q, latent, lse, iq, ik, weights, indices, last, target, scores, some.start, scale, share, heads, slots, iq.shape[1]),
                 **options,
             )
@@ -176,12 +175,12 @@ class _IndexLoss(torch.autograd.Function):
         options = _index_options(iq, INDEX_GRADIENTS)
         diq, dweights, dik = torch.empty_like(iq), torch.empty_like(weights), torch.zeros_like(ik, dtype=torch.float32)
         factor = grads[0].to(torch.float32)
-        kernels.index_query_gradients[rows, triton.cdiv(heads, options["BI"])](
+        kernels.index_query_gradients[rows, ceil_div(heads, options["BI"])](
             iq, ik, weights, indices, last, dscores, factor, diq, dweights, heads, slots, **options
         )
         for some in chunks(indices, INDEX_PAIRS):
             parts = iq.new_empty(some.stop - some.start, slots, width)
-            kernels.index_key_parts[len(parts), triton.cdiv(slots, options["BK"])](
+            kernels.index_key_parts[len(parts), ceil_div(slots, options["BK"])](
                 iq, ik, weights, indices, last, dscores, parts, some.start, heads, slots, **options
             )
             add_parts(parts, indices[some], dik)

@@ -7,10 +7,9 @@ Making them again for each of its passes would cost more: a score of 64 heads of
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
-from ltrain.kernels.segments import TRITON_TYPES, Part, device_refusal
+from ltrain.kernels.segments import TRITON_TYPES, Part, ceil_div, device_refusal, power_of_two
 from ltrain.kernels.sparse_attention import blocks, in_fp8
 from ltrain.kernels.sparse_attention import triton_kernels as kernels
 
@@ -66,13 +65,13 @@ def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int,
     kernels.everything[(tokens,)](*_ranges(tuple(parts), tokens, q.device), found, top_k, BK=1024, num_warps=4)
     exact = q.dtype == torch.float32
     queries, keys = EXACT_TILE if exact else TILE
-    padded = max(LEAST_FP8_WIDTH if fp8 else LEAST_WIDTH, triton.next_power_of_2(width))
+    padded = max(LEAST_FP8_WIDTH if fp8 else LEAST_WIDTH, power_of_two(width))
     options = {"D": width, "BD": padded, "BM": queries, "BN": keys, "DOT": "ieee" if exact else "tf32"}
     for block in blocks((beyond(part, top_k) for part in parts), 1, LEAST):
         rows, seen = block.rows.stop - block.rows.start, block.keys.stop - block.keys.start
-        stride = triton.cdiv(seen, 16) * 16
+        stride = ceil_div(seen, 16) * 16
         scores = torch.empty(rows, stride, dtype=torch.float32, device=q.device)
-        grid = triton.cdiv(seen, keys), triton.cdiv(rows, queries)
+        grid = ceil_div(seen, keys), ceil_div(rows, queries)
         of_keys = None if sizes is None else sizes[block.keys]
         args = (q[block.rows], k[block.keys], weights[block.rows], of_keys, scores, rows, seen, stride, block.first, heads)
         kernels.index_scores[grid](*args, **options, num_warps=8, num_stages=2)

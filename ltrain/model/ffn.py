@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltrain.model.activation import Activation
-from ltrain.model.layers import LocalLayers
+from ltrain.model.layers import LocalLayers, joined
 from ltrain.model.options import MoEOptions
 from ltrain.model.recompute import cheap
 from ltrain.model.router import Router
@@ -21,12 +21,12 @@ class MLP(nn.Module):
     def __init__(self, hidden: int, inner: int, activation: Activation, layers: LocalLayers, bias: bool = False):
         super().__init__()
         self.hidden, self.inner, self.activation = hidden, inner, activation
-        self.up = layers.column(hidden, (inner,) * activation.parts, bias=bias)  # the gate above up
+        self.up = joined(layers.column(hidden, (inner,) * activation.parts, bias=bias), activation.parts)  # the gate above up
         self.down = layers.row(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         """x [T, hidden] -> [T, hidden]"""
-        return self.down(cheap(self.activation, *self.up(x)))
+        return self.down(cheap(self.activation.fused, *self.up(x)))
 
     def flops(self, tokens: int) -> float:
         """Forward floating-point operations for `tokens` tokens."""

@@ -39,6 +39,7 @@ __all__ = [
     "constant",
     "declare",
     "expert_name",
+    "joined",
     "layout_of",
     "new_parameter",
     "normal",
@@ -46,6 +47,7 @@ __all__ = [
     "seed_parameters",
     "settings",
     "shard_of",
+    "split",
     "uniform",
 ]
 
@@ -174,6 +176,18 @@ def seed_parameters(module: nn.Module, seed: int) -> None:
             local.copy_(drawn[1][rectangle])
 
 
+def split(y: Tensor, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """y [..., sum(parts)] -> one tensor per part. One part is y itself: the gradient of a split is a copy."""
+    return (y,) if len(parts) == 1 else y.split(parts, dim=-1)
+
+
+def joined(linear: nn.Module, first: int) -> nn.Module:
+    """A layer of `LocalLayers.column`, which now gives its first parts as one tensor, where they lie side by side."""
+    parts: tuple[int, ...] = linear.parts  # type: ignore[assignment]
+    linear.parts = (sum(parts[:first]), *parts[first:])  # type: ignore[assignment]
+    return linear
+
+
 class Linear(nn.Module):
     """y = x W^T + b. `forward` returns a tuple, one tensor per fused output part."""
 
@@ -182,7 +196,7 @@ class Linear(nn.Module):
         self.weight, self.parts, self.bias = weight, parts, bias
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(x, self.weight, self.bias).split(self.parts, dim=-1)
+        return split(F.linear(x, self.weight, self.bias), self.parts)
 
 
 class RowLinear(nn.Module):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltrain.kernels import routing
+from ltrain.kernels.routing.gate import Gate, Routed, route, scored
 from ltrain.model.layers import LocalLayers
 from ltrain.model.options import MoEOptions
 from ltrain.model.recompute import cheap
@@ -15,22 +16,22 @@ from ltrain.model.sequence import Sequence
 
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.loss = (loss.shape, loss.dtype, loss.device)
+    def forward(ctx: Any, x: Tensor, loss: Tensor, weight: float) -> Tensor:
+        ctx.loss = (loss.shape, weight, loss.dtype, loss.device)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
-        shape, dtype, device = ctx.loss
-        return grads[0], torch.ones(shape, dtype=dtype, device=device)
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+        shape, weight, dtype, device = ctx.loss
+        return grads[0], torch.full(shape, weight, dtype=dtype, device=device), None
 
 
-def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
-    """x unchanged; a backward through it adds d loss with weight 1 to whatever is differentiated.
+def attach_loss(x: Tensor, loss: Tensor, weight: float = 1.0) -> Tensor:
+    """x unchanged; a backward through it adds weight x d loss to whatever is differentiated.
 
     A block can so carry a loss of its own without returning it, through checkpointing and across pipeline cuts.
     """
-    return _AttachLoss.apply(x, loss)
+    return _AttachLoss.apply(x, loss, weight)
 
 
 class Router(nn.Module):
@@ -58,45 +59,61 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(options.experts, dtype=torch.float32, device=layers.device))
         self.register_buffer("load", torch.zeros(options.experts, dtype=torch.int64, device=layers.device), persistent=False)
 
-    def scores(self, x: Tensor) -> Tensor:
-        """x [T, hidden] -> [T, E], each in 0..1"""
+    def _logits(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, E] in float32 or wider"""
         wide = torch.promote_types(x.dtype, torch.float32)
         product = wide if self.options.router_dtype == "float32" else x.dtype
         bias = None if self.logit_bias is None else self.logit_bias.to(product)
-        logits = F.linear(cheap(Tensor.to, x, product), self.weight.to(product), bias).to(wide)
-        return logits.softmax(-1) if self.options.score == "softmax" else logits.sigmoid()
+        return F.linear(cheap(Tensor.to, x, product), self.weight.to(product), bias).to(wide)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, E], each in 0..1"""
+        return scored(self._logits(x), self.options.score)
 
     def forward(self, x: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
         """x [T, hidden] -> weights [T, k] (float32 or wider) and expert indices [T, k]."""
-        o = self.options
-        scores = self.scores(x)
-        probabilities = scores if o.score == "softmax" else scores / (scores.sum(-1, keepdim=True) + 1e-20)
-        indices, fractions = seq.tape.keep(lambda: self._decide(scores.detach(), probabilities.detach(), seq))
-        weights = scores.gather(-1, indices)
-        if o.renormalise:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        weights = weights * o.scale
-        if fractions is not None:
-            weights = attach_loss(weights, self._aux_loss(probabilities, fractions) * seq.aux_weight)
-        return weights, indices
+        logits, made = self._logits(x), list[tuple[Tensor, Tensor | None]]()
 
-    def _decide(self, scores: Tensor, probabilities: Tensor, seq: Sequence) -> tuple[Tensor, Tensor | None]:
-        """What must happen once per forward: the selection [T, k], the counting, and the balance [E] that the auxiliary loss needs."""
+        def decide() -> tuple[Tensor, Tensor | None]:
+            """What must happen once per forward: the selection [T, k], the counting, and the balance [E] that the auxiliary loss needs."""
+            routed = self._routed(logits)
+            coefficients = self._balance(routed, seq)
+            loss = None if coefficients is None else torch.dot(routed.shares, coefficients)
+            if loss is not None:
+                noted = loss.detach()
+                seq.metrics["aux_loss"] = seq.metrics["aux_loss"] + noted if "aux_loss" in seq.metrics else noted
+            made.append((routed.weights, loss))
+            return routed.indices, coefficients
+
+        indices, coefficients = seq.tape.keep(decide)
+        if not made:
+            routed = self._routed(logits, indices)
+            made.append((routed.weights, None if coefficients is None else torch.dot(routed.shares, coefficients)))
+        weights, loss = made[0]
+        return weights if loss is None else attach_loss(weights, loss, seq.aux_weight), indices
+
+    def _routed(self, logits: Tensor, indices: Tensor | None = None) -> Routed:
+        """indices: where the choice is made already."""
         o = self.options
-        gradients = torch.is_grad_enabled()
-        indices = routing.best(self._choices(scores), o.top_k)
-        counts = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, indices, True).sum(0)  # [E]; bincount would wait for the device
-        if gradients and self.training:
-            self.load += counts
-        if not gradients or o.aux_loss == 0:
-            return indices, None
-        everywhere = seq.exchange.sum(counts).to(scores.dtype)  # over all tokens of the micro-batch
-        slots = everywhere.sum()
-        # Fraction of the slots over the number of tokens: f_e / T, so that a sum over all ranks' tokens gives f_e P_e.
-        fractions = everywhere / slots / (slots / o.top_k)
-        loss = self._aux_loss(probabilities, fractions)
-        seq.metrics["aux_loss"] = seq.metrics["aux_loss"] + loss if "aux_loss" in seq.metrics else loss
-        return indices, fractions
+        if indices is None and o.groups > 1:
+            indices = routing.best(self._choices(scored(logits.detach(), o.score)), o.top_k)
+        return route(logits, self.bias, Gate(o.top_k, o.score, o.renormalise, o.scale), indices)
+
+    def _balance(self, routed: Routed, seq: Sequence) -> Tensor | None:
+        """Count the tokens of each expert -> coefficients [E], with which its shares cost the auxiliary loss; None: there is none.
+
+        It is coefficient * E * sum_e f_e P_e (Fedus et al. 2021): f_e the fraction of slots, P_e the mean probability. Each rank's shares give its
+        own term, by fractions over all tokens.
+        """
+        o = self.options
+        if not torch.is_grad_enabled():
+            return None
+        if self.training:
+            self.load += routed.loads
+        if o.aux_loss == 0:
+            return None
+        tokens = max(int(seq.cu_seqlens[-1]), 1)  # of the micro-batch: the counts of all its ranks add up to top_k for each
+        return seq.exchange.sum(routed.loads).to(routed.shares.dtype) * (o.aux_loss * o.experts / (o.top_k * tokens**2))
 
     def _choices(self, scores: Tensor) -> Tensor:
         """What is chosen by [T, E]: scores with the bias, and -inf in groups that are not among a token's best."""
@@ -112,10 +129,6 @@ class Router(nn.Module):
         """[T, groups, E / groups] -> [T, groups]"""
         return grouped.amax(-1) if self.options.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
 
-    def _aux_loss(self, probabilities: Tensor, fractions: Tensor) -> Tensor:
-        """This rank's term of coefficient * E * sum_e f_e P_e (Fedus et al. 2021): f_e the fraction of slots, P_e the mean probability."""
-        return self.options.aux_loss * self.options.experts * (probabilities.sum(0) * fractions).sum()
-
     @torch.no_grad()
     def margin(self, x: Tensor) -> Tensor:
         """The smallest gap between the last chosen and the first refused selection score, of experts or of groups, over x [T, hidden]:
@@ -129,11 +142,14 @@ class Router(nn.Module):
             gaps.append(_gap(self._group_scores((scores + self.bias).unflatten(-1, (o.groups, -1))), o.top_groups))
         return torch.stack(gaps).min()
 
-    @torch.no_grad()
-    def update_bias(self, load: Tensor, rate: float) -> None:
-        """Once per global batch, load [E] summed over all ranks: experts with less than the mean load become easier to choose."""
-        load = load.to(self.bias.dtype)
-        self.bias += rate * torch.sign(load.mean() - load)
+
+@torch.no_grad()
+def update_biases(routers: list[Router], loads: Tensor) -> None:
+    """Once per global batch, loads [routers, E] summed over all ranks: experts with less than the mean load become easier to choose."""
+    loads = loads.to(routers[0].bias.dtype)
+    rates = torch.tensor([[router.options.bias_rate] for router in routers], dtype=loads.dtype).to(loads.device, non_blocking=True)
+    moved = rates * torch.sign(loads.mean(1, keepdim=True) - loads)
+    torch._foreach_add_([router.bias for router in routers], list(moved.unbind()))
 
 
 def _gap(scores: Tensor, chosen: int) -> Tensor:

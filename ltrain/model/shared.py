@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ltrain.config import LayerSpec
 from ltrain.model.ffn import build_ffn
-from ltrain.model.layers import LocalLayers, layout_of
+from ltrain.model.layers import LocalLayers, joined, layout_of
 from ltrain.model.mixers.base import Mixer, build_mixer
 from ltrain.model.options import SharedOptions
 from ltrain.model.sequence import Sequence
@@ -65,14 +65,14 @@ class SharedBlock(nn.Module):
 
 
 class Adapter(nn.Module):
-    """W_up W_down x of low rank, beside a projection of these parts; with `apart` of this rank for each of them (Hu et al. 2021)."""
+    """W_up W_down x of low rank, beside a projection of these parts (Hu et al. 2021): with `apart` of this rank for each of them, else joined."""
 
     def __init__(self, width: int, parts: tuple[int, ...], rank: int, apart: bool, layers: LocalLayers):
         super().__init__()
         self.flops_per_token = 2 * rank * (sum(parts) + width * (len(parts) if apart else 1))
         self.rank = rank
         self.down = layers.whole(width, rank * len(parts) if apart else rank)
-        self.up = nn.ModuleList([layers.column(rank, (part,)) for part in parts] if apart else [layers.column(rank, parts)])
+        self.up = nn.ModuleList([layers.column(rank, (part,)) for part in parts] if apart else [joined(layers.column(rank, parts), len(parts))])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [T, width] -> one tensor [T, part / ranks] per part"""

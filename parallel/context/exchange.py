@@ -238,10 +238,9 @@ class ContextExchange:
 
     def sum(self, x: Tensor) -> Tensor:
         """x summed over the tensor and context ranks of the micro-batch, without gradient."""
-        x = x.detach().clone()
-        if self.sum_group is not None:
-            summed("sum", x, self.sum_group)
-        return x
+        if self.sum_group is None or self.sum_group.size() == 1:
+            return x.detach()
+        return summed("sum", x.detach().clone(), self.sum_group)
 
     def runs(self, seq: Sequence) -> list[tuple[int, int, int]]:
         """(document, place in it, tokens) of each of this rank's segments."""

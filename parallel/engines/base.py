@@ -16,6 +16,7 @@ from ltrain.checkpoint.parameters import entries, fill
 from ltrain.config import Config
 from ltrain.data.packing import MicroBatch
 from ltrain.model.layers import LocalLayers, layout_of, seed_parameters
+from ltrain.model.router import update_biases
 from ltrain.model.stack import Stack
 from ltrain.parallel.context.balance import CAUSAL, Cost
 from ltrain.parallel.context.layout import ContextLayout
@@ -123,9 +124,8 @@ class Engine(ABC):
             return
         loads = torch.stack([router.load for router in self.routers])
         dist.all_reduce(loads, group=self.mesh.stage)
-        for router, load in zip(self.routers, loads, strict=True):
-            router.update_bias(load, router.options.bias_rate)
-            router.load.zero_()
+        update_biases(self.routers, loads)
+        torch._foreach_zero_([router.load for router in self.routers])
 
     def bad_gradients(self) -> list[str]:
         """Names of the parameters of whose gradients this rank holds some that are not finite, the last layers first, as the

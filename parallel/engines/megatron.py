@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
@@ -23,14 +22,9 @@ from ltrain.data.packing import MicroBatch
 from ltrain.model.layers import layout_of
 from ltrain.model.stack import Stack
 from ltrain.parallel.engines.base import MOMENTS, SUMS, Engine
+from ltrain.parallel.engines.update import Update, chained, main_grad, masters
 from ltrain.parallel.mesh import Mesh
 from ltrain.parallel.pipeline import add_up_tied_embeddings
-
-
-def main_grad(param: nn.Parameter) -> Tensor:
-    """The gradient of `param` in megatron's buffer, which data parallelism reduces."""
-    grad: Tensor = param.main_grad  # type: ignore[attr-defined]
-    return grad
 
 
 def embedding(stack: Stack) -> nn.Parameter:
@@ -59,6 +53,7 @@ class MegatronEngine(Engine):
         self.stage.config.finalize_model_grads_func = self._finish_gradients
         self.stage.config.no_sync_func = self.model.no_sync
         self.optimizer = self._build_optimizer() if distributed_optimizer else None
+        self.update = Update(self.optimizer, mesh.device) if distributed_optimizer else None
         self._forward_backward = get_forward_backward_func()
         # Delayed scales start at 1, where most gradients round to 0 in FP8. The first step is gone through three times: the first pass finds the
         # scales of the forward and of the gradients after each layer, the second those before, which the first had rounded away.
@@ -96,9 +91,7 @@ class MegatronEngine(Engine):
         return self._gradients(batches, labels, micro_batches)
 
     def _gradients(self, batches: list[MicroBatch], labels: int, micro_batches: int) -> dict[str, float]:
-        self.model.zero_grad_buffer()
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
+        self.model.zero_grad_buffer()  # and with it the gradients of the master weights, which are views of it
         return self._run(batches, labels, micro_batches, forward_only=False)
 
     @torch.no_grad()
@@ -142,18 +135,14 @@ class MegatronEngine(Engine):
             add_up_tied_embeddings(main_grad(embedding(self.stack)), self.mesh)
 
     def step(self, lr: float) -> float:
-        if self.optimizer is None:
+        if self.update is None:
             raise ConfigError("precision=fp64 serves checks of gradients and has no optimizer: write precision=fp32 or bf16 to train")
         train = self.config.train
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = train.weight_decay * group["wd_mult"]  # megatron leaves this to its own scheduler
-        self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
+        norm = self.update.norm()
         if math.isfinite(norm):
             if train.clip:
-                clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), train.clip, norm)
-            self.optimizer.step_with_ready_grads()
+                self.update.clip(train.clip, norm)
+            self.update.step(lr, train.weight_decay)
             self.move_biases()
         return norm
 
@@ -176,11 +165,8 @@ class MegatronEngine(Engine):
         """Parameter -> its optimizer and master weight on this rank. Not by megatron's own index, which is wrong in a group
         that mixes bfloat16 and float32 parameters."""
         found: dict[nn.Parameter, tuple[DistributedOptimizer, Tensor]] = {}
-        for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-            wide = zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True)
-            half = zip(optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups, strict=True)
-            for params, masters in (*wide, *half):
-                found |= {param: (optimizer, master) for param, master in zip(params, masters, strict=True)}
+        for optimizer in chained(self.optimizer):
+            found |= {param: (optimizer, master) for param, master in masters(optimizer)}
         return found
 
     def part(self, param: nn.Parameter, kind: str) -> tuple[Tensor | None, slice]:
@@ -215,7 +201,7 @@ class MegatronEngine(Engine):
                 continue
             state: dict[str, Any] = {m: self.read(name, param, m, checkpoint).flatten()[span].to(master.device) for m in MOMENTS}
             if isinstance(optimizer.optimizer, torch.optim.AdamW):
-                state["step"] = torch.tensor(float(optimizer_step))
+                state["step"] = torch.tensor(float(optimizer_step), device=master.device)
             else:  # Transformer Engine's FusedAdam counts steps per group
                 for group in optimizer.optimizer.param_groups:
                     group["step"] = optimizer_step

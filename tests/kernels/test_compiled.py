@@ -22,3 +22,32 @@ def test_programs_of_an_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         out = operator.run(leaves | {key: t for key, t in x.items() if key not in leaves}, "triton")
         torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), allow_unused=True)
     assert found
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("experts", [8, 300])
+def test_programs_of_a_router(score: str, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ltrain.kernels.routing.gate import Gate, route
+    from tests.kernels.compiled import compiling
+
+    logits, gate = torch.randn(200, experts, generator=torch.Generator().manual_seed(0)).requires_grad_(), Gate(3, score)
+    with compiling(monkeypatch) as found:
+        for indices in (None, torch.zeros(200, 3, dtype=torch.int64)):
+            routed = route(logits, torch.zeros(experts), gate, indices, backend="triton")
+            for out in (routed.weights.sum(), routed.shares.sum(), routed.weights.sum() + routed.shares.sum()):
+                torch.autograd.grad(out, logits, retain_graph=True)
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_programs_of_queries_keys_and_values(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ltrain.kernels.gates import channel_decay
+    from ltrain.kernels.norm import l2_normed_parts
+    from tests.kernels.compiled import compiling
+
+    x, a = torch.randn(200, 4 * 128).to(dtype).requires_grad_(), torch.randn(200, 4).to(dtype).requires_grad_()
+    with compiling(monkeypatch) as found:
+        q, k, v = l2_normed_parts(x, 1, 128, backend="triton")
+        torch.autograd.grad(q.sum() + k.sum() + v.sum(), x)
+        torch.autograd.grad(channel_decay(a, torch.zeros(4), torch.zeros(4), 4, "softplus", backend="triton").sum(), a)
+    assert len(found) == 4

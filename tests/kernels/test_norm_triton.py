@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ltrain.kernels.gates import channel_decay
-from ltrain.kernels.norm import gated_rms_norm, l2_norm
+from ltrain.kernels.norm import gated_rms_norm, l2_norm, l2_normed_parts
 from tests.kernels.interpreter import DEVICE, INTERPRETED, on_gpu, runs
 
 if INTERPRETED:
@@ -52,6 +52,19 @@ def test_l2_norm(tokens, heads, width):
 
 
 @runs
+@pytest.mark.parametrize(("tokens", "heads", "width", "rest"), [(1, 1, 3, 1), (7, 3, 20, 70), (5, 2, 16, 64)])
+def test_l2_normed_parts(tokens, heads, width, rest):
+    (x,) = drawn((tokens, 2 * heads * width + rest))
+
+    def run(x, backend):
+        return torch.cat([part.flatten(1) for part in l2_normed_parts(x, heads, width, 1e-2, backend=backend)], dim=1)
+
+    compare(run, [x], 2e-6, strided=1)
+    with pytest.raises(ValueError, match="C above the 4 columns of queries and keys"):
+        l2_normed_parts(torch.zeros(2, 4), 1, 2)
+
+
+@runs
 @pytest.mark.parametrize("gate", ["silu", "sigmoid"])
 @pytest.mark.parametrize(("tokens", "heads", "width"), CASES)
 def test_gated_rms_norm(tokens, heads, width, gate):
@@ -63,7 +76,7 @@ def test_gated_rms_norm(tokens, heads, width, gate):
 
 @runs
 @pytest.mark.parametrize("kind", ["softplus", "bounded", "sigmoid"])
-@pytest.mark.parametrize(("tokens", "heads", "width"), CASES)
+@pytest.mark.parametrize(("tokens", "heads", "width"), [*CASES, (6, 5, 1)])
 def test_channel_decay(tokens, heads, width, kind):
     a, A_log, bias = drawn((tokens, heads * width), (heads,), (heads * width,))
     a[0] *= 40  # softplus is its number, or next to nothing
@@ -95,6 +108,12 @@ def test_larger_ones_on_the_gpu(dtype, tolerance):
         x, weight, z = drawn((tokens, heads, width), (width,), (tokens, heads, width), dtype=dtype)
         compare(lambda x, backend: l2_norm(x, backend=backend), [x], tolerance, strided=1)
         compare(lambda x, w, z, backend: gated_rms_norm(x, w, z, 1e-5, "silu", backend=backend), [x, weight, z], tolerance, strided=1)
+
+        def parts(x, backend, heads=heads, width=width):
+            return torch.cat([part.flatten(1) for part in l2_normed_parts(x, heads // 2, width, backend=backend)], dim=1)
+
+        if heads > 2:
+            compare(parts, [x.flatten(1)], tolerance, strided=1)
         A_log, bias = drawn((heads,), (heads * width,))
 
         def decays(a, A_log, bias, backend, heads=heads):

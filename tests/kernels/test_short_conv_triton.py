@@ -32,6 +32,15 @@ def test_against_the_reference(lengths, width, channels, activation):
 
 
 @runs
+def test_columns_of_a_wider_tensor():
+    x, weight = (t.detach().float().to(DEVICE) for t in inputs([5, 60], 4, 10)[:2])
+    wide = torch.cat((x, x + 1), dim=1).requires_grad_()
+    found = [short_conv(given, weight, cu([5, 60]), backend="triton")[0] for given in (wide[:, 4:14], wide[:, 4:14].contiguous())]
+    assert torch.equal(*found)
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), wide)[0] for y in found))
+
+
+@runs
 def test_a_state_is_refused():
     x, weight, state = (t.detach().float().to(DEVICE) for t in inputs([3], 4))
     with pytest.raises(ValueError, match="backend='triton' begins every segment from zeros"):

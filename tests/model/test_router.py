@@ -6,7 +6,7 @@ import torch
 from ltrain.model.ffn import MoE
 from ltrain.model.layers import LocalLayers, seed_parameters
 from ltrain.model.options import MoEOptions
-from ltrain.model.router import Router, attach_loss
+from ltrain.model.router import Router, attach_loss, update_biases
 from ltrain.model.sequence import LocalExchange, Sequence
 
 
@@ -44,11 +44,11 @@ def test_bias_moves_the_selection_and_not_the_weights() -> None:
     torch.testing.assert_close(weights, (x @ module.weight.T).sigmoid().gather(-1, after))
 
 
-def test_update_bias_pulls_towards_the_mean_load() -> None:
-    module = router()
-    module.update_bias(torch.tensor([10, 0, 5, 5, 5, 5]), 0.01)
+def test_biases_pull_towards_the_mean_load() -> None:
+    module = router(bias_rate=0.01)
+    update_biases([module], torch.tensor([[10, 0, 5, 5, 5, 5]]))
     torch.testing.assert_close(module.bias, torch.tensor([-0.01, 0.01, 0, 0, 0, 0]))
-    module.update_bias(torch.tensor([10, 0, 6, 6, 4, 4]), 0.01)
+    update_biases([module], torch.tensor([[10, 0, 6, 6, 4, 4]]))
     torch.testing.assert_close(module.bias, torch.tensor([-0.02, 0.02, -0.01, -0.01, 0.01, 0.01]))
 
 
@@ -86,7 +86,8 @@ class CommonCounts(LocalExchange):
 def test_auxiliary_loss_of_parts_sums_to_that_of_the_whole() -> None:
     """Two ranks with half of the tokens each, that exchange their counts."""
     module, x = router(aux_loss=1.0), tokens()
-    whole, halves = Sequence.of([40]), [Sequence.of([15]), Sequence.of([25])]
+    whole = Sequence.of([40])
+    halves = [Sequence(whole.cu_seqlens, whole.positions[:15]), Sequence(whole.cu_seqlens, whole.positions[15:])]
     _, indices = module(x, whole)
     counts = indices.flatten().bincount(minlength=6)
     for seq in halves:

@@ -14,6 +14,7 @@ from ltrain.data.packing import MicroBatch, Stream
 from ltrain.model.layers import LocalLayers, layout_of, pieces, seed_parameters
 from ltrain.model.mtp import ahead
 from ltrain.model.options import MoEOptions, MTPOptions, SharedOptions, StreamOptions
+from ltrain.model.router import update_biases
 from ltrain.model.sequence import Sequence
 from ltrain.model.stack import Stack
 from ltrain.train.schedule import learning_rate
@@ -197,7 +198,7 @@ class Reference:
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.stack.parameters()), self.config.train.clip))
         self.optimizer.step()
         for router in self.stack.routers().values():
-            router.update_bias(router.load, router.options.bias_rate)
+            update_biases([router], router.load.unsqueeze(0))
             router.load.zero_()
         return norm
 

@@ -36,18 +36,13 @@ def constant_rates(options: LinearRecurrenceOptions, layer: int, depth: int) -> 
 def log_decay(a: Tensor, A_log: Tensor | None, dt_bias: Tensor, options: LinearRecurrenceOptions) -> tuple[Tensor, Tensor | None]:
     """a [T, H] or [T, H * K], what the input gives -> the log decay [T, H] or [T, H, K], and where it has one the step, of a's shape."""
     channels, gate = options.decay == "channel", options.decay_gate
-    if channels and not options.step and not options.step_limits:
-        return channel_decay(a, A_log, dt_bias, a.shape[1] // options.key_dim, gate, bound=options.decay_bound), None
-    a = a.to(dt_bias.dtype) + dt_bias
-    if gate == "sigmoid":
-        decay = F.logsigmoid(a) / 16
-        return (decay.unflatten(-1, (-1, options.key_dim)) if channels else decay), None
-    assert A_log is not None
-    rate = A_log.to(dt_bias.dtype).exp()  # [H]
+    if not options.step and not options.step_limits:
+        decay = channel_decay(a, A_log, dt_bias, a.shape[1] // (options.key_dim if channels else 1), gate, bound=options.decay_bound)
+        return (decay if channels else decay.squeeze(-1)), None
+    assert A_log is not None and gate == "softplus", "only what is behind a softplus has a step"
+    a, rate = a.to(dt_bias.dtype) + dt_bias, A_log.to(dt_bias.dtype).exp()  # rate [H]
     if channels:
         a, rate = a.unflatten(-1, (-1, options.key_dim)), rate.unsqueeze(-1)
-    if gate == "bounded":
-        return -options.decay_bound * (rate * a).sigmoid(), None
     step = F.softplus(a)
     step = step.clamp(*options.step_limits) if options.step_limits else step
     return -rate * step, step

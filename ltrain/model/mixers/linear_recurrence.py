@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ltrain.kernels import linear_recurrence as kernels
 from ltrain.kernels import short_conv
-from ltrain.kernels.norm import l2_norm
+from ltrain.kernels.norm import l2_norm, l2_normed_parts
 from ltrain.kernels.recurrence import Linear
 from ltrain.kernels.rope import rotate
-from ltrain.model.layers import LocalLayers, constant
+from ltrain.model.layers import LocalLayers, constant, joined
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.mixers.decay import constant_rates, inverse_softplus_step, log_decay, log_uniform_decay
 from ltrain.model.norm import RMSNorm
@@ -49,7 +49,7 @@ class LinearRecurrence(Mixer):
         keys, values = o.key_heads * o.key_dim, o.value_heads * o.value_dim
         self.scale = o.key_dim**-0.5 if o.scale is None else o.scale
         self.rotary = rotary_width(o.key_dim, o.rope) if o.rope else 0
-        self.input = layers.column(hidden, tuple(o.part_widths.values()), bias=o.bias)
+        self.input = joined(layers.column(hidden, tuple(o.part_widths.values()), bias=o.bias), 3)  # q, k and v as the convolution takes them
         if o.conv_width:
             self.conv = layers.conv((keys, keys, values), o.conv_width)
         self.conv_bias = layers.column_bias((keys, keys, values)) if o.conv_bias else None
@@ -73,17 +73,26 @@ class LinearRecurrence(Mixer):
         if o.gate_rank or o.decay_rank:
             self.entry = None
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]:
-        """q, k, v [T, heads * width], z [T, H * V], and what `_rates` takes."""
+    @property
+    def _widths(self) -> tuple[int, int, int]:
+        """Of q, k and v on this rank."""
+        keys = self.key_heads * self.options.key_dim
+        return keys, keys, self.value_heads * self.options.value_dim
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """q, k and v side by side [T, C], z [T, H * V], and what `_rates` takes."""
         o = self.options
-        parts = self.input(x)
-        q, k, v, *more = [part * scale for part, scale in zip(parts, o.part_scales, strict=True)] if o.part_scales else parts
+        qkv, *more = self.input(x)
+        if o.part_scales:
+            parts = (*qkv.split(self._widths, dim=-1), *more)
+            q, k, v, *more = [part * scale for part, scale in zip(parts, o.part_scales, strict=True)]
+            qkv = torch.cat((q, k, v), dim=-1)
         z = None
         if o.gate_rank:
             (z,) = self.gate_up(self.gate_down(x))
         elif o.gate != "none":
             z = more.pop(0)
-        return q, k, v, z, [*more, *(self.decay_up(self.decay_down(x)) if o.decay_rank else ())]
+        return qkv, z, [*more, *(self.decay_up(self.decay_down(x)) if o.decay_rank else ())]
 
     def _rates(self, v: Tensor, *rates: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Log decay [T, H] or [T, H, K] in float32 or wider, beta [T, H], and the step [T, H], of v [T, H, V] and the projections."""
@@ -101,12 +110,16 @@ class LinearRecurrence(Mixer):
     def _inputs(self, mixed: Tensor, seq: Sequence, *rates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """What lies behind the convolution [T, C] -> q and k [T, Hk, K], what is written [T, H, V], log decay, beta, and v for the skip."""
         o = self.options
-        keys = self.key_heads * o.key_dim
-        q, k, v = mixed.split((keys, keys, self.value_heads * o.value_dim), dim=-1)
-        q, k, v = q.unflatten(-1, (self.key_heads, -1)), k.unflatten(-1, (self.key_heads, -1)), v.unflatten(-1, (self.value_heads, -1))
+        at_once = o.qk_norm == "l2" and o.feature_map == "none"
+        if at_once:
+            q, k, v = l2_normed_parts(mixed, self.key_heads, o.key_dim)
+        else:
+            q, k, v = mixed.split(self._widths, dim=-1)
+            q, k = q.unflatten(-1, (self.key_heads, -1)), k.unflatten(-1, (self.key_heads, -1))
+        v = v.unflatten(-1, (self.value_heads, -1))
         if o.feature_map != "none":
             q, k = (F.elu(q) + 1, F.elu(k) + 1) if o.feature_map == "elu" else (F.relu(q), F.relu(k))
-        if o.qk_norm == "l2":
+        if o.qk_norm == "l2" and not at_once:
             q, k = l2_norm(q), l2_norm(k)
         elif self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -126,11 +139,8 @@ class LinearRecurrence(Mixer):
         mixed = mixed if self.conv_bias is None else mixed + self.conv_bias.to(mixed.dtype)
         return F.silu(mixed) if self.options.activation == "silu" else mixed
 
-    def _mix(
-        self, q: Tensor, k: Tensor, v: Tensor, seq: Sequence, *rates: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def _mix(self, mixed: Tensor, seq: Sequence, *rates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """From the projections to what the recurrence takes."""
-        mixed = torch.cat((q, k, v), dim=-1)
         if self.options.conv_width:
             mixed = seq.exchange.short_conv(mixed, self.conv, seq, "silu" if self.conv_bias is None else None)
         if not self.options.conv_width or self.conv_bias is not None:
@@ -164,20 +174,20 @@ class LinearRecurrence(Mixer):
         return y.flatten(1)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
-        q, k, v, z, rates = self._project(x)
-        q, k, v, decay, beta, skip = cheap(self._mix, q, k, v, seq, *rates)
+        qkv, z, rates = self._project(x)
+        q, k, v, decay, beta, skip = cheap(self._mix, qkv, seq, *rates)
         return self._output(seq.exchange.recurrence(Linear(q, k, v, decay, beta, self.scale), seq), z, skip)
 
     def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, RecurrentState]:
-        q, k, v, z, rates = self._project(x)
-        conv = seq.exchange.last(torch.cat((q, k, v), dim=-1), seq, self.options.conv_width - 1) if self.options.conv_width else None
-        q, k, v, decay, beta, skip = self._mix(q, k, v, seq, *rates)
+        qkv, z, rates = self._project(x)
+        conv = seq.exchange.last(qkv, seq, self.options.conv_width - 1) if self.options.conv_width else None
+        q, k, v, decay, beta, skip = self._mix(qkv, seq, *rates)
         y, recurrent = seq.exchange.final_recurrence(Linear(q, k, v, decay, beta, self.scale), seq)
         return self._output(y, z, skip), RecurrentState(conv, recurrent)
 
     def decode(self, x: Tensor, state: RecurrentState, seq: Sequence) -> tuple[Tensor, RecurrentState]:
-        q, k, v, z, rates = self._project(x)
-        mixed, conv = torch.cat((q, k, v), dim=-1), None
+        mixed, z, rates = self._project(x)
+        conv = None
         if state.conv is not None:
             mixed, conv = short_conv.step(mixed, self.conv, state.conv, activation=None)
         q, k, v, decay, beta, skip = self._inputs(self._activated(mixed), seq, *rates)
