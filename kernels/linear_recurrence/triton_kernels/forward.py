@@ -225,7 +225,6 @@ def read(
     decay,
     scores,
     own,
-    other,
     fade,
     states,
     starts,
@@ -252,7 +251,8 @@ def read(
 
     o: x = q, y = k and z = U, of the tokens up to its own, and states [chunks, H, K, V] before each chunk. LATER, from the token's own on, the
     gradient of U: x = k, y = q, z = dO and the gradients of the states after each chunk (without STATES, what comes from its own chunk alone).
-    x and y are what prepare made of them where channels decay; own and other [T, H] are its factors of their rows where heads do.
+    x and y are what prepare made of them where channels decay; own [T, H] are its factors of x where heads do. Chunks of several blocks are of
+    decays per channel: of the others see `heads.read`.
     """
     block, h, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     chunk, begin, t, length, count, after = place_of(block, starts, chunks, begins, ends, C)
@@ -268,7 +268,6 @@ def read(
     if DECAY == HEAD:
         decay += begin * H
         own += begin * H
-        other += begin * H
     z += begin * H * V
     out += begin * H * V
     step = -1
@@ -289,17 +288,12 @@ def read(
             result += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
         if not LATER:  # the gradient of a state has the scale in it
             result *= scale
-    fades = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, 0)
-    if DECAY == HEAD:
-        result *= fade_across(fades, BLOCKS, DECAY, BLOCKS, BK)
-    if BLOCKS > 1:
+    if BLOCKS > 1:  # of decays per channel
+        fades = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, 0)
         for n in range(1, count + 1):
             others = t + step * n * C
             exist = (others >= 0) & (others < length)
-            if DECAY != CHANNEL:
-                near = products_of_rows(x, y, t, inside, others, exist, h // G, H // G, K, C, BK, BK == KEYS, DOT)
-                near *= scale * fade_across(fades, n, DECAY, BLOCKS, BK)
-            elif BK == KEYS:
+            if BK == KEYS:
                 faded = (tile(x, t, inside, h, H, K, BK, 0) * fade_across(fades, n, DECAY, BLOCKS, BK)[None, :]).to(dtype)
                 near = tl.dot(faded, tile_transposed(y, others, exist, h, H, K, BK, 0), input_precision=DOT) * scale
             else:
@@ -309,10 +303,8 @@ def read(
                     faded = (tile(x, t, inside, h, H, K, BK, offset) * fade_across(of_part, n, DECAY, BLOCKS, BK)[None, :]).to(dtype)
                     near += tl.dot(faded, tile_transposed(y, others, exist, h, H, K, BK, offset), input_precision=DOT)
                 near *= scale
-            if DECAY == HEAD:
-                near *= tl.load(other + others * H + h, mask=exist, other=0.0)[None, :]
             result += tl.dot(near.to(dtype), tile(z, others, exist, h, H, V, BV, column), input_precision=DOT)
-    if DECAY == HEAD and (STATES or BLOCKS > 1):
+    if DECAY == HEAD and STATES:
         result *= tl.load(own + t * H + h, mask=inside, other=0.0)[:, None]
     if DECAY == CHANNEL:
         if LATER:
