@@ -34,8 +34,8 @@ PROGRAMS = 128  # about as many as an H100 has processors
 
 class Launch(NamedTuple):
     """How a program is launched; channels of keys and of values at a time, half as many of float32; two: programs at once on a processor, which
-    takes half of its registers for each, and sooner spills some than waits for memory; stages: tiles that a loop loads ahead; registers: of a
-    thread at most, for more than two programs at once."""
+    takes half of its registers for each, and sooner spills some than waits for memory; registers: of a thread, for more than two programs;
+    stages: tiles that a loop loads ahead."""
 
     key: int = 128
     value: int = 64
@@ -48,6 +48,7 @@ class Launch(NamedTuple):
 LAUNCHES = {
     "prepare": Launch(key=64, two=True, stages=1),
     "prepare per channel": Launch(key=32, two=True, stages=1),
+    "prepare rows": Launch(key=32, stages=1, registers=64),
     "add_chunks": Launch(value=128, two=True),
     "read": Launch(value=128, two=True, stages=2),
     "read per channel": Launch(value=128, stages=2),
@@ -88,6 +89,10 @@ class Chunks(NamedTuple):
     firsts: Tensor
     cuts: Tensor
     bounds: Tensor
+
+    @property
+    def places(self) -> tuple[Tensor, ...]:  # for tiles.place_of
+        return self.starts, self.chunks, self.begins, self.ends
 
 
 def _pieces(cuts: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -146,7 +151,7 @@ class _Shapes(NamedTuple):
         most = launch.registers or (65536 // (64 * launch.warps) if launch.two else None)
         registers = {"maxnreg": most} if most and not self.exact else {}
         stages = 1 if self.exact else launch.stages
-        pipeline = {"DOT": "ieee" if self.exact else "tf32", "num_warps": launch.warps, "num_stages": stages}
+        pipeline = {"DOT": "ieee" if self.exact else "tf32", "num_warps": WARPS if self.exact else launch.warps, "num_stages": stages}
         return {"C": BLOCK, "BK": min(key, _padded(self.key)), "BV": min(value, _padded(self.value)), "DECAY": self.decay, **pipeline, **registers}
 
     def narrow(self, segments: int) -> dict[str, Any]:
@@ -190,10 +195,10 @@ def _prepared(
         return _Prepared(None, None, None, None, v, None, None, None)
     if shapes.of_heads:
         assert decay is not None
-        rows = (tokens, heads), (tokens, heads), (len(chunks.begins), heads), (tokens, heads, 2)
-        factors = [v.new_empty(shape, dtype=torch.float32) for shape in rows]
-        if len(chunks.begins):
-            grid = len(chunks.begins), triton.cdiv(heads, HEADS)
+        shape, chunked = (tokens, heads), len(chunks.begins)
+        factors = [v.new_empty(x, dtype=torch.float32) for x in (shape, shape, (chunked, heads), (*shape, 2))]
+        if chunked:
+            grid = chunked, triton.cdiv(heads, HEADS)
             of_heads.sum_decays[grid](decay, chunks.begins, chunks.ends, *factors, heads, C=BLOCK, HEADS=HEADS, num_warps=4)
         return _Prepared(None, None, None, None, v, *factors)
     scores, solve, firsts = solved or (
@@ -209,11 +214,14 @@ def _prepared(
     elif shapes.decay == 1:
         reader, writer, fade = (k.new_empty(n, heads, dtype=torch.float32) for n in (tokens, tokens, count))
     made = _Prepared(scores, solve, firsts, w, u, reader, writer, fade)
-    if count:
-        forward.prepare[count, heads](
-            *(q, k, v, decay, beta, chunks.starts, chunks.stops, *made[:8], *shapes.numbers, LEVELS),
-            **{"DELTA": shapes.delta, "SOLVED": solved is not None, **shapes.options("prepare")},
-        )
+    split = not shapes.delta  # rows of each channel are then for themselves, and need only few registers
+    for known in (False, True) if split and solved is None else (solved is not None,):
+        if count:
+            options = shapes.options("prepare rows" if split and known else "prepare")
+            forward.prepare[count, heads, triton.cdiv(shapes.key, options["BK"]) if split and known else 1](
+                *(q, k, v, decay, beta, chunks.starts, chunks.stops, *made[:8], *shapes.numbers, LEVELS),
+                **{"DELTA": shapes.delta, "SOLVED": known, "SPLIT": split, **options},
+            )
     return made
 
 
@@ -268,13 +276,12 @@ def _read(
 ) -> Tensor:
     """[T, H, V]: the output, z = U; later: the gradient of U, z = dO."""
     out = torch.empty_like(z)
-    places = chunks.starts, chunks.chunks, chunks.begins, chunks.ends
     if shapes.of_heads:
         if len(chunks.starts):
             options, members = shapes.options("read of heads"), math.gcd(shapes.group, MEMBERS)
             of_heads.read[len(chunks.starts), shapes.heads // members, triton.cdiv(shapes.value, options["BV"])](
                 *((k, q) if later else (q, k)),
-                *(z, made.sums, made.writer if later else made.reader, states, *places, out, scale),
+                *(z, made.sums, made.writer if later else made.reader, states, *chunks.places, out, scale),
                 *shapes.numbers,
                 **{"KEYS": _padded(shapes.key), "MEMBERS": members, "LATER": later, **options},
             )
@@ -285,29 +292,25 @@ def _read(
     if len(chunks.starts):
         options = shapes.options("read")
         axes = {"BLOCKS": shapes.blocks, "KEYS": _padded(shapes.key), "LATER": later, "STATES": states is not None}
-        args = *rows, z, decay, made.scores, factors[0], made.fade, states, *places, out, scale
+        args = *rows, z, decay, made.scores, factors[0], made.fade, states, *chunks.places, out, scale
         grid = len(chunks.starts), shapes.heads, triton.cdiv(shapes.value, options["BV"])
         forward.read[grid](*args, *shapes.numbers, **axes, **options)
     return out
 
 
 def _head_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     decay: Tensor | None,
-    do: Tensor,
-    states: Tensor,
-    dstates: Tensor,
+    through: tuple[Tensor, Tensor],
     left: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
+    grads: tuple[Tensor, Tensor],
     chunks: Chunks,
     shapes: _Shapes,
     made: _Prepared,
     scale: float,
 ) -> Tensor | None:
-    """Of `_gradients`, without decays or with one per head: fills dq and dk, and returns ddecay."""
+    """Of `_gradients`, without decays or with one per head, from q, k, v, dO and the states and their gradients: fills dq and dk -> ddecay"""
+    (q, k, v, do), (states, dstates), (dq, dk) = inputs, through, grads
     blocks, (tokens, heads) = len(chunks.starts), v.shape[:2]
     options = shapes.options("pair_gradients of heads")
     parts, grouped = triton.cdiv(shapes.key, options["BK"]), shapes.group > 1
@@ -320,10 +323,9 @@ def _head_gradients(
     if not blocks:
         return ddecay
     axes = {"KEYS": _padded(shapes.key), "VALUES": _padded(shapes.value), "GROUPED": grouped}
-    places = chunks.starts, chunks.chunks, chunks.begins, chunks.ends
     of_reads, of_writes = (None, None) if moved is None else moved
-    reads = do, v, k, q, made.sums, made.reader, states, *places, dq, of_reads, recalled
-    writes = v, do, q, k, made.sums, made.writer, dstates, *places, dk, of_writes, recalled
+    reads = do, v, k, q, made.sums, made.reader, states, *chunks.places, dq, of_reads, recalled
+    writes = v, do, q, k, made.sums, made.writer, dstates, *chunks.places, dk, of_writes, recalled
     for args, later in ((reads, False), (writes, True)):
         of_heads.pair_gradients[blocks, parts, heads // shapes.group](*args, scale, blocks, tokens, *shapes.numbers, LATER=later, **axes, **options)
     if ddecay is not None:
@@ -359,7 +361,7 @@ def _gradients(
     dstates, dinitial, _ = _summed(queries, do, factors, made.fade, dfinal, chunks, shapes, scale, back=True)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), _read(q, k, do, decay, dstates, chunks, shapes, made, scale, later=True)
     if shapes.of_heads:
-        ddecay = _head_gradients(q, k, v, decay, do, states, dstates, left, dq, dk, chunks, shapes, made, scale)
+        ddecay = _head_gradients((q, k, v, do), decay, (states, dstates), left, (dq, dk), chunks, shapes, made, scale)
         return dq, dk, dv, ddecay, None, dinitial
     assert decay is not None
     options = shapes.options("pair_gradients")
@@ -368,12 +370,11 @@ def _gradients(
     # it is as large as moved, and takes its place where the type is the same
     ddecay = moved if decay.dtype == torch.float32 else torch.empty_like(decay)
     if count:
-        places = chunks.starts, chunks.chunks, chunks.begins, chunks.ends
         axes = {"BLOCKS": shapes.blocks, "VALUES": _padded(shapes.value), "GROUPED": shapes.group > 1}
         options = {name: x for name, x in options.items() if name != "DECAY"}
         for later, factors, through, out in ((False, made.writer, states, dq), (True, made.reader, dstates, dk)):
             additive.pair_gradients[blocks * parts, heads // shapes.group](
-                *(q, k, v, do, decay, factors, made.fade, made.firsts, through, *places, out, moved, recalled, scale, *shapes.numbers, LEVELS),
+                *(q, k, v, do, decay, factors, made.fade, made.firsts, through, *chunks.places, out, moved, recalled, scale, *shapes.numbers, LEVELS),
                 LATER=later,
                 **axes,
                 **options,

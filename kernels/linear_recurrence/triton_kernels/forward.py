@@ -98,10 +98,13 @@ def prepare(
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
     SOLVED: tl.constexpr,
+    SPLIT: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Grid (blocks, H) -> scores = R, solve = T [T, H, C], firsts [blocks, H] (int32, of
-    tiles.first_level), which are there already where SOLVED; w [T, H, K], u = U0 [T, H, V], reader, writer, fade"""
+    tiles.first_level), which are there already where SOLVED; w [T, H, K], u = U0 [T, H, V], reader, writer, fade.
+
+    SPLIT: without the delta rule, of decays per channel, not SOLVED the first two alone, and SOLVED with grid (blocks, H, K / BK)."""
     chunk, h = tl.program_id(0), tl.program_id(1)
     t, inside = rows_of(starts, stops, chunk, C)
     rows = tl.arange(0, C)
@@ -133,8 +136,12 @@ def prepare(
             put(solve, inverse, t, inside, h, H, C, C, 0)
     elif DELTA:
         inverse = tile(solve, t, inside, h, H, C, C, 0)
-    if DELTA or DECAY == CHANNEL:
-        for offset in range(0, K, BK):
+    if (DELTA or DECAY == CHANNEL) and (SOLVED or not SPLIT):
+        begin, end = 0, K
+        if SPLIT:
+            begin = tl.program_id(2) * BK
+            end = begin + BK
+        for offset in range(begin, end, BK):
             key = tile(k, t, inside, h // G, H // G, K, BK, offset)
             if DECAY == CHANNEL:
                 high, low = split(decays(decay, t, inside, h, H, K, BK, offset), k.dtype.element_ty)
