@@ -5,6 +5,7 @@ each, which take the most to compute. The states of the chunks are made again: f
 head, as much as q or v and more.
 """
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.linear_recurrence.triton_kernels import additive, backward, forward
+from ltrain.kernels.linear_recurrence.triton_kernels import heads as of_heads
 from ltrain.kernels.segments import TRITON_TYPES, device_refusal
 
 BLOCK = 64  # tokens that meet in one product
@@ -24,30 +26,36 @@ WIDEST = 256  # of keys and values: what the state of one program in `pass_state
 WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
 LEVELS = BLOCK.bit_length() - 1  # see tiles.pair_spans
 ROWS = 16  # of `backward.scale_rows`
+HEADS = 16  # in a program of `heads.sum_decays`: the decays of a token lie together
+MEMBERS = 2  # value heads of one key head in a program of `heads.read`
 NUMBERS = 512  # of a state in a program of `additive.accumulate`
 PROGRAMS = 128  # about as many as an H100 has processors
 
 
 class Launch(NamedTuple):
     """How a program is launched; channels of keys and of values at a time, half as many of float32; two: programs at once on a processor, which
-    takes half of its registers for each, and sooner spills some than waits for memory; stages: tiles that a loop loads ahead."""
+    takes half of its registers for each, and sooner spills some than waits for memory; registers: of a thread, for more than two programs;
+    stages: tiles that a loop loads ahead."""
 
     key: int = 128
     value: int = 64
     two: bool = False
     stages: int = 3
     warps: int = WARPS
+    registers: int | None = None
 
 
 LAUNCHES = {
     "prepare": Launch(key=64, two=True, stages=1),
     "prepare per channel": Launch(key=32, two=True, stages=1),
+    "prepare rows": Launch(key=32, stages=1, registers=64),
     "add_chunks": Launch(value=128, two=True),
     "read": Launch(value=128, two=True, stages=2),
     "read per channel": Launch(value=128, stages=2),
-    "pair_gradients": Launch(value=128, stages=2),
     "pair_gradients per channel": Launch(key=64, stages=2),
+    "read of heads": Launch(value=128, stages=2, warps=4),
     "pair_gradients grouped": Launch(key=64, stages=1),
+    "pair_gradients of heads": Launch(value=128, stages=2, warps=4),
     "decay_gradients": Launch(key=64, stages=2),
     "score_gradients": Launch(two=True, stages=1),
     "key_gradients": Launch(key=64, two=True, stages=2),
@@ -81,6 +89,10 @@ class Chunks(NamedTuple):
     firsts: Tensor
     cuts: Tensor
     bounds: Tensor
+
+    @property
+    def places(self) -> tuple[Tensor, ...]:  # for tiles.place_of
+        return self.starts, self.chunks, self.begins, self.ends
 
 
 def _pieces(cuts: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,6 +134,11 @@ class _Shapes(NamedTuple):
         return self.heads, self.group, self.key, self.value
 
     @property
+    def of_heads(self) -> bool:
+        """Nothing is erased, and decays, if there are any, are of heads: what `triton_kernels.heads` is for."""
+        return not self.delta and self.decay < 2
+
+    @property
     def blocks(self) -> int:
         """Blocks of a chunk: with the delta rule one, since the tokens of a chunk are solved for together."""
         return 1 if self.delta else BLOCKS
@@ -131,9 +148,10 @@ class _Shapes(NamedTuple):
         kinds = [" grouped"] * (self.group > 1) + [" per channel"] * (self.decay == 2)
         launch = next((LAUNCHES[program + kind] for kind in kinds if program + kind in LAUNCHES), LAUNCHES.get(program, Launch()))
         key, value = (block // 2 if self.exact else block for block in launch[:2])
-        registers = {"maxnreg": 65536 // (64 * launch.warps)} if launch.two and not self.exact else {}
+        most = launch.registers or (65536 // (64 * launch.warps) if launch.two else None)
+        registers = {"maxnreg": most} if most and not self.exact else {}
         stages = 1 if self.exact else launch.stages
-        pipeline = {"DOT": "ieee" if self.exact else "tf32", "num_warps": launch.warps, "num_stages": stages}
+        pipeline = {"DOT": "ieee" if self.exact else "tf32", "num_warps": WARPS if self.exact else launch.warps, "num_stages": stages}
         return {"C": BLOCK, "BK": min(key, _padded(self.key)), "BV": min(value, _padded(self.value)), "DECAY": self.decay, **pipeline, **registers}
 
     def narrow(self, segments: int) -> dict[str, Any]:
@@ -157,7 +175,8 @@ class _Prepared(NamedTuple):
     u: Tensor  # [T, H, V]
     reader: Tensor | None  # [T, H, K] or [T, H]
     writer: Tensor | None
-    fade: Tensor | None  # [blocks, H, K] or [blocks, H]
+    fade: Tensor | None  # [blocks, H, K] or [blocks, H]; of `heads.sum_decays` [chunks, H]
+    sums: Tensor | None = None  # [T, H, 2], of that alone
 
 
 def _prepared(
@@ -174,6 +193,14 @@ def _prepared(
     count, (tokens, heads) = len(chunks.starts), v.shape[:2]
     if decay is None and beta is None:
         return _Prepared(None, None, None, None, v, None, None, None)
+    if shapes.of_heads:
+        assert decay is not None
+        shape, chunked = (tokens, heads), len(chunks.begins)
+        factors = [v.new_empty(x, dtype=torch.float32) for x in (shape, shape, (chunked, heads), (*shape, 2))]
+        if chunked:
+            grid = chunked, triton.cdiv(heads, HEADS)
+            of_heads.sum_decays[grid](decay, chunks.begins, chunks.ends, *factors, heads, C=BLOCK, HEADS=HEADS, num_warps=4)
+        return _Prepared(None, None, None, None, v, *factors)
     scores, solve, firsts = solved or (
         k.new_empty(tokens, heads, BLOCK) if shapes.decay == 2 else None,
         k.new_empty(tokens, heads, BLOCK) if shapes.delta else None,
@@ -187,12 +214,14 @@ def _prepared(
     elif shapes.decay == 1:
         reader, writer, fade = (k.new_empty(n, heads, dtype=torch.float32) for n in (tokens, tokens, count))
     made = _Prepared(scores, solve, firsts, w, u, reader, writer, fade)
-    if count:
-        alone = {"num_warps": 1} if shapes.decay == 1 and not shapes.delta else {}  # 64 numbers of a head, and no product
-        forward.prepare[count, heads](
-            *(q, k, v, decay, beta, chunks.starts, chunks.stops, *made, *shapes.numbers, LEVELS),
-            **{"DELTA": shapes.delta, "SOLVED": solved is not None, **shapes.options("prepare"), **alone},
-        )
+    split = not shapes.delta  # rows of each channel are then for themselves, and need only few registers
+    for known in (False, True) if split and solved is None else (solved is not None,):
+        if count:
+            options = shapes.options("prepare rows" if split and known else "prepare")
+            forward.prepare[count, heads, triton.cdiv(shapes.key, options["BK"]) if split and known else 1](
+                *(q, k, v, decay, beta, chunks.starts, chunks.stops, *made[:8], *shapes.numbers, LEVELS),
+                **{"DELTA": shapes.delta, "SOLVED": known, "SPLIT": split, **options},
+            )
     return made
 
 
@@ -203,7 +232,7 @@ def _summed(
     each adds scale sum_t f_t x_t y_t^T and fades what there was; and what each leaves of it [chunks, H, K] or [chunks, H]."""
     count, heads = len(chunks.begins), shapes.heads
     states, after = y.new_empty(count, heads, shapes.key, shapes.value), torch.empty_like(before)
-    left = None if fade is None else fade.new_empty(count, *fade.shape[1:])
+    left = fade if fade is None or shapes.of_heads else fade.new_empty(count, *fade.shape[1:])
     if count:
         options = shapes.options("add_chunks")
         grid = count, heads, triton.cdiv(shapes.key, options["BK"]) * triton.cdiv(shapes.value, options["BV"])
@@ -247,16 +276,66 @@ def _read(
 ) -> Tensor:
     """[T, H, V]: the output, z = U; later: the gradient of U, z = dO."""
     out = torch.empty_like(z)
+    if shapes.of_heads:
+        if len(chunks.starts):
+            options, members = shapes.options("read of heads"), math.gcd(shapes.group, MEMBERS)
+            of_heads.read[len(chunks.starts), shapes.heads // members, triton.cdiv(shapes.value, options["BV"])](
+                *((k, q) if later else (q, k)),
+                *(z, made.sums, made.writer if later else made.reader, states, *chunks.places, out, scale),
+                *shapes.numbers,
+                **{"KEYS": _padded(shapes.key), "MEMBERS": members, "LATER": later, **options},
+            )
+        return out
     rows, factors = ((made.reader, made.writer), (None, None)) if shapes.decay == 2 else ((q, k), (made.reader, made.writer))
     if later:
         rows, factors = rows[::-1], factors[::-1]
     if len(chunks.starts):
         options = shapes.options("read")
         axes = {"BLOCKS": shapes.blocks, "KEYS": _padded(shapes.key), "LATER": later, "STATES": states is not None}
-        args = *rows, z, decay, made.scores, *factors, made.fade, states, chunks.starts, chunks.chunks, chunks.begins, chunks.ends, out, scale
+        args = *rows, z, decay, made.scores, factors[0], made.fade, states, *chunks.places, out, scale
         grid = len(chunks.starts), shapes.heads, triton.cdiv(shapes.value, options["BV"])
         forward.read[grid](*args, *shapes.numbers, **axes, **options)
     return out
+
+
+def _head_gradients(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    decay: Tensor | None,
+    through: tuple[Tensor, Tensor],
+    left: Tensor | None,
+    grads: tuple[Tensor, Tensor],
+    chunks: Chunks,
+    shapes: _Shapes,
+    made: _Prepared,
+    scale: float,
+) -> Tensor | None:
+    """Of `_gradients`, without decays or with one per head, from q, k, v, dO and the states and their gradients: fills dq and dk -> ddecay"""
+    (q, k, v, do), (states, dstates), (dq, dk) = inputs, through, grads
+    blocks, (tokens, heads) = len(chunks.starts), v.shape[:2]
+    options = shapes.options("pair_gradients of heads")
+    parts, grouped = triton.cdiv(shapes.key, options["BK"]), shapes.group > 1
+    ddecay = moved = recalled = None
+    if decay is not None:
+        # Grouped, a part for each of the blocks that a token of a chunk may meet.
+        moved = v.new_empty(2, parts + (shapes.blocks if grouped else 0), tokens, heads, dtype=torch.float32)
+        recalled = v.new_empty(parts, blocks, heads, dtype=torch.float32)
+        ddecay = torch.empty_like(decay)
+    if not blocks:
+        return ddecay
+    axes = {"KEYS": _padded(shapes.key), "VALUES": _padded(shapes.value), "GROUPED": grouped}
+    of_reads, of_writes = (None, None) if moved is None else moved
+    reads = do, v, k, q, made.sums, made.reader, states, *chunks.places, dq, of_reads, recalled
+    writes = v, do, q, k, made.sums, made.writer, dstates, *chunks.places, dk, of_writes, recalled
+    for args, later in ((reads, False), (writes, True)):
+        of_heads.pair_gradients[blocks, parts, heads // shapes.group](*args, scale, blocks, tokens, *shapes.numbers, LATER=later, **axes, **options)
+    if ddecay is not None:
+        options = {name: x for name, x in shapes.options("decay_gradients").items() if name not in ("DECAY", "DOT")}
+        of_heads.decay_gradients[len(chunks.begins), heads](
+            *(of_reads, of_writes, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, blocks, tokens),
+            *(heads, shapes.key, shapes.value, parts),
+            **{"GROUPED": grouped, **options},
+        )
+    return ddecay
 
 
 def _gradients(
@@ -281,29 +360,28 @@ def _gradients(
     assert queries is not None
     dstates, dinitial, _ = _summed(queries, do, factors, made.fade, dfinal, chunks, shapes, scale, back=True)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), _read(q, k, do, decay, dstates, chunks, shapes, made, scale, later=True)
+    if shapes.of_heads:
+        ddecay = _head_gradients((q, k, v, do), decay, (states, dstates), left, (dq, dk), chunks, shapes, made, scale)
+        return dq, dk, dv, ddecay, None, dinitial
+    assert decay is not None
     options = shapes.options("pair_gradients")
     parts = triton.cdiv(shapes.key, options["BK"])
-    moved = recalled = ddecay = None
-    if decay is not None:
-        of = (shapes.key,) if shapes.decay == 2 else ()
-        each = () if of else (parts,)
-        moved, recalled = (v.new_empty(*each, n, heads, *of, dtype=torch.float32) for n in (tokens, blocks))
-        # per channel it is as large as moved, and takes its place where the type is the same
-        ddecay = moved if of and decay.dtype == torch.float32 else torch.empty_like(decay)
+    moved, recalled = (v.new_empty(n, heads, shapes.key, dtype=torch.float32) for n in (tokens, blocks))
+    # it is as large as moved, and takes its place where the type is the same
+    ddecay = moved if decay.dtype == torch.float32 else torch.empty_like(decay)
     if count:
         axes = {"BLOCKS": shapes.blocks, "VALUES": _padded(shapes.value), "GROUPED": shapes.group > 1}
-        places = chunks.starts, chunks.chunks, chunks.begins, chunks.ends
-        additive.pair_gradients[blocks * parts, heads // shapes.group](
-            *(q, k, v, do, decay, made.reader, made.writer, made.fade, made.firsts, states, dstates, *places, dq, dk, moved, recalled, scale, tokens),
-            *(*shapes.numbers, LEVELS),
-            **axes,
-            **options,
-        )
-    if count and ddecay is not None:
-        options = shapes.options("decay_gradients")
-        additive.decay_gradients[count, heads, triton.cdiv(shapes.key, options["BK"]) if shapes.decay == 2 else 1](
-            *(moved, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, blocks, tokens),
-            *(heads, shapes.key, shapes.value, parts),
+        options = {name: x for name, x in options.items() if name != "DECAY"}
+        for later, factors, through, out in ((False, made.writer, states, dq), (True, made.reader, dstates, dk)):
+            additive.pair_gradients[blocks * parts, heads // shapes.group](
+                *(q, k, v, do, decay, factors, made.fade, made.firsts, through, *chunks.places, out, moved, recalled, scale, *shapes.numbers, LEVELS),
+                LATER=later,
+                **axes,
+                **options,
+            )
+        options = {name: x for name, x in shapes.options("decay_gradients").items() if name != "DECAY"}
+        additive.decay_gradients[count, heads, triton.cdiv(shapes.key, options["BK"])](
+            *(moved, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, heads, shapes.key, shapes.value),
             **options,
         )
     return dq, dk, dv, ddecay, None, dinitial

@@ -12,11 +12,12 @@ tokens of different blocks meet where they are needed: their scores are stored n
     accumulate      chunk by chunk, sums alone: S before each
     read            blocks at once: O = scale ((e^g Q) S + R U)
 
-Backward, after prepare (from the T and R that were kept) and the states. Where nothing is erased:
+Where nothing is erased and decays are per head or none, `heads` has programs of its own: sum_decays in place of prepare, read, pair_gradients
+and decay_gradients. Backward, after prepare (from the T and R that were kept) and the states. Where nothing is erased:
 
     add_chunks, accumulate      dS' after each chunk, from the last one back
     read                        blocks at once, with keys, queries and dO in place of queries, keys and U: dV = (e^{g_C - g} K) dS' + scale R^T dO
-    pair_gradients              blocks at once: dQ, dK, and what each token moves of the decays' gradients
+    pair_gradients              blocks at once: dQ, then dK, and what each token moves of the decays' gradients
     decay_gradients             chunks at once: their sums
 
 For the delta rule, with D = T^T dU, dA = -D U^T below the diagonal and the gradient of beta e^g K being -D S^T:

@@ -1,4 +1,5 @@
-"""The programs of recurrences that only add, beside `forward.prepare` and `forward.read`: see the package.
+"""The programs of recurrences that only add, beside `forward.prepare` and `forward.read`; from `pair_gradients` on of decays per channel, the
+others are in `heads`. See the package.
 
 Their chunks have several blocks of C tokens. A state is kept for a chunk only; tokens of different blocks of one meet as in attention, block
 by block. What decays from token i to token t of a later block is what decays from i to the end of its block, in the blocks between, and from
@@ -12,14 +13,11 @@ from ltrain.kernels.linear_recurrence.triton_kernels.forward import COUNTS
 from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     CHANNEL,
     HEAD,
-    NONE,
     add_rows,
     decays,
     factors_of_level,
     fade_across,
-    fade_between,
     fade_of,
-    fade_onto,
     fades_beside,
     place_of,
     products_of_rows,
@@ -27,7 +25,6 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     split,
     state_at,
     state_transposed,
-    sums,
     tile,
     tile_transposed,
 )
@@ -56,11 +53,11 @@ def add_chunks(
     BACKWARD: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (chunks, H, K / BK V / BV) -> added [chunks, H, K, V] = scale sum_t f_t x_t y_t^T over each chunk's tokens, faded by the blocks
-    between t's and the chunk's end (its start where BACKWARD); left [chunks, H, K] or [chunks, H]: what the chunk leaves of a state.
+    """Grid (chunks, H, K / BK V / BV) -> added [chunks, H, K, V] = scale sum_t f_t x_t y_t^T over each chunk's tokens, f_t being what is left
+    at the chunk's end (its start where BACKWARD); of decays per channel left [chunks, H, K]: what the chunk leaves of a state.
 
     What its writes add to the state (x: keys, y: values) or, BACKWARD, its reads to the gradient (x: queries, y: dO). factors [T, H]: of
-    decays per head; those per channel are in x [T, H, K] already.
+    decays per head. Those per channel are in x [T, H, K] already for the block of t; those of the blocks between are in fade [blocks, H, K].
     """
     chunk, h = tl.program_id(0), tl.program_id(1)
     parts = tl.cdiv(K, BK)
@@ -81,8 +78,9 @@ def add_chunks(
         t += (count - 1) * C
         block, step = block + count - 1, -1
     state = tl.zeros((BK, BV), dtype=tl.float32)
-    whole = fade_of(fade, block, True, h, H, K, DECAY, BK, row)
-    following = whole
+    if DECAY == CHANNEL:
+        whole = fade_of(fade, block, True, h, H, K, DECAY, BK, row)
+        following = whole
     for done in range(count):
         inside = t < length
         write = tile(y, t, inside, h, H, V, BV, column)
@@ -92,7 +90,7 @@ def add_chunks(
             key = tile_transposed(x, t, inside, h // G, H // G, K, BK, row)
         if DECAY == HEAD:
             write = (write * tl.load(factors + t * H + h, mask=inside, other=0.0)[:, None]).to(x.dtype.element_ty)
-        if DECAY != NONE:
+        if DECAY == CHANNEL:
             state *= following
             if done > 0:
                 whole *= following
@@ -101,8 +99,6 @@ def add_chunks(
         t += step * C
     at, exists = state_at(added, chunk * H + h, K, V, BK, BV, row, column)
     tl.store(at, (state * scale).to(added.dtype.element_ty), mask=exists)
-    if DECAY == HEAD and row + column == 0:
-        tl.store(left + (chunk * H + h).to(tl.int64), whole)
     if DECAY == CHANNEL and column == 0:
         channels = row + tl.arange(0, BK)
         tl.store(left + (chunk * H + h).to(tl.int64) * K + channels[:, None], whole, mask=(channels < K)[:, None])
@@ -176,18 +172,16 @@ def accumulate(
 
 
 @triton.jit
-def _of_head(
+def _of_queries(
     q,
     k,
     v,
     do,
     decay,
-    reader,
     writer,
     fade,
     levels_from,
     states,
-    dstates,
     moved,
     recalled,
     scale,
@@ -197,108 +191,122 @@ def _of_head(
     V,
     levels,
     block,
-    blocks,
     part,
     h,
     t,
     length,
     chunk,
     before,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """What value head h adds to dQ [C, BK]; stores what the queries move."""
+    here = part * BK
+    rows, channels = tl.arange(0, C), here + tl.arange(0, BK)
+    inside = t < length
+    dtype = k.dtype.element_ty
+    query = tile(q, t, inside, h // G, H // G, K, BK, here)
+    high, low = split(decays(decay, t, inside, h, H, K, BK, here), dtype)
+    from_start = tl.exp(add_rows(rows[:, None] >= rows[None, :], high, low, DOT))
+    # Through the state before the chunk. For the loop see tiles.add_rows.
+    reading = tl.zeros((C, BK), dtype=tl.float32)
+    for column in tl.range(0, V, BV, num_stages=1):
+        state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
+        reading += tl.dot(tile(do, t, inside, h, H, V, BV, column), state, input_precision=DOT)
+    reading *= scale
+    faded = fade_across(fades_beside(fade, block, -1, before, h, H, K, CHANNEL, BLOCKS, BK, here), BLOCKS, CHANNEL, BLOCKS, BK)
+    at = recalled + (block * H + h).to(tl.int64) * K + channels
+    tl.store(at, faded * tl.sum(reading * from_start * query, 0), mask=channels < K)
+    # Through the scores with the other blocks of the chunk, from the first on: what there is fades by the next, and that needs no tile scaled.
+    if BLOCKS > 1:
+        for n in range(before):
+            others = t - (before - n) * C
+            near = products_of_rows(do, v, t, inside, others, others >= 0, h, H, V, C, BV, BV == VALUES, DOT) * scale
+            left = tl.load(fade + ((block - before + n) * H + h).to(tl.int64) * K + channels, mask=channels < K, other=0.0)
+            key = tile(writer, others, others >= 0, h, H, K, BK, here)
+            reading = reading * left[None, :] + tl.dot(near.to(dtype), key, input_precision=DOT)
+    # And in its own block, but for a token's score with itself, which does not decay.
+    near = products_of_rows(do, v, t, inside, t, inside, h, H, V, C, BV, BV == VALUES, DOT) * scale
+    own = tl.sum(tl.where(rows[:, None] == rows[None, :], near, 0.0), 1)[:, None]
+    key = tile(k, t, inside, h // G, H // G, K, BK, here)
+    reading *= from_start
+    first = tl.load(levels_from + block * H + h)
+    all_pairs = first > 0
+    for level in range(first, levels):
+        later, earlier, pairs, _ = factors_of_level(level, all_pairs, high, low, C, DOT)
+        all_pairs = level < 0
+        reading += later * tl.dot(tl.where(pairs, near, 0.0).to(dtype), (key * earlier).to(dtype), input_precision=DOT)
+    put(moved, reading * query, t, inside, h, H, K, BK, here)
+    return reading + own * key
+
+
+@triton.jit
+def _of_keys(
+    q,
+    k,
+    v,
+    do,
+    decay,
+    reader,
+    fade,
+    levels_from,
+    dstates,
+    moved,
+    scale,
+    H,
+    G,
+    K,
+    V,
+    levels,
+    block,
+    part,
+    h,
+    t,
+    length,
+    chunk,
     after,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     VALUES: tl.constexpr,
     BLOCKS: tl.constexpr,
-    DECAY: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """What value head h adds to dQ and dK [C, BK]; stores its parts of `moved` and `recalled`."""
+    """What value head h adds to dK [C, BK], as in _of_queries; what the keys move is taken from what the queries do."""
     here = part * BK
-    rows = tl.arange(0, C)
+    rows, channels = tl.arange(0, C), here + tl.arange(0, BK)
     inside = t < length
     dtype = k.dtype.element_ty
-    # Through the states: of what reads the one before the chunk, and is stored in the one after it. For the loop see tiles.add_rows.
-    reading = tl.zeros((C, BK), dtype=tl.float32)
     storing = tl.zeros((C, BK), dtype=tl.float32)
     for column in tl.range(0, V, BV, num_stages=1):
-        state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
-        reading += tl.dot(tile(do, t, inside, h, H, V, BV, column), state, input_precision=DOT)
         dstate = state_transposed(dstates, chunk * H + h, K, V, BK, BV, here, column)
         storing += tl.dot(tile(v, t, inside, h, H, V, BV, column), dstate, input_precision=DOT)
-    reading *= scale
-    earlier_fades = fades_beside(fade, block, -1, before, h, H, K, DECAY, BLOCKS, BK, here)
-    later_fades = fades_beside(fade, block, 1, after, h, H, K, DECAY, BLOCKS, BK, here)
-    query = tile(q, t, inside, h // G, H // G, K, BK, here)
-    if DECAY == HEAD:
-        from_start = tl.load(reader + t * H + h, mask=inside, other=0.0)
-        to_end = tl.load(writer + t * H + h, mask=inside, other=0.0)
-        reading *= from_start[:, None] * fade_across(earlier_fades, BLOCKS, DECAY, BLOCKS, BK)
-        storing *= to_end[:, None] * fade_across(later_fades, BLOCKS, DECAY, BLOCKS, BK)
-        tl.store(recalled + (part * blocks + block) * H + h, tl.sum(tl.sum(reading * query, 1), 0))
-    if DECAY == CHANNEL:
-        high, low = split(decays(decay, t, inside, h, H, K, BK, here), dtype)
-        from_start_channels = tl.exp(add_rows(rows[:, None] >= rows[None, :], high, low, DOT))
-        reading *= fade_across(earlier_fades, BLOCKS, DECAY, BLOCKS, BK)[None, :]
-        storing *= fade_across(later_fades, BLOCKS, DECAY, BLOCKS, BK)[None, :]
-        channels = here + tl.arange(0, BK)
-        at = recalled + (block * H + h).to(tl.int64) * K + channels
-        tl.store(at, tl.sum(reading * from_start_channels * query, 0), mask=channels < K)
-    # Through the scores with the other blocks of the chunk. What both sides of a pair move is rounded alike: their difference is a decay's.
     if BLOCKS > 1:
-        for n in range(1, before + 1):
-            others = t - n * C
-            exist = others >= 0
-            near = products_of_rows(do, v, t, inside, others, exist, h, H, V, C, BV, BV == VALUES, DOT) * scale
-            if DECAY == CHANNEL:
-                left = fade_across(earlier_fades, n, DECAY, BLOCKS, BK)[None, :]
-                key = (tile(writer, others, exist, h, H, K, BK, here) * left).to(dtype)
-            else:
-                key = tile(k, others, exist, h // G, H // G, K, BK, here)
-            if DECAY == HEAD:
-                left = fade_across(earlier_fades, n, DECAY, BLOCKS, BK)
-                near *= (from_start * left)[:, None] * tl.load(writer + others * H + h, mask=exist, other=0.0)[None, :]
-            reading += tl.dot(near.to(dtype), key, input_precision=DOT)
-        for n in range(1, after + 1):
-            others = t + n * C
+        for n in range(after):
+            others = t + (after - n) * C
             exist = others < length
             near = products_of_rows(v, do, t, inside, others, exist, h, H, V, C, BV, BV == VALUES, DOT) * scale
-            if DECAY == CHANNEL:
-                left = fade_across(later_fades, n, DECAY, BLOCKS, BK)[None, :]
-                query_there = (tile(reader, others, exist, h, H, K, BK, here) * left).to(dtype)
-            else:
-                query_there = tile(q, others, exist, h // G, H // G, K, BK, here)
-            if DECAY == HEAD:
-                left = fade_across(later_fades, n, DECAY, BLOCKS, BK)
-                near *= to_end[:, None] * (tl.load(reader + others * H + h, mask=exist, other=0.0) * left)[None, :]
-            storing += tl.dot(near.to(dtype), query_there, input_precision=DOT)
-    # And in its own block, but for a token's score with itself, which does not decay.
-    near = products_of_rows(do, v, t, inside, t, inside, h, H, V, C, BV, BV == VALUES, DOT) * scale
+            left = tl.load(fade + ((block + after - n) * H + h).to(tl.int64) * K + channels, mask=channels < K, other=0.0)
+            query_there = tile(reader, others, exist, h, H, K, BK, here)
+            storing = storing * left[None, :] + tl.dot(near.to(dtype), query_there, input_precision=DOT)
+    near = products_of_rows(v, do, t, inside, t, inside, h, H, V, C, BV, BV == VALUES, DOT) * scale
     own = tl.sum(tl.where(rows[:, None] == rows[None, :], near, 0.0), 1)[:, None]
-    key = tile(k, t, inside, h // G, H // G, K, BK, here)
-    if DECAY == CHANNEL:
-        near_columns = products_of_rows(v, do, t, inside, t, inside, h, H, V, C, BV, BV == VALUES, DOT) * scale
-        reading *= from_start_channels
-        storing *= tl.exp(add_rows(rows[:, None] < rows[None, :], high, low, DOT))
-        first = tl.load(levels_from + block * H + h)
-        all_pairs = first > 0
-        for level in range(first, levels):
-            later, earlier, pairs, pairs_columns = factors_of_level(level, all_pairs, high, low, C, DOT)
-            all_pairs = level < 0
-            reading += later * tl.dot(tl.where(pairs, near, 0.0).to(dtype), (key * earlier).to(dtype), input_precision=DOT)
-            storing += earlier * tl.dot(tl.where(pairs_columns, near_columns, 0.0).to(dtype), (query * later).to(dtype), input_precision=DOT)
-    else:
-        g = sums(decay, t, inside, h, H, DECAY, C)
-        near = tl.where(rows[:, None] > rows[None, :], near * fade_between(g, C, True), 0.0)
-        reading += tl.dot(near.to(dtype), key, input_precision=DOT)
-        near = products_of_rows(v, do, t, inside, t, inside, h, H, V, C, BV, BV == VALUES, DOT) * scale
-        near = tl.where(rows[:, None] < rows[None, :], near * fade_onto(g, C), 0.0)
-        storing += tl.dot(near.to(dtype), query, input_precision=DOT)
-    if DECAY == HEAD:
-        tl.store(moved + t * H + h, tl.sum(reading * query - storing * key, 1), mask=inside)
-    if DECAY == CHANNEL:
-        put(moved, reading * query - storing * key, t, inside, h, H, K, BK, here)
-    return reading + own * key, storing + own * query
+    query = tile(q, t, inside, h // G, H // G, K, BK, here)
+    high, low = split(decays(decay, t, inside, h, H, K, BK, here), dtype)
+    storing *= tl.exp(add_rows(rows[:, None] < rows[None, :], high, low, DOT))
+    first = tl.load(levels_from + block * H + h)
+    all_pairs = first > 0
+    for level in range(first, levels):
+        later, earlier, _, pairs = factors_of_level(level, all_pairs, high, low, C, DOT)
+        all_pairs = level < 0
+        storing += earlier * tl.dot(tl.where(pairs, near, 0.0).to(dtype), (query * later).to(dtype), input_precision=DOT)
+    stored = storing * tile(k, t, inside, h // G, H // G, K, BK, here)
+    put(moved, tile(moved, t, inside, h, H, K, BK, here) - stored, t, inside, h, H, K, BK, here)
+    return storing + own * query
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -308,22 +316,18 @@ def pair_gradients(
     v,
     do,
     decay,
-    reader,
-    writer,
+    factors,
     fade,
     levels_from,
     states,
-    dstates,
     starts,
     chunks,
     begins,
     ends,
-    dq,
-    dk,
+    out,
     moved,
     recalled,
     scale,
-    T,
     H,
     G,
     K,
@@ -334,54 +338,44 @@ def pair_gradients(
     BV: tl.constexpr,
     VALUES: tl.constexpr,
     BLOCKS: tl.constexpr,
-    DECAY: tl.constexpr,
+    LATER: tl.constexpr,
     GROUPED: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (blocks * K / BK, H / G) -> dq, dk [T, H / G, K], and for `decay_gradients`, per channel or summed over those of this program:
-    moved = q_t dq_t - k_t dk_t [T, H, K] or [K / BK, T, H], and what of q_t dq_t comes from the state before the chunk, summed over the
-    block: recalled [blocks, H, K] or [K / BK, blocks, H]. states and dstates [chunks, H, K, V]: before each chunk, and of those after it."""
+    """Grid (blocks * K / BK, H / G) -> out [T, H / G, K]: dQ with factors = writer and the states [chunks, H, K, V] before each chunk, and then,
+    LATER, dK with reader and their gradients after it. For `decay_gradients`, after both: moved = q_t dq_t - k_t dk_t [T, H, K], and what of
+    q_t dq_t comes from the state before the chunk, summed over the block: recalled [blocks, H, K].
+
+    One after the other: a program that holds both gradients at once spills its registers."""
     parts = tl.cdiv(K, BK)
     block, part, source = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1)
-    blocks = tl.num_programs(0) // parts
     chunk, begin, t, length, before, after = place_of(block, starts, chunks, begins, ends, C)
-    for_keys, for_values = begin * (H // G) * K, begin * H * V
+    for_keys, for_values, for_channels = begin * (H // G) * K, begin * H * V, begin * H * K
     q += for_keys
     k += for_keys
-    dq += for_keys
-    dk += for_keys
+    out += for_keys
     v += for_values
     do += for_values
-    if DECAY == HEAD:
-        decay += begin * H
-        reader += begin * H
-        writer += begin * H
-        moved += (begin + part * T) * H
-    if DECAY == CHANNEL:
-        decay += begin * H * K
-        reader += begin * H * K
-        writer += begin * H * K
-        moved += begin * H * K
-    if GROUPED:
-        dquery = tl.zeros((C, BK), dtype=tl.float32)
-        dkey = tl.zeros((C, BK), dtype=tl.float32)
-        for member in range(G):
-            of_query, of_key = _of_head(
-                *(q, k, v, do, decay, reader, writer, fade, levels_from, states, dstates, moved, recalled, scale, H, G, K, V, levels),
-                *(block, blocks, part, source * G + member, t, length, chunk, before, after, C, BK, BV, VALUES, BLOCKS, DECAY, DOT),
+    decay += for_channels
+    factors += for_channels
+    moved += for_channels
+    total = tl.zeros((C, BK), dtype=tl.float32)
+    for member in range(G if GROUPED else 1):
+        h = source * G + member
+        if LATER:
+            total += _of_keys(
+                *(q, k, v, do, decay, factors, fade, levels_from, states, moved, scale, H, G, K, V, levels, block, part, h, t, length, chunk),
+                *(after, C, BK, BV, VALUES, BLOCKS, DOT),
             )
-            dquery += of_query
-            dkey += of_key
-    else:
-        dquery, dkey = _of_head(
-            *(q, k, v, do, decay, reader, writer, fade, levels_from, states, dstates, moved, recalled, scale, H, G, K, V, levels),
-            *(block, blocks, part, source, t, length, chunk, before, after, C, BK, BV, VALUES, BLOCKS, DECAY, DOT),
-        )
-    put(dq, dquery, t, t < length, source, H // G, K, BK, part * BK)
-    put(dk, dkey, t, t < length, source, H // G, K, BK, part * BK)
+        else:
+            total += _of_queries(
+                *(q, k, v, do, decay, factors, fade, levels_from, states, moved, recalled, scale, H, G, K, V, levels, block, part, h, t, length),
+                *(chunk, before, C, BK, BV, VALUES, BLOCKS, DOT),
+            )
+    put(out, total, t, t < length, source, H // G, K, BK, part * BK)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "blocks", "parts"])
+@triton.jit(do_not_specialize=COUNTS)
 def decay_gradients(
     moved,
     recalled,
@@ -392,19 +386,15 @@ def decay_gradients(
     ends,
     firsts,
     ddecay,
-    blocks,
-    T,
     H,
     K,
     V,
-    parts,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    DECAY: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (chunks, H, K / BK or per head 1) -> ddecay [T, H, K] or [T, H]; parts: in which `moved` and `recalled` come.
+    """Grid (chunks, H, K / BK) -> ddecay [T, H, K].
 
     A decay's gradient is all that passes it: what earlier tokens of the chunk and the state before it hand on to its own and later tokens
     and to the state after it. At the start of the chunk that is what its state hands on; from one token to the next, less what the token
@@ -415,40 +405,20 @@ def decay_gradients(
     block = tl.load(firsts + chunk)
     count = tl.cdiv(end - begin, C).to(tl.int32)
     rows = tl.arange(0, C)
-    if DECAY == HEAD:
-        products = tl.zeros((BK, BV), dtype=tl.float32)
-        for row in range(0, K, BK):
-            for column in range(0, V, BV):
-                at, exists = state_at(states, chunk * H + h, K, V, BK, BV, row, column)
-                after, _ = state_at(dstates, chunk * H + h, K, V, BK, BV, row, column)
-                products += tl.load(at, mask=exists, other=0.0).to(tl.float32) * tl.load(after, mask=exists, other=0.0).to(tl.float32)
-        passing = (tl.sum(tl.sum(products, 1), 0) * tl.load(left + (chunk * H + h).to(tl.int64))).to(tl.float64)
-        for place in range(count):
-            for part in range(parts):
-                passing += tl.load(recalled + (part * blocks + block + place) * H + h).to(tl.float64)
-        for place in range(count):
-            t = begin + place * C + rows
-            inside = t < end
-            x = tl.zeros((C,), dtype=tl.float64)
-            for part in range(parts):
-                x += tl.load(moved + (part * T + t) * H + h, mask=inside, other=0.0).to(tl.float64)
-            tl.store(ddecay + t * H + h, (passing - (tl.cumsum(x, 0) - x)).to(ddecay.dtype.element_ty), mask=inside)
-            passing -= tl.sum(x, 0)
-    else:
-        channels = here + tl.arange(0, BK)
-        exist = channels < K
-        products = tl.zeros((BK, BV), dtype=tl.float32)
-        for column in range(0, V, BV):
-            at, exists = state_at(states, chunk * H + h, K, V, BK, BV, here, column)
-            after, _ = state_at(dstates, chunk * H + h, K, V, BK, BV, here, column)
-            products += tl.load(at, mask=exists, other=0.0).to(tl.float32) * tl.load(after, mask=exists, other=0.0).to(tl.float32)
-        passing = tl.sum(products, 1) * tl.load(left + (chunk * H + h).to(tl.int64) * K + channels, mask=exist, other=0.0)
-        for place in range(count):
-            passing += tl.load(recalled + ((block + place) * H + h).to(tl.int64) * K + channels, mask=exist, other=0.0)
-        for place in range(count):
-            t = begin + place * C + rows
-            inside = t < end
-            x = tile(moved, t, inside, h, H, K, BK, here)
-            high, low = split(x, states.dtype.element_ty)
-            put(ddecay, passing[None, :] - add_rows(rows[:, None] > rows[None, :], high, low, DOT), t, inside, h, H, K, BK, here)
-            passing -= tl.sum(x, 0)
+    channels = here + tl.arange(0, BK)
+    exist = channels < K
+    products = tl.zeros((BK, BV), dtype=tl.float32)
+    for column in range(0, V, BV):
+        at, exists = state_at(states, chunk * H + h, K, V, BK, BV, here, column)
+        after, _ = state_at(dstates, chunk * H + h, K, V, BK, BV, here, column)
+        products += tl.load(at, mask=exists, other=0.0).to(tl.float32) * tl.load(after, mask=exists, other=0.0).to(tl.float32)
+    passing = tl.sum(products, 1) * tl.load(left + (chunk * H + h).to(tl.int64) * K + channels, mask=exist, other=0.0)
+    for place in range(count):
+        passing += tl.load(recalled + ((block + place) * H + h).to(tl.int64) * K + channels, mask=exist, other=0.0)
+    for place in range(count):
+        t = begin + place * C + rows
+        inside = t < end
+        x = tile(moved, t, inside, h, H, K, BK, here)
+        high, low = split(x, states.dtype.element_ty)
+        put(ddecay, passing[None, :] - add_rows(rows[:, None] > rows[None, :], high, low, DOT), t, inside, h, H, K, BK, here)
+        passing -= tl.sum(x, 0)

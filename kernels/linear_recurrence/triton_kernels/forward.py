@@ -98,10 +98,13 @@ def prepare(
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
     SOLVED: tl.constexpr,
+    SPLIT: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Grid (blocks, H) -> scores = R, solve = T [T, H, C], firsts [blocks, H] (int32, of
-    tiles.first_level), which are there already where SOLVED; w [T, H, K], u = U0 [T, H, V], reader, writer, fade"""
+    tiles.first_level), which are there already where SOLVED; w [T, H, K], u = U0 [T, H, V], reader, writer, fade.
+
+    SPLIT: without the delta rule, of decays per channel, not SOLVED the first two alone, and SOLVED with grid (blocks, H, K / BK)."""
     chunk, h = tl.program_id(0), tl.program_id(1)
     t, inside = rows_of(starts, stops, chunk, C)
     rows = tl.arange(0, C)
@@ -133,8 +136,12 @@ def prepare(
             put(solve, inverse, t, inside, h, H, C, C, 0)
     elif DELTA:
         inverse = tile(solve, t, inside, h, H, C, C, 0)
-    if DELTA or DECAY == CHANNEL:
-        for offset in range(0, K, BK):
+    if (DELTA or DECAY == CHANNEL) and (SOLVED or not SPLIT):
+        begin, end = 0, K
+        if SPLIT:
+            begin = tl.program_id(2) * BK
+            end = begin + BK
+        for offset in range(begin, end, BK):
             key = tile(k, t, inside, h // G, H // G, K, BK, offset)
             if DECAY == CHANNEL:
                 high, low = split(decays(decay, t, inside, h, H, K, BK, offset), k.dtype.element_ty)
@@ -225,7 +232,6 @@ def read(
     decay,
     scores,
     own,
-    other,
     fade,
     states,
     starts,
@@ -252,7 +258,8 @@ def read(
 
     o: x = q, y = k and z = U, of the tokens up to its own, and states [chunks, H, K, V] before each chunk. LATER, from the token's own on, the
     gradient of U: x = k, y = q, z = dO and the gradients of the states after each chunk (without STATES, what comes from its own chunk alone).
-    x and y are what prepare made of them where channels decay; own and other [T, H] are its factors of their rows where heads do.
+    x and y are what prepare made of them where channels decay; own [T, H] are its factors of x where heads do. Chunks of several blocks are of
+    decays per channel: of the others see `heads.read`.
     """
     block, h, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     chunk, begin, t, length, count, after = place_of(block, starts, chunks, begins, ends, C)
@@ -268,7 +275,6 @@ def read(
     if DECAY == HEAD:
         decay += begin * H
         own += begin * H
-        other += begin * H
     z += begin * H * V
     out += begin * H * V
     step = -1
@@ -289,17 +295,12 @@ def read(
             result += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
         if not LATER:  # the gradient of a state has the scale in it
             result *= scale
-    fades = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, 0)
-    if DECAY == HEAD:
-        result *= fade_across(fades, BLOCKS, DECAY, BLOCKS, BK)
-    if BLOCKS > 1:
+    if BLOCKS > 1:  # of decays per channel
+        fades = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, 0)
         for n in range(1, count + 1):
             others = t + step * n * C
             exist = (others >= 0) & (others < length)
-            if DECAY != CHANNEL:
-                near = products_of_rows(x, y, t, inside, others, exist, h // G, H // G, K, C, BK, BK == KEYS, DOT)
-                near *= scale * fade_across(fades, n, DECAY, BLOCKS, BK)
-            elif BK == KEYS:
+            if BK == KEYS:
                 faded = (tile(x, t, inside, h, H, K, BK, 0) * fade_across(fades, n, DECAY, BLOCKS, BK)[None, :]).to(dtype)
                 near = tl.dot(faded, tile_transposed(y, others, exist, h, H, K, BK, 0), input_precision=DOT) * scale
             else:
@@ -309,10 +310,8 @@ def read(
                     faded = (tile(x, t, inside, h, H, K, BK, offset) * fade_across(of_part, n, DECAY, BLOCKS, BK)[None, :]).to(dtype)
                     near += tl.dot(faded, tile_transposed(y, others, exist, h, H, K, BK, offset), input_precision=DOT)
                 near *= scale
-            if DECAY == HEAD:
-                near *= tl.load(other + others * H + h, mask=exist, other=0.0)[None, :]
             result += tl.dot(near.to(dtype), tile(z, others, exist, h, H, V, BV, column), input_precision=DOT)
-    if DECAY == HEAD and (STATES or BLOCKS > 1):
+    if DECAY == HEAD and STATES:
         result *= tl.load(own + t * H + h, mask=inside, other=0.0)[:, None]
     if DECAY == CHANNEL:
         if LATER:

@@ -1,0 +1,377 @@
+"""The programs of recurrences that only add and whose decays are per head, or that have none, beside `additive.add_chunks` and `accumulate`.
+
+Their chunks have several blocks of C tokens, and inside a chunk tokens meet as in attention: token t takes e^{g_t - g_i} of what i <= t gives,
+where g is summed from the chunk's start. Output, dV, dQ and dK are all of one form, rows (X Y^T * fade) Z and rows of X times a state:
+
+    o   X = Q,  Y = K,  Z = V,  and the state before the chunk      dQ  X = dO, Y = V,  Z = K,  and that state transposed
+    dV  X = K,  Y = Q,  Z = dO, and its gradient after the chunk    dK  X = V,  Y = dO, Z = Q,  and that gradient transposed
+
+with i <= t for o and dQ, and the other way round for dV and dK. Each is a program of its own: nothing that two of them could share would have
+to be computed twice, and a program that holds one result leaves room for others on its processor, which compute while it waits for memory.
+Four warps have one tensor core instruction for 64 rows; with eight, two warpgroups would share it.
+"""
+
+import triton
+import triton.language as tl
+
+from ltrain.kernels.linear_recurrence.triton_kernels.forward import COUNTS
+from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
+    HEAD,
+    place_of,
+    products_of_rows,
+    put,
+    state_at,
+    state_transposed,
+    tile,
+    tile_transposed,
+)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def sum_decays(decay, begins, ends, reader, writer, left, sums, H, C: tl.constexpr, HEADS: tl.constexpr):
+    """Grid (chunks, H / HEADS): of decay [T, H], with g summed from the start of each chunk, sums [T, H, 2] float32: g, and what float32 loses of
+    it; reader = e^{g_t} and writer = e^{g_last - g_t} [T, H], left = e^{g_last} [chunks, H]."""
+    chunk = tl.program_id(0)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    begin, end = tl.load(begins + chunk).to(tl.int64), tl.load(ends + chunk).to(tl.int64)
+    rows = tl.arange(0, C)
+    last = tl.zeros((HEADS,), dtype=tl.float64)
+    for start in range(begin, end, C):
+        t = start + rows
+        exists = (t < end)[:, None] & (heads < H)[None, :]
+        last += tl.sum(tl.load(decay + t[:, None] * H + heads[None, :], mask=exists, other=0.0).to(tl.float64), 0)
+    tl.store(left + chunk * H + heads, tl.exp(last.to(tl.float32)), mask=heads < H)
+    before = tl.zeros((HEADS,), dtype=tl.float64)
+    for start in range(begin, end, C):
+        t = start + rows
+        exists = (t < end)[:, None] & (heads < H)[None, :]
+        at = t[:, None] * H + heads[None, :]
+        x = tl.load(decay + at, mask=exists, other=0.0).to(tl.float64)
+        g = tl.cumsum(x, 0) + before[None, :]
+        before += tl.sum(x, 0)
+        high = g.to(tl.float32)
+        tl.store(sums + at * 2, high, mask=exists)
+        tl.store(sums + at * 2 + 1, (g - high).to(tl.float32), mask=exists)
+        tl.store(reader + at, tl.exp(high), mask=exists)
+        tl.store(writer + at, tl.exp((last[None, :] - g).to(tl.float32)), mask=exists)
+
+
+@triton.jit
+def _sums(sums, t, inside, h, H, DECAY: tl.constexpr):
+    """g [C] of a head, and what float32 loses of it. Loaded at once: Triton copies a load of fewer numbers than a program has threads to every
+    place where it is needed, in its layout: a thread then loads 16 numbers for one."""
+    if DECAY == HEAD:
+        pairs = tl.load(sums + ((t * H + h) * 2)[:, None] + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0.0)
+        high, low = tl.split(pairs)
+    else:
+        high, low = 0.0, 0.0
+    return high, low
+
+
+@triton.jit
+def _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY: tl.constexpr, LATER: tl.constexpr, STRICT: tl.constexpr):
+    """What is left between each row's token t and the tokens beside them, 0 where they do not meet -> [C, C]. Differences of sums are exact or
+    long ones, and no exponent is above 0."""
+    if LATER:
+        meet = (others[None, :] > t[:, None]) if STRICT else (others[None, :] >= t[:, None])
+        meet &= exist[None, :]
+    else:
+        meet = (others[None, :] < t[:, None]) if STRICT else (others[None, :] <= t[:, None])
+        meet &= inside[:, None]
+    if DECAY == HEAD:
+        if LATER:
+            gaps = (high_there[None, :] - high[:, None]) + (low_there[None, :] - low[:, None])
+        else:
+            gaps = (high[:, None] - high_there[None, :]) + (low[:, None] - low_there[None, :])
+        fade = tl.exp(tl.where(meet, gaps, float("-inf")))
+    else:
+        fade = tl.where(meet, 1.0, 0.0)
+    return fade
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def read(
+    x,
+    y,
+    z,
+    sums,
+    factors,
+    states,
+    starts,
+    chunks,
+    begins,
+    ends,
+    out,
+    scale,
+    H,
+    G,
+    K,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    KEYS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    DECAY: tl.constexpr,
+    LATER: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (blocks, H / MEMBERS, V / BV) -> out [T, H, V] of z [T, H, V] for x and y [T, H / G, K]: o, or LATER dV; states [chunks, H, K, V] and
+    their factors [T, H]. A program has MEMBERS value heads of one key head, which share the scores X Y^T."""
+    block, h, column = tl.program_id(0), tl.program_id(1) * MEMBERS, tl.program_id(2) * BV
+    chunk, begin, t, length, count, after = place_of(block, starts, chunks, begins, ends, C)
+    inside = t < length
+    dtype = x.dtype.element_ty
+    x += begin * (H // G) * K
+    y += begin * (H // G) * K
+    z += begin * H * V
+    out += begin * H * V
+    if DECAY == HEAD:
+        sums += begin * H * 2
+        factors += begin * H
+    step = -1
+    if LATER:
+        count, step = after, 1
+    results = ()
+    for member in tl.static_range(MEMBERS):
+        result = tl.zeros((C, BV), dtype=tl.float32)
+        for row in tl.range(0, K, BK, num_stages=1):
+            at, exists = state_at(states, chunk * H + h + member, K, V, BK, BV, row, column)
+            query = tile(x, t, inside, h // G, H // G, K, BK, row)
+            result += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
+        if not LATER:  # the gradient of a state has the scale in it
+            result *= scale
+        if DECAY == HEAD:
+            result *= tl.load(factors + t * H + h + member, mask=inside, other=0.0)[:, None]
+        results = results + (result,)  # type: ignore[assignment]
+    if BK == KEYS:
+        query = tile(x, t, inside, h // G, H // G, K, BK, 0)
+    ours = ()
+    for member in tl.static_range(MEMBERS):
+        ours = ours + (_sums(sums, t, inside, h + member, H, DECAY),)  # type: ignore[assignment]
+    for n in range(count + 1):
+        others = t + step * n * C
+        exist = (others >= 0) & (others < length)
+        if BK == KEYS:
+            near = tl.dot(query, tile_transposed(y, others, exist, h // G, H // G, K, BK, 0), input_precision=DOT) * scale
+        else:
+            near = products_of_rows(x, y, t, inside, others, exist, h // G, H // G, K, C, BK, False, DOT) * scale
+        added = ()
+        for member in tl.static_range(MEMBERS):
+            high, low = ours[member]
+            high_there, low_there = _sums(sums, others, exist, h + member, H, DECAY)
+            faded = (near * _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY, LATER, False)).to(dtype)
+            write = tile(z, others, exist, h + member, H, V, BV, column)
+            added = added + (results[member] + tl.dot(faded, write, input_precision=DOT),)  # type: ignore[assignment]
+        results = added
+    for member in tl.static_range(MEMBERS):
+        put(out, results[member], t, inside, h + member, H, V, BV, column)
+
+
+@triton.jit
+def _through_state(
+    x,
+    states,
+    factors,
+    chunk,
+    t,
+    inside,
+    h,
+    scale,
+    H,
+    K,
+    V,
+    here,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DECAY: tl.constexpr,
+    LATER: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Of value head h, what rows of x [T, H, V] take of the state transposed, faded -> [C, BK]. WHOLE: in a loop around this, which can
+    then load ahead; a single product in no loop would keep its tiles in shared memory during what follows."""
+    if WHOLE:
+        state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, 0)
+        total = tl.dot(tile(x, t, inside, h, H, V, BV, 0), state, input_precision=DOT)
+    else:
+        total = tl.zeros((C, BK), dtype=tl.float32)
+        for column in tl.range(0, V, BV, num_stages=1):
+            state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
+            total += tl.dot(tile(x, t, inside, h, H, V, BV, column), state, input_precision=DOT)
+    if not LATER:
+        total *= scale
+    if DECAY == HEAD:
+        total *= tl.load(factors + t * H + h, mask=inside, other=0.0)[:, None]
+    return total
+
+
+@triton.jit(do_not_specialize=[*COUNTS, "blocks"])
+def pair_gradients(
+    x,
+    y,
+    z,
+    itself,
+    sums,
+    factors,
+    states,
+    starts,
+    chunks,
+    begins,
+    ends,
+    out,
+    moved,
+    recalled,
+    scale,
+    blocks,
+    T,
+    H,
+    G,
+    K,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    DECAY: tl.constexpr,
+    LATER: tl.constexpr,
+    GROUPED: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (blocks, K / BK, H / G) -> out [T, H / G, K]: dQ, or LATER dK, of x and y [T, H, V] and z [T, H / G, K]; itself [T, H / G, K]: q or k.
+
+    And of decays per head, for `decay_gradients`: moved = q_t dq_t or k_t dk_t [parts, T, H] but for what a token has of itself, and, not LATER,
+    what of it comes from the state before the chunk, summed over the block: recalled [K / BK, blocks, H]. moved comes in K / BK parts, where
+    GROUPED only of what comes through the state, and one for each block from the own one on: what the value heads of a key head have from
+    another block meets its keys as a sum, and what each of them moves is found from the scores, sum_i (Q K^T)_ti (fade * dO V^T)_ti.
+    """
+    block, part, source = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    here = part * BK
+    chunk, begin, t, length, count, after = place_of(block, starts, chunks, begins, ends, C)
+    inside = t < length
+    dtype = x.dtype.element_ty
+    x += begin * H * V
+    y += begin * H * V
+    z += begin * (H // G) * K
+    itself += begin * (H // G) * K
+    out += begin * (H // G) * K
+    if DECAY == HEAD:
+        sums += begin * H * 2
+        factors += begin * H
+        moved += begin * H
+    step = -1
+    if LATER:
+        count, step = after, 1
+    if GROUPED:
+        total = tl.zeros((C, BK), dtype=tl.float32)
+        for member in range(G):
+            h = source * G + member
+            of_state = _through_state(x, states, factors, chunk, t, inside, h, scale, H, K, V, here, C, BK, BV, BV == VALUES, DECAY, LATER, DOT)
+            if DECAY == HEAD:
+                moves = tl.sum(of_state * tile(itself, t, inside, source, H // G, K, BK, here), 1)
+                tl.store(moved + (part.to(tl.int64) * T + t) * H + h, moves, mask=inside)
+                if not LATER:
+                    tl.store(recalled + (part * blocks + block) * H + h, tl.sum(moves, 0))
+            total += of_state
+        for n in range(count + 1):
+            others = t + step * n * C
+            exist = (others >= 0) & (others < length)
+            if DECAY == HEAD:
+                scores = products_of_rows(itself, z, t, inside, others, exist, source, H // G, K, C, BK, BK == KEYS, DOT)
+                scores = tl.where(t[:, None] == others[None, :], 0.0, scores)
+            near = tl.zeros((C, C), dtype=tl.float32)
+            for member in range(G):
+                h = source * G + member
+                of_head = products_of_rows(x, y, t, inside, others, exist, h, H, V, C, BV, BV == VALUES, DOT) * scale
+                high, low = _sums(sums, t, inside, h, H, DECAY)
+                high_there, low_there = _sums(sums, others, exist, h, H, DECAY)
+                of_head *= _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY, LATER, False)
+                near += of_head
+                if DECAY == HEAD:
+                    slot = moved + ((tl.num_programs(1) + n).to(tl.int64) * T + t) * H + h
+                    tl.store(slot, tl.sum(of_head * scores, 1), mask=inside & (part == 0))
+            total += tl.dot(near.to(dtype), tile(z, others, exist, source, H // G, K, BK, here), input_precision=DOT)
+    else:
+        total = _through_state(x, states, factors, chunk, t, inside, source, scale, H, K, V, here, C, BK, BV, False, DECAY, LATER, DOT)
+        if DECAY == HEAD and not LATER:
+            own = tile(itself, t, inside, source, H, K, BK, here)
+            tl.store(recalled + (part * blocks + block) * H + source, tl.sum(tl.sum(total * own, 1), 0))
+        if BV == VALUES:
+            row = tile(x, t, inside, source, H, V, BV, 0)
+        high, low = _sums(sums, t, inside, source, H, DECAY)
+        for n in range(count + 1):
+            others = t + step * n * C
+            exist = (others >= 0) & (others < length)
+            if BV == VALUES:
+                near = tl.dot(row, tile_transposed(y, others, exist, source, H, V, BV, 0), input_precision=DOT) * scale
+            else:
+                near = products_of_rows(x, y, t, inside, others, exist, source, H, V, C, BV, False, DOT) * scale
+            # Rounded alike for queries and keys: the difference of what they move is a decay's gradient.
+            high_there, low_there = _sums(sums, others, exist, source, H, DECAY)
+            near *= _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY, LATER, DECAY == HEAD)
+            total += tl.dot(near.to(dtype), tile(z, others, exist, source, H, K, BK, here), input_precision=DOT)
+        if DECAY == HEAD:
+            moves = tl.sum(total * tile(itself, t, inside, source, H, K, BK, here), 1)
+            tl.store(moved + (part.to(tl.int64) * T + t) * H + source, moves, mask=inside)
+            alone = tl.zeros((C,), dtype=tl.float32)
+            for column in tl.range(0, V, BV, num_stages=1):
+                ours = tile(x, t, inside, source, H, V, BV, column).to(tl.float32)
+                alone += tl.sum(ours * tile(y, t, inside, source, H, V, BV, column), 1)
+            total += (alone * scale)[:, None] * tile(z, t, inside, source, H, K, BK, here)
+    put(out, total, t, inside, source, H // G, K, BK, here)
+
+
+@triton.jit(do_not_specialize=[*COUNTS, "blocks", "parts"])
+def decay_gradients(
+    reads,
+    writes,
+    recalled,
+    left,
+    states,
+    dstates,
+    begins,
+    ends,
+    firsts,
+    ddecay,
+    blocks,
+    T,
+    H,
+    K,
+    V,
+    parts,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    GROUPED: tl.constexpr,
+):
+    """Grid (chunks, H) -> ddecay [T, H], of what queries and keys moved: see `pair_gradients`, and additive.decay_gradients for the sums."""
+    chunk, h = tl.program_id(0), tl.program_id(1)
+    begin, end = tl.load(begins + chunk).to(tl.int64), tl.load(ends + chunk).to(tl.int64)
+    block = tl.load(firsts + chunk)
+    count = tl.cdiv(end - begin, C).to(tl.int32)
+    rows = tl.arange(0, C)
+    products = tl.zeros((BK, BV), dtype=tl.float32)
+    for row in range(0, K, BK):
+        for column in range(0, V, BV):
+            at, exists = state_at(states, chunk * H + h, K, V, BK, BV, row, column)
+            after, _ = state_at(dstates, chunk * H + h, K, V, BK, BV, row, column)
+            products += tl.load(at, mask=exists, other=0.0).to(tl.float32) * tl.load(after, mask=exists, other=0.0).to(tl.float32)
+    passing = (tl.sum(tl.sum(products, 1), 0) * tl.load(left + (chunk * H + h).to(tl.int64))).to(tl.float64)
+    for place in range(count):
+        for part in range(parts):
+            passing += tl.load(recalled + (part * blocks + block + place) * H + h).to(tl.float64)
+    for place in range(count):
+        t = begin + place * C + rows
+        inside = t < end
+        read_parts, write_parts = parts, parts
+        if GROUPED:
+            read_parts, write_parts = parts + place + 1, parts + count - place
+        x = tl.zeros((C,), dtype=tl.float64)
+        for part in range(read_parts):
+            x += tl.load(reads + (part * T + t) * H + h, mask=inside, other=0.0).to(tl.float64)
+        for part in range(write_parts):
+            x -= tl.load(writes + (part * T + t) * H + h, mask=inside, other=0.0).to(tl.float64)
+        tl.store(ddecay + t * H + h, (passing - (tl.cumsum(x, 0) - x)).to(ddecay.dtype.element_ty), mask=inside)
+        passing -= tl.sum(x, 0)
