@@ -38,6 +38,8 @@ def channel_decay(a: Tensor, A_log: Tensor | None, bias: Tensor, heads: int, kin
         raise ValueError(f"a is [T, H K], bias [H K] and A_log [H] with H={heads}, but have shapes {given}")
     if kind not in KINDS or (A_log is None) != (kind == "sigmoid"):
         raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}, of which all but sigmoid take A_log")
+    if kind == "bounded" and not bound > 0:
+        raise ValueError(f"bound={bound:g} leaves no decay: kind='bounded' takes one above 0")
     choose(backend, ("reference", "triton"))
     if a.numel() and wants_triton(backend, a):
         from ltrain.kernels.gates import triton_gates

@@ -135,4 +135,4 @@ def gated_rms_norm(x: Tensor, weight: Tensor, z: Tensor, eps: float, gate: str, 
         from ltrain.kernels.norm import triton_norm
 
         return triton_norm.gated_rms_norm(x, weight, z, eps, gate)
-    return rms_norm(x, weight, eps) * GATES[gate](z)
+    return (rms_norm(x, weight, eps) * GATES[gate](z)).to(x.dtype)

@@ -26,13 +26,13 @@ class Permutation(NamedTuple):
     choices: int  # k
 
 
-def _takes(x: Tensor, backend: str) -> bool:
+def _takes(x: Tensor, backend: str, *, indices: bool = False) -> bool:
     choose(backend, BACKENDS)
     if not x.numel() or not wants_triton(backend, x):
         return False
     from ltrain.kernels.routing import triton_routing
 
-    return permitted(triton_routing.refusal(x), backend, "reference or auto")
+    return permitted(triton_routing.refusal(x, indices), backend, "reference or auto")
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def best(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
 def permutation(indices: Tensor, experts: int, *, backend: str = "auto") -> Permutation:
     """indices [T, k] int64, each from 0 to experts - 1."""
     flat = indices.flatten()
-    if _takes(indices, backend):
+    if _takes(indices, backend, indices=True):
         from ltrain.kernels.routing import triton_routing
 
         return Permutation(*triton_routing.sort(flat, experts), indices.shape[1])

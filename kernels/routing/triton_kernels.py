@@ -15,6 +15,7 @@ def best(scores, found, tokens, E, K, ROWS: tl.constexpr, BE: tl.constexpr):
     e = tl.arange(0, BE)
     inside = t < tokens
     x = tl.load(scores + t[:, None] * E + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
+    x = tl.where(x != x, float("inf"), x + 0.0)  # no NaN has the bits of LOWEST, and both zeros are one
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as ordered as the floats
     bits = tl.where((e < E)[None, :], bits, LOWEST)

@@ -9,15 +9,16 @@ from ltrain.kernels.segments import TRITON_TYPES, ceil_div, device_refusal, powe
 SLOTS = 256  # of a program of the sort
 NUMBERS = 2048  # of a row at a time
 SCORES = 4096  # of a program of `best`
-TYPES = (*TRITON_TYPES, torch.int64)
 
 
-def refusal(x: Tensor) -> str | None:
+def refusal(x: Tensor, indices: bool = False) -> str | None:
     """Why the kernels do not take this tensor, or None."""
     if why := device_refusal(x):
         return why
-    if x.dtype not in TYPES:
-        return f"takes bfloat16, float16 or float32 (int64 of indices), not {x.dtype}"
+    if indices and x.dtype != torch.int64:
+        return f"takes indices in int64, not {x.dtype}"
+    if not indices and x.dtype not in TRITON_TYPES:
+        return f"takes bfloat16, float16 or float32, not {x.dtype}"
     return None
 
 

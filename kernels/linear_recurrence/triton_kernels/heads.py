@@ -158,7 +158,7 @@ def read(
             near = products_of_rows(x, y, t, inside, others, exist, h // G, H // G, K, C, BK, False, DOT) * scale
         added = ()
         for member in tl.static_range(MEMBERS):
-            high, low = ours[member]
+            high, low = ours[member]  # type: ignore[var-annotated]
             high_there, low_there = _sums(sums, others, exist, h + member, H, DECAY)
             faded = (near * _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY, LATER, False)).to(dtype)
             write = tile(z, others, exist, h + member, H, V, BV, column)
