@@ -40,8 +40,9 @@ class Launch(NamedTuple):
 
 
 LAUNCHES = {
+    "sum_decays": Launch(key=64, two=True, stages=1),
     "prepare": Launch(key=64, two=True, stages=1),
-    "prepare per channel": Launch(key=32, two=True, stages=1),
+    "prepare per channel": Launch(key=64, two=True, stages=1),
     "add_chunks": Launch(value=128, two=True),
     "read": Launch(value=128, two=True, stages=2),
     "read per channel": Launch(value=128, stages=2),
@@ -126,6 +127,10 @@ class _Shapes(NamedTuple):
         """Blocks of a chunk: with the delta rule one, since the tokens of a chunk are solved for together."""
         return 1 if self.delta else BLOCKS
 
+    def pairs(self, grouped: bool) -> tuple[int, ...]:
+        """PAIRS of each launch of a program; grouped: of all value heads of a key head, whose chunks may differ."""
+        return (1, 2) if self.decay == 2 and not (grouped and self.group > 1) else (0,)
+
     def options(self, program: str) -> dict[str, Any]:
         """Compile-time options."""
         kinds = [" grouped"] * (self.group > 1) + [" per channel"] * (self.decay == 2)
@@ -158,6 +163,7 @@ class _Prepared(NamedTuple):
     reader: Tensor | None  # [T, H, K] or [T, H]
     writer: Tensor | None
     fade: Tensor | None  # [blocks, H, K] or [blocks, H]
+    halves: Tensor | None  # [blocks, H, 2, K]
 
 
 def _prepared(
@@ -173,26 +179,35 @@ def _prepared(
     """solved: the first three of an earlier call."""
     count, (tokens, heads) = len(chunks.starts), v.shape[:2]
     if decay is None and beta is None:
-        return _Prepared(None, None, None, None, v, None, None, None)
+        return _Prepared(None, None, None, None, v, None, None, None, None)
     scores, solve, firsts = solved or (
         k.new_empty(tokens, heads, BLOCK) if shapes.decay == 2 else None,
         k.new_empty(tokens, heads, BLOCK) if shapes.delta else None,
         k.new_empty(count, heads, dtype=torch.int32) if shapes.decay == 2 else None,
     )
     w, u = (k.new_empty(tokens, heads, shapes.key), torch.empty_like(v)) if shapes.delta else (None, v)
-    reader = writer = fade = None
+    reader = writer = fade = halves = middle = None
     if shapes.decay == 2:
+        halves = k.new_empty(count, heads, 2, shapes.key, dtype=torch.float32)
+        middle = k.new_empty(tokens, heads, shapes.key, dtype=torch.float32)
         reader, writer = (k.new_empty(tokens, heads, shapes.key) for _ in range(2))
         fade = k.new_empty(count, heads, shapes.key, dtype=torch.float32)
     elif shapes.decay == 1:
         reader, writer, fade = (k.new_empty(n, heads, dtype=torch.float32) for n in (tokens, tokens, count))
-    made = _Prepared(scores, solve, firsts, w, u, reader, writer, fade)
+    made = _Prepared(scores, solve, firsts, w, u, reader, writer, fade, halves)
     if count:
+        if shapes.decay == 2:
+            options = {name: x for name, x in shapes.options("sum_decays").items() if name not in ("BV", "DECAY")}
+            spans = chunks.starts, chunks.stops
+            forward.sum_decays[count, heads](
+                *(k, decay, *spans, firsts, middle, halves, heads, shapes.key, LEVELS), SOLVED=solved is not None, **options
+            )
         alone = {"num_warps": 1} if shapes.decay == 1 and not shapes.delta else {}  # 64 numbers of a head, and no product
-        forward.prepare[count, heads](
-            *(q, k, v, decay, beta, chunks.starts, chunks.stops, *made, *shapes.numbers, LEVELS),
-            **{"DELTA": shapes.delta, "SOLVED": solved is not None, **shapes.options("prepare"), **alone},
-        )
+        for pairs in shapes.pairs(grouped=False):
+            forward.prepare[count, heads](
+                *(q, k, v, decay, beta, chunks.starts, chunks.stops, *made, middle, *shapes.numbers, LEVELS),
+                **{"DELTA": shapes.delta, "SOLVED": solved is not None, "PAIRS": pairs, **shapes.options("prepare"), **alone},
+            )
     return made
 
 
@@ -336,29 +351,30 @@ def _delta_gradients(
             *shapes.numbers,
             **options,
         )
-    u, solve, firsts, fade = made.u, made.solve, made.firsts, made.fade
+    u, solve, firsts, fade, halves = made.u, made.solve, made.firsts, made.fade, made.halves
     del made  # W and the faded queries and keys are as large as the inputs
     options = shapes.options("key_gradients")
     parts = triton.cdiv(shapes.key, options["BK"])
     on_reads, on_erases = (k.new_empty(tokens, heads, BLOCK) for _ in range(2))
-    dv, direct = torch.empty_like(v), v.new_empty(tokens, heads, dtype=torch.float32)
+    own, direct = (v.new_empty(tokens, heads, dtype=torch.float32) for _ in range(2))
+    dv = torch.empty_like(v)
     dbeta = v.new_empty(parts, tokens, heads, dtype=torch.float32)
     if count:
         narrow = {name: x for name, x in shapes.options("score_gradients").items() if name != "BK"}
         backward.score_gradients[count, heads](
-            *(v, u, decay, solve, do, du, *spans, on_reads, on_erases, dv, direct, scale, heads, shapes.value), **narrow
+            *(v, u, decay, solve, do, du, *spans, on_reads, on_erases, own, dv, direct, scale, heads, shapes.value), **narrow
         )
     del du
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     ddecay = None
     if decay is not None:
         ddecay = torch.empty_like(decay) if shapes.decay == 2 else v.new_empty(parts, tokens, heads, dtype=torch.float32)
-    if count:
+    for pairs in shapes.pairs(grouped=True) if count else ():
         backward.key_gradients[count * parts, heads // shapes.group](
-            *(q, k, u, decay, beta, dv, firsts, fade, do, on_reads, on_erases, states, dstates, *spans, dq, dk, ddecay, dbeta, scale, tokens),
-            *shapes.numbers,
-            LEVELS,
+            *(q, k, u, decay, beta, dv, firsts, fade, halves, do, on_reads, on_erases, own, states, dstates, *spans),
+            *(dq, dk, ddecay, dbeta, scale, tokens, *shapes.numbers, LEVELS),
             GROUPED=shapes.group > 1,
+            PAIRS=pairs,
             **options,
         )
     if ddecay is not None and decay is not None:
