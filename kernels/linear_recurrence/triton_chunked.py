@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.linear_recurrence.triton_kernels import additive, backward, forward
+from ltrain.kernels.linear_recurrence.triton_parts import Parts, gradients_after, part_length, parts_of, states_before
 from ltrain.kernels.segments import TRITON_TYPES, device_refusal
 
 BLOCK = 64  # tokens that meet in one product
@@ -26,6 +27,8 @@ LEVELS = BLOCK.bit_length() - 1  # see tiles.pair_spans
 ROWS = 16  # of `backward.scale_rows`
 NUMBERS = 512  # of a state in a program of `additive.accumulate`
 PROGRAMS = 128  # about as many as an H100 has processors
+COLUMNS = 64  # of a state in a program that goes through a part of a long segment
+SHARED = 2  # such programs at once on a processor
 
 
 class Launch(NamedTuple):
@@ -141,9 +144,21 @@ class _Shapes(NamedTuple):
         pipeline = {"DOT": "ieee" if self.exact else "tf32", "num_warps": launch.warps, "num_stages": stages}
         return {"C": BLOCK, "BK": min(key, _padded(self.key)), "BV": min(value, _padded(self.value)), "DECAY": self.decay, **pipeline, **registers}
 
+    def part(self, cuts: tuple[int, ...]) -> int:
+        """Chunks of a part of a long segment, or 0: see triton_parts.part_length."""
+        at_once = SHARED * PROGRAMS // (self.heads * triton.cdiv(self.value, COLUMNS))
+        return part_length(cuts, at_once, BLOCK) if self.delta and self.key <= 128 else 0
+
+    def wide(self, programs: int = SHARED) -> dict[str, Any]:
+        """Options of the programs that go through parts; programs: at once on a processor, which what pass_gradients loads ahead allows one."""
+        registers = {"maxnreg": 65536 // (programs * 32 * WARPS)} if programs > 1 and not self.exact else {}
+        columns = min(16 if self.exact else COLUMNS, _padded(self.value))
+        warps, stages = 4 if columns == 16 else WARPS, 1 if self.exact else 2
+        return self.options("pass") | {"BK": _padded(self.key), "BV": columns, "num_warps": warps, "num_stages": stages, **registers}
+
     def narrow(self, segments: int) -> dict[str, Any]:
-        """Options of the programs that go chunk by chunk. Each loads all of W, K and Q for its few columns of the state: few, so that there
-        are programs for all processors, but no fewer."""
+        """Options of the programs that go chunk by chunk through whole segments. Each loads all of W, K and Q for its few columns of the state:
+        few, so that there are programs for all processors, but no fewer."""
         widest = 16 if self.exact else 32 if self.key > 128 else 64
         columns = next((n for n in (64, 32) if n <= widest and segments * self.heads * triton.cdiv(self.value, n) >= PROGRAMS), 16)
         # What a stage loads ahead is W, K and Q of a chunk: 48 KiB of 16-bit numbers for K = 128.
@@ -231,21 +246,39 @@ def _summed(
     return states, after, left
 
 
-def _passed(k: Tensor, initial: Tensor, chunks: Chunks, shapes: _Shapes, made: _Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
+def _pass(
+    k: Tensor, initial: Tensor, u: Tensor | None, states: Tensor | None, cuts: Tensor, bounds: Tensor, shapes: _Shapes, made: _Prepared, options: Any
+) -> Tensor:
+    """forward.pass_states -> final states [N, H, K, V]"""
+    final, (count, _, key, value) = torch.empty_like(initial), initial.shape
+    if count:
+        grid = (count, shapes.heads, triton.cdiv(value, options["BV"]))
+        args = k, made.w, u, made.writer, made.fade, cuts, bounds, initial, states, final
+        forward.pass_states[grid](*args, shapes.heads, shapes.group, key, value, **options)
+    return final
+
+
+def _begun(k: Tensor, initial: Tensor, shapes: _Shapes, made: _Prepared, parts: Parts) -> tuple[Tensor, Tensor]:
+    """The state before each part [P, H, K, V] and each part's map M [P, H, K, K]"""
+    options, places = shapes.wide(), parts[:2]
+    ends = _pass(k, initial.new_zeros(parts.number, *initial.shape[1:]), made.u, None, *places, shapes, made, options)
+    identity = torch.eye(shapes.key, device=k.device).expand(parts.number, shapes.heads, -1, -1).contiguous()
+    maps = _pass(k, identity, None, None, *places, shapes, made, options | {"BV": min(options["BV"], options["BK"])})
+    return states_before(initial, maps, ends, parts), maps
+
+
+def _passed(
+    k: Tensor, initial: Tensor, chunks: Chunks, shapes: _Shapes, made: _Prepared, parts: Parts | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The state before each chunk [chunks, H, K, V], final states [N, H, K, V], what each chunk leaves of a state where nothing is erased;
-    made.u turns from U0 to U."""
+    made.u turns from U0 to U. parts: `initial` is what is before each of them, and the final states are theirs."""
     if not shapes.delta:
         keys, factors = (made.writer, None) if shapes.decay == 2 else (k, made.writer)
         assert keys is not None
         return _summed(keys, made.u, factors, made.fade, initial, chunks, shapes, 1.0, back=False)
     states = k.new_empty(len(chunks.begins), shapes.heads, shapes.key, shapes.value)
-    final = torch.empty_like(initial)
-    if len(initial):
-        options = shapes.narrow(len(initial))
-        grid = (len(initial), shapes.heads, triton.cdiv(shapes.value, options["BV"]))
-        args = k, made.w, made.u, made.writer, made.fade, chunks.cuts, chunks.bounds, initial, states, final
-        forward.pass_states[grid](*args, *shapes.numbers, **options)
-    return states, final, None
+    places, options = (parts[:2], shapes.wide()) if parts else ((chunks.cuts, chunks.bounds), shapes.narrow(len(initial)))
+    return states, _pass(k, initial, made.u, states, *places, shapes, made, options), None
 
 
 def _read(
@@ -324,7 +357,32 @@ def _gradients(
     return dq, dk, dv, ddecay, None, dinitial
 
 
+def _pass_back(
+    q: Tensor,
+    k: Tensor,
+    made: _Prepared,
+    do: Tensor,
+    du: Tensor,
+    dfinal: Tensor,
+    dstates: Tensor | None,
+    places: tuple[Tensor, ...],
+    shapes: _Shapes,
+    scale: float,
+    parts: Parts | None,
+) -> Tensor:
+    """backward.pass_gradients -> the gradients of the states before segments or parts [N, H, K, V]"""
+    dinitial = torch.empty_like(dfinal)
+    if len(dfinal):
+        options = shapes.wide(programs=1) if parts else shapes.narrow(len(dfinal))
+        backward.pass_gradients[len(dfinal), shapes.heads, triton.cdiv(shapes.value, options["BV"])](
+            *(q, k, made.w, made.reader, made.writer, made.fade, do, du, *places, dfinal, dstates, dinitial, scale), *shapes.numbers, **options
+        )
+    return dinitial
+
+
 def _delta_gradients(
+    parts: Parts | None,
+    begun: tuple[Tensor, Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -338,27 +396,27 @@ def _delta_gradients(
     shapes: _Shapes,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    """Of the delta rule: dq, dk, dv, ddecay, dbeta, dinitial"""
+    """Of the delta rule: dq, dk, dv, ddecay, dbeta, dinitial; begun: of parts."""
     count, (tokens, heads), spans = len(chunks.starts), v.shape[:2], chunks[:2]
     made = _prepared(q, k, v, decay, beta, chunks, shapes, solved)
-    states, _, _ = _passed(k, initial, chunks, shapes, made)
-    dstates, dinitial = torch.empty_like(states), torch.empty_like(initial)
+    states, _, _ = _passed(k, begun[0] if parts else initial, chunks, shapes, made, parts)
     du = _read(q, k, do, decay, None, chunks, shapes, made, scale, later=True)
-    if len(initial):
-        options = shapes.narrow(len(initial))
-        backward.pass_gradients[len(initial), heads, triton.cdiv(shapes.value, options["BV"])](
-            *(q, k, made.w, made.reader, made.writer, made.fade, do, du, chunks.cuts, chunks.bounds, dfinal, dstates, dinitial, scale),
-            *shapes.numbers,
-            **options,
-        )
+    places = parts[:2] if parts else (chunks.cuts, chunks.bounds)
+    if parts:
+        begins = _pass_back(q, k, made, do, du, dfinal.new_zeros(begun[0].shape), None, places, shapes, scale, parts)
+        dfinal = gradients_after(dfinal, begun[1], begins, parts)
+    dstates = torch.empty_like(states)
+    dinitial = _pass_back(q, k, made, do, du, dfinal, dstates, places, shapes, scale, parts)
+    if parts:
+        dinitial = dinitial[parts.firsts]
     u, solve, firsts, fade, halves = made.u, made.solve, made.firsts, made.fade, made.halves
     del made  # W and the faded queries and keys are as large as the inputs
     options = shapes.options("key_gradients")
-    parts = triton.cdiv(shapes.key, options["BK"])
+    pieces = triton.cdiv(shapes.key, options["BK"])
     on_reads, on_erases = (k.new_empty(tokens, heads, BLOCK) for _ in range(2))
     own, direct = (v.new_empty(tokens, heads, dtype=torch.float32) for _ in range(2))
     dv = torch.empty_like(v)
-    dbeta = v.new_empty(parts, tokens, heads, dtype=torch.float32)
+    dbeta = v.new_empty(pieces, tokens, heads, dtype=torch.float32)
     if count:
         narrow = {name: x for name, x in shapes.options("score_gradients").items() if name != "BK"}
         backward.score_gradients[count, heads](
@@ -368,9 +426,9 @@ def _delta_gradients(
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     ddecay = None
     if decay is not None:
-        ddecay = torch.empty_like(decay) if shapes.decay == 2 else v.new_empty(parts, tokens, heads, dtype=torch.float32)
+        ddecay = torch.empty_like(decay) if shapes.decay == 2 else v.new_empty(pieces, tokens, heads, dtype=torch.float32)
     for pairs in shapes.pairs(grouped=True) if count else ():
-        backward.key_gradients[count * parts, heads // shapes.group](
+        backward.key_gradients[count * pieces, heads // shapes.group](
             *(q, k, u, decay, beta, dv, firsts, fade, halves, do, on_reads, on_erases, own, states, dstates, *spans),
             *(dq, dk, ddecay, dbeta, scale, tokens, *shapes.numbers, LEVELS),
             GROUPED=shapes.group > 1,
@@ -393,19 +451,23 @@ class _Recurrence(torch.autograd.Function):
         shapes = _Shapes(v.shape[1], v.shape[1] // k.shape[1], k.shape[2], v.shape[2], axes, beta is not None, v.dtype == torch.float32)
         chunks = _chunks(bounds, shapes.blocks, v.device)
         made = _prepared(q, k, v, decay, beta, chunks, shapes)
-        states, final, _ = _passed(k, initial, chunks, shapes, made)
+        parts = parts_of(bounds, part, BLOCK, v.device) if (part := shapes.part(bounds)) else None
+        begun = _begun(k, initial, shapes, made, parts) if parts else (None, None)
+        states, final, _ = _passed(k, initial if begun[0] is None else begun[0], chunks, shapes, made, parts)
+        if parts:
+            final = final[parts.lasts]
         output = _read(q, k, made.u, decay, states, chunks, shapes, made, scale, later=False)
-        ctx.save_for_backward(q, k, v, decay, beta, initial, *made[:3])
-        ctx.chunks, ctx.shapes, ctx.scale = chunks, shapes, scale
+        ctx.save_for_backward(q, k, v, decay, beta, initial, *made[:3], *begun)
+        ctx.chunks, ctx.shapes, ctx.scale, ctx.parts = chunks, shapes, scale, parts
         return output, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        *inputs, scores, solve, firsts = ctx.saved_tensors
+        *inputs, scores, solve, firsts, before, maps = ctx.saved_tensors
         do, dfinal = (grad.contiguous() for grad in grads)
         args = *inputs, (scores, solve, firsts), do, dfinal, ctx.chunks, ctx.shapes, ctx.scale
-        found = _delta_gradients(*args) if ctx.shapes.delta else _gradients(*args)
+        found = _delta_gradients(ctx.parts, (before, maps), *args) if ctx.shapes.delta else _gradients(*args)
         return *found, None, None
 
 

@@ -96,6 +96,15 @@ def test_several_chunks(blocks, lengths, monkeypatch):
 
 
 @runs
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+def test_long_segments_in_parts(decay, monkeypatch):
+    """A segment of three parts and some, beside short and empty ones, as on a GPU with room for few programs."""
+    monkeypatch.setattr("ltrain.kernels.linear_recurrence.triton_parts.SHORTEST", 1)
+    monkeypatch.setattr("ltrain.kernels.linear_recurrence.triton_chunked.PROGRAMS", 4)
+    compare([200, 0, 5], 1e-5, heads=1, group=2, width=16, value_width=24, decay=decay, level=-0.05)
+
+
+@runs
 @pytest.mark.parametrize("decay", ["head", "channel"])
 @pytest.mark.parametrize("level", [-1e-3, -5.0, -40.0])
 def test_decay_levels_between_blocks(level, decay):
