@@ -91,8 +91,17 @@ def test_chunks_of_several_blocks(decay, group):
 @pytest.mark.parametrize(("blocks", "lengths"), [(4, [700, 256]), (1, [530, 63])])
 def test_several_chunks(blocks, lengths, monkeypatch):
     """And more than `accumulate` loads at a time, where a chunk has one block."""
-    monkeypatch.setattr("ltrain.kernels.linear_recurrence.triton_chunked.BLOCKS", blocks)
+    monkeypatch.setattr("ltrain.kernels.linear_recurrence.triton_launches.BLOCKS", blocks)
     compare(lengths, 1e-5, heads=1, width=16, value_width=16, delta=False)
+
+
+@runs
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+def test_long_segments_in_parts(decay, monkeypatch):
+    """A segment of three parts and some, beside short and empty ones, as on a GPU with room for few programs."""
+    monkeypatch.setattr("ltrain.kernels.linear_recurrence.triton_parts.SHORTEST", 1)
+    monkeypatch.setattr("ltrain.kernels.linear_recurrence.triton_launches.PROGRAMS", 4)
+    compare([200, 0, 5], 1e-5, heads=1, group=2, width=16, value_width=24, decay=decay, level=-0.05)
 
 
 @runs

@@ -6,8 +6,9 @@ scores R_ti = sum_c q_t k_i e^{g_t - g_i}, i <= t, and for the delta rule in A_t
 U = T (beta V - (beta e^g K) S), T = (I + A)^{-1}. With the delta rule a chunk is one block; where nothing is erased it has several, U = V, and
 tokens of different blocks meet where they are needed: their scores are stored nowhere. Forward:
 
+    sum_decays      blocks at once, of decays per channel: what they add up to, from the middle of the block on
     prepare         blocks at once: R (of decays per channel), T, W = T (beta e^g K), U0 = T (beta V), and the decays for the others
-    pass_states     chunk by chunk: S before each, and U = U0 - W S
+    pass_states     chunk by chunk, long segments in parts (see triton_parts): S before each, and U = U0 - W S
     add_chunks      where nothing is erased, chunks at once: what each adds to S, and
     accumulate      chunk by chunk, sums alone: S before each
     read            blocks at once: O = scale ((e^g Q) S + R U)

@@ -5,16 +5,22 @@ import triton.language as tl
 
 from ltrain.kernels.linear_recurrence.triton_kernels.forward import COUNTS
 from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
+    ALL,
     CHANNEL,
+    HALVES,
     HEAD,
+    LEVELS,
     NONE,
     add_rows,
     decays,
     factors_of_level,
     fade_between,
     fade_of,
+    fades_of_rows,
+    half_of,
     put,
     rows_of,
+    signs_from_middle,
     split,
     state_at,
     state_transposed,
@@ -51,7 +57,7 @@ def pass_gradients(
     DOT: tl.constexpr,
 ):
     """Of the delta rule. Grid (segments, H, V / BV) -> dstates [chunks, H, K, V] after each chunk, dinitial [N, H, K, V]; adds to du what comes
-    from there."""
+    from there. Without dstates, dinitial alone."""
     segment, h, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     at, exists = state_at(dfinal, segment * H + h, K, V, BK, BV, 0, offset)
     state = tl.load(at, mask=exists, other=0.0)
@@ -63,9 +69,10 @@ def pass_gradients(
     for back in range(count):
         place = count - 1 - back
         chunk = first + place
-        after, here = state_at(dstates, chunk * H + h, K, V, BK, BV, 0, offset)
         low = state.to(k.dtype.element_ty)
-        tl.store(after, low, mask=here)
+        if dstates is not None:
+            after, here = state_at(dstates, chunk * H + h, K, V, BK, BV, 0, offset)
+            tl.store(after, low, mask=here)
         t = begin + place * C + rows
         inside = t < end
         out = tile(do, t, inside, h, H, V, BV, offset)
@@ -78,7 +85,8 @@ def pass_gradients(
             stored *= tl.load(writer + t * H + h, mask=inside, other=0.0)[:, None]
             out = (out * tl.load(reader + t * H + h, mask=inside, other=0.0)[:, None]).to(k.dtype.element_ty)
         write = (tile(du, t, inside, h, H, V, BV, offset) + stored).to(k.dtype.element_ty)
-        put(du, write, t, inside, h, H, V, BV, offset)
+        if dstates is not None:
+            put(du, write, t, inside, h, H, V, BV, offset)
         if DECAY != NONE:
             state *= following
             following = fade_of(fade, chunk - 1, place > 0, h, H, K, DECAY, BK, 0)
@@ -100,6 +108,7 @@ def score_gradients(
     stops,
     on_reads,
     on_erases,
+    own,
     wide,
     dbeta,
     scale,
@@ -110,8 +119,8 @@ def score_gradients(
     DECAY: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (chunks, H) -> of q_t . k_i: on_reads, and of beta_t k_t . k_i: on_erases [T, H, C] (per channel, of what all channels add up
-    to), the decay of a head in them; wide = D [T, H, V]; the part of dbeta [T, H] that comes through values."""
+    """Grid (chunks, H) -> for i < t, of scale q_t . k_i: on_reads, and of -beta_t k_t . k_i: on_erases [T, H, C] (per channel, of what all channels
+    add up to), the decay of a head in them; of q_t . k_t: own [T, H]; wide = D [T, H, V]; the part of dbeta [T, H] that comes through values."""
     h = tl.program_id(1)
     t, inside = rows_of(starts, stops, tl.program_id(0), C)
     reads = tl.zeros((C, C), dtype=tl.float32)
@@ -124,11 +133,32 @@ def score_gradients(
         d = tl.dot(inverse, tile(du, t, inside, h, H, V, BV, offset), input_precision=DOT)
         db += tl.sum(d * tile(v, t, inside, h, H, V, BV, offset), 1)
         put(wide, d, t, inside, h, H, V, BV, offset)
-        erases -= tl.dot(d.to(u.dtype.element_ty), write, input_precision=DOT)
-    g = sums(decay, t, inside, h, H, DECAY, C)
-    put(on_reads, reads * fade_between(g, C, False) * scale, t, inside, h, H, C, C, 0)
-    put(on_erases, erases * fade_between(g, C, True), t, inside, h, H, C, C, 0)
+        erases += tl.dot(d.to(u.dtype.element_ty), write, input_precision=DOT)
+    rows = tl.arange(0, C)
+    tl.store(own + t * H + h, tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1) * scale, mask=inside)
+    fades = fade_between(sums(decay, t, inside, h, H, DECAY, C), C, True)
+    put(on_reads, reads * fades, t, inside, h, H, C, C, 0)
+    put(on_erases, erases * fades, t, inside, h, H, C, C, 0)
     tl.store(dbeta + t * H + h, db, mask=inside)
+
+
+@triton.jit
+def _of_pairs(
+    on_reads, on_erases, t, inside, h, H, scale, far, onto_read, onto_erase, before, after, CHOSEN: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr
+):
+    """What tokens i < t give each other [C, B]: keys i = far to the reads and erasures of t, queries and keys t = onto_read and onto_erase to
+    what i stores. CHOSEN: of the pairs `before` [t, i] and `after` [i, t] alone."""
+    on_read, on_erase = tile(on_reads, t, inside, h, H, C, C, 0), tile(on_erases, t, inside, h, H, C, C, 0)
+    if CHOSEN:
+        on_read, on_erase = tl.where(before, on_read, 0.0).to(far.dtype), tl.where(before, on_erase, 0.0).to(far.dtype)
+    of_read, of_erase = tl.dot(on_read, far, input_precision=DOT), tl.dot(on_erase, far, input_precision=DOT)
+    on_read, on_erase = tile_transposed(on_reads, t, inside, h, H, C, C, 0), tile_transposed(on_erases, t, inside, h, H, C, C, 0)
+    if CHOSEN:
+        on_read, on_erase = tl.where(after, on_read, 0.0).to(far.dtype), tl.where(after, on_erase, 0.0).to(far.dtype)
+    # Scaled, and in differences: Triton makes a sum the accumulator of a product, and what is laid out for one (see tiles.add_rows), or computed
+    # while another is on its way, has products wait for each other.
+    of_store = tl.dot(on_read, onto_read, input_precision=DOT) * scale - tl.dot(on_erase, onto_erase, input_precision=DOT)
+    return of_read * scale, of_erase, of_store
 
 
 @triton.jit
@@ -141,9 +171,11 @@ def _of_head(
     wide,
     firsts,
     fade,
+    halves,
     do,
     on_reads,
     on_erases,
+    own,
     states,
     dstates,
     ddecay,
@@ -164,6 +196,7 @@ def _of_head(
     BK: tl.constexpr,
     BV: tl.constexpr,
     DECAY: tl.constexpr,
+    PAIRS: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """What value head h adds to dQ and dK [C, BK]; stores its ddecay and dbeta."""
@@ -174,7 +207,7 @@ def _of_head(
     reading = tl.zeros((C, BK), dtype=tl.float32)
     storing = tl.zeros((C, BK), dtype=tl.float32)
     erasing = tl.zeros((C, BK), dtype=tl.float32)
-    fading = tl.zeros((BK,), dtype=tl.float32)  # <dS', S>
+    fading = tl.zeros((BK,), dtype=tl.float32)  # of g_C: <dS', S>, and what is stored
     for column in range(0, V, BV):
         state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
         dstate = state_transposed(dstates, chunk * H + h, K, V, BK, BV, here, column)
@@ -191,56 +224,66 @@ def _of_head(
         storing *= tl.exp((last - g).to(tl.float32))[:, None]
         erasing *= from_start
         fading *= tl.exp(last.to(tl.float32))
-    if DECAY == CHANNEL:
-        high, low = split(decays(decay, t, inside, h, H, K, BK, here), k.dtype.element_ty)
-        from_start_channels = tl.exp(add_rows(rows[:, None] >= rows[None, :], high, low, DOT))
-        reading *= from_start_channels
-        storing *= tl.exp(add_rows(rows[:, None] < rows[None, :], high, low, DOT))
-        erasing *= from_start_channels
-        channels = here + tl.arange(0, BK)
-        fading *= tl.load(fade + (chunk * H + h).to(tl.int64) * K + channels, mask=channels < K, other=0.0)
     reading *= scale
     query, key = tile(q, t, inside, h // G, H // G, K, BK, here), tile(k, t, inside, h // G, H // G, K, BK, here)
-    of_chunk = fading + tl.sum(storing * key, 0)  # of g_C
     b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
-    # Through the scores, added to the same three; but for a token's score with itself, which does not decay.
-    own = tl.load(on_reads + (t * H + h) * C + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+    # Through the states, then through the scores, added to the same three; but for a token's score with itself, which does not decay.
+    pairs = on_reads, on_erases, t, inside, h, H, scale
     if DECAY == CHANNEL:
+        channels = here + tl.arange(0, BK)
+        fading *= tl.load(fade + (chunk * H + h).to(tl.int64) * K + channels, mask=channels < K, other=0.0)
+        high, low = split(decays(decay, t, inside, h, H, K, BK, here), dtype)
         first = tl.load(firsts + chunk * H + h)
-        all_pairs = first > 0
-        for level in range(first, levels):
-            later, earlier, pairs, pairs_columns = factors_of_level(level, all_pairs, high, low, C, DOT)
-            all_pairs = level < 0
-            far = (key * earlier).to(dtype)
-            on_read = tl.where(pairs, tile(on_reads, t, inside, h, H, C, C, 0), 0.0).to(dtype)
-            reading += later * tl.dot(on_read, far, input_precision=DOT)
-            on_read = tl.where(pairs_columns, tile_transposed(on_reads, t, inside, h, H, C, C, 0), 0.0).to(dtype)
-            onto = tl.dot(on_read, (query * later).to(dtype), input_precision=DOT)
-            on_erase = tl.where(pairs, tile(on_erases, t, inside, h, H, C, C, 0), 0.0).to(dtype)
-            erasing += later * tl.dot(on_erase, far, input_precision=DOT)
-            on_erase = tl.where(pairs_columns, tile_transposed(on_erases, t, inside, h, H, C, C, 0), 0.0).to(dtype)
-            onto += tl.dot(on_erase, (key * later * b[:, None]).to(dtype), input_precision=DOT)
-            storing += earlier * onto
+        # Branches, though a launch takes one of them: see tiles.add_rows.
+        if PAIRS != LEVELS:
+            if first == levels - 1:
+                start, stop = half_of(halves, chunk, h, H, K, BK, here)
+                middle = add_rows(signs_from_middle(C), high, low, DOT)
+                later, earlier = tl.exp(middle), tl.exp(-middle)
+                from_start, to_end = later * tl.exp(start)[None, :], earlier * tl.exp(stop)[None, :]
+                reading *= from_start
+                storing *= to_end
+                erasing *= from_start
+                fading += tl.sum(storing * key, 0)
+                far, onto_read, onto_erase = (key * earlier).to(dtype), (query * later).to(dtype), (key * later * b[:, None]).to(dtype)
+                of_read, of_erase, of_store = _of_pairs(*pairs, far, onto_read, onto_erase, None, None, False, C, DOT)
+                reading += later * of_read
+                erasing -= later * of_erase
+                storing += earlier * of_store
+        if PAIRS != HALVES:
+            if first != levels - 1:
+                from_start, to_end, _ = fades_of_rows(high, low, C, DOT)
+                reading *= from_start
+                storing *= to_end
+                erasing *= from_start
+                fading += tl.sum(storing * key, 0)
+                all_pairs = first > 0
+                for level in range(first, levels):
+                    later, earlier, before, after = factors_of_level(level, all_pairs, high, low, C, DOT)
+                    all_pairs = level < 0
+                    far, onto_read, onto_erase = (key * earlier).to(dtype), (query * later).to(dtype), (key * later * b[:, None]).to(dtype)
+                    of_read, of_erase, of_store = _of_pairs(*pairs, far, onto_read, onto_erase, before, after, True, C, DOT)
+                    reading += later * of_read
+                    erasing -= later * of_erase
+                    storing += earlier * of_store
     else:
-        on_read = tile(on_reads, t, inside, h, H, C, C, 0)
-        on_read_columns = tile_transposed(on_reads, t, inside, h, H, C, C, 0)
-        before, after = rows[:, None] > rows[None, :], rows[:, None] < rows[None, :]
-        reading += tl.dot(tl.where(before, on_read, 0.0).to(dtype), key, input_precision=DOT)
-        storing += tl.dot(tl.where(after, on_read_columns, 0.0).to(dtype), query, input_precision=DOT)
-        erasing += tl.dot(tile(on_erases, t, inside, h, H, C, C, 0), key, input_precision=DOT)
-        erased = tile_transposed(on_erases, t, inside, h, H, C, C, 0)
-        storing += tl.dot(erased, (key * b[:, None]).to(dtype), input_precision=DOT)
+        fading += tl.sum(storing * key, 0)
+        of_read, of_erase, of_store = _of_pairs(*pairs, key, query, (key * b[:, None]).to(dtype), None, None, False, C, DOT)
+        reading += of_read
+        erasing -= of_erase
+        storing += of_store
     tl.store(dbeta + (part * T + t) * H + h, tl.sum(erasing * key, 1), mask=inside)
     erasing *= b[:, None]
     of_decay = reading * query - storing * key + erasing * key  # of g_t
     # g_t is the sum of the decays up to t: a decay has the gradients of all sums from its own on.
     if DECAY == HEAD:
-        total = tl.cumsum(tl.sum(of_decay, 1), 0, reverse=True) + tl.sum(of_chunk, 0)
+        total = tl.cumsum(tl.sum(of_decay, 1), 0, reverse=True) + tl.sum(fading, 0)
         tl.store(ddecay + (part * T + t) * H + h, total, mask=inside)
     if DECAY == CHANNEL:
         high, low = split(of_decay, k.dtype.element_ty)
-        put(ddecay, add_rows(rows[:, None] <= rows[None, :], high, low, DOT) + of_chunk[None, :], t, inside, h, H, K, BK, here)
-    return reading + own * key, storing + own * query + erasing
+        put(ddecay, add_rows(rows[:, None] <= rows[None, :], high, low, DOT) + fading[None, :], t, inside, h, H, K, BK, here)
+    itself = tl.load(own + t * H + h, mask=inside, other=0.0)[:, None]
+    return reading + itself * key, storing + itself * query + erasing
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -253,9 +296,11 @@ def key_gradients(
     wide,
     firsts,
     fade,
+    halves,
     do,
     on_reads,
     on_erases,
+    own,
     states,
     dstates,
     starts,
@@ -276,6 +321,7 @@ def key_gradients(
     BV: tl.constexpr,
     DECAY: tl.constexpr,
     GROUPED: tl.constexpr,
+    PAIRS: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Grid (chunks * K / BK, H / G) -> dq, dk [T, H / G, K]; ddecay [T, H, K], or per head what the channels of this program add to it,
@@ -283,6 +329,9 @@ def key_gradients(
     parts = tl.cdiv(K, BK)
     chunk, part, source = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1)
     here = part * BK
+    if PAIRS != ALL:
+        if (tl.load(firsts + chunk * H + source) == levels - 1) != (PAIRS == HALVES):
+            return
     t, inside = rows_of(starts, stops, chunk, C)
     if GROUPED:
         dquery = tl.zeros((C, BK), dtype=tl.float32)
@@ -297,9 +346,11 @@ def key_gradients(
                 wide,
                 firsts,
                 fade,
+                halves,
                 do,
                 on_reads,
                 on_erases,
+                own,
                 states,
                 dstates,
                 ddecay,
@@ -320,6 +371,7 @@ def key_gradients(
                 BK,
                 BV,
                 DECAY,
+                PAIRS,
                 DOT,
             )
             dquery += of_query
@@ -334,9 +386,11 @@ def key_gradients(
             wide,
             firsts,
             fade,
+            halves,
             do,
             on_reads,
             on_erases,
+            own,
             states,
             dstates,
             ddecay,
@@ -357,6 +411,7 @@ def key_gradients(
             BK,
             BV,
             DECAY,
+            PAIRS,
             DOT,
         )
     put(dq, dquery, t, inside, source, H // G, K, BK, here)

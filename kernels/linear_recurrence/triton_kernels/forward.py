@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 
 from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
+    ALL,
     CHANNEL,
+    HALVES,
     HEAD,
     NONE,
     add_columns,
@@ -21,19 +23,23 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     fade_of,
     fade_onto,
     fades_beside,
+    fades_of_rows,
     first_level,
     from_middle,
+    half_of,
+    halves_suffice,
     inverse_of,
-    last_of,
     pair_spans,
     pair_spans_transposed,
     place_of,
     products_of_rows,
     put,
     rows_of,
+    signs_from_middle,
     split,
     state_at,
     sums,
+    sums_of_halves,
     tile,
     tile_transposed,
     to_middle,
@@ -70,6 +76,98 @@ def _scores_by_channel(q, k, decay, t, inside, h, H, G, K, first, levels, C: tl.
     return reads, recalls
 
 
+@triton.jit
+def _scores_by_halves(q, k, middle, t, inside, h, H, G, K, C: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr):
+    """As _scores_by_channel where tiles.halves_suffice, as in most chunks: the last level alone, of what sum_decays left."""
+    rows = tl.arange(0, C)
+    dtype = k.dtype.element_ty
+    reads = tl.zeros((C, C), dtype=tl.float32)
+    recalls = tl.zeros((C, C), dtype=tl.float32)
+    for offset in range(0, K, BK):
+        later = tl.exp(tile(middle, t, inside, h, H, K, BK, offset))
+        earlier = tl.exp(-tile_transposed(middle, t, inside, h, H, K, BK, offset))
+        earlier = (tile_transposed(k, t, inside, h // G, H // G, K, BK, offset) * earlier).to(dtype)
+        query = tile(q, t, inside, h // G, H // G, K, BK, offset)
+        reads += tl.dot((query * later).to(dtype), earlier, input_precision=DOT)
+        if DELTA:
+            key = tile(k, t, inside, h // G, H // G, K, BK, offset)
+            recalls += tl.dot((key * later).to(dtype), earlier, input_precision=DOT)
+    reads = tl.where(rows[:, None] >= rows[None, :], reads, 0.0)
+    return reads, tl.where(rows[:, None] > rows[None, :], recalls, 0.0)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def sum_decays(
+    k, decay, starts, stops, firsts, middle, halves, H, K, levels, C: tl.constexpr, BK: tl.constexpr, SOLVED: tl.constexpr, DOT: tl.constexpr
+):
+    """Grid (blocks, H), of decays per channel -> firsts [blocks, H] (int32, of tiles.first_level), which are there already where SOLVED;
+    halves [blocks, H, 2, K]; and where these suffice, g_t less what it is at the middle: middle [T, H, K]."""
+    chunk, h = tl.program_id(0), tl.program_id(1)
+    t, inside = rows_of(starts, stops, chunk, C)
+    dtype = k.dtype.element_ty
+    suffice = 1
+    for offset in range(0, K, BK):
+        high, low = split(decays(decay, t, inside, h, H, K, BK, offset), dtype)
+        columns = offset + tl.arange(0, BK)
+        at = halves + (chunk * H + h).to(tl.int64) * 2 * K + columns
+        start, stop = sums_of_halves(high, low, C)
+        tl.store(at, start, mask=columns < K)
+        tl.store(at + K, stop, mask=columns < K)
+        suffice = tl.where(halves_suffice(start, stop, dtype), suffice, 0)
+        put(middle, add_rows(signs_from_middle(C), high, low, DOT), t, inside, h, H, K, BK, offset)
+    if not SOLVED:
+        first = levels - 1
+        if suffice == 0:
+            for offset in range(0, K, BK):
+                first = tl.minimum(first, first_level(decays(decay, t, inside, h, H, K, BK, offset), dtype, C))
+        tl.store(firsts + chunk * H + h, first)
+
+
+@triton.jit
+def _fade_channels(
+    q,
+    k,
+    decay,
+    middle,
+    halves,
+    reader,
+    writer,
+    fade,
+    w,
+    inverse,
+    b,
+    t,
+    inside,
+    chunk,
+    h,
+    H,
+    G,
+    K,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    SUFFICE: tl.constexpr,
+    DELTA: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Stores reader, writer, fade and W of decays per channel; SUFFICE: where tiles.halves_suffice, and what sum_decays left is exact enough."""
+    for offset in range(0, K, BK):
+        columns = offset + tl.arange(0, BK)
+        if SUFFICE:
+            start, stop = half_of(halves, chunk, h, H, K, BK, offset)
+            since = tile(middle, t, inside, h, H, K, BK, offset)
+            from_start, to_end, left = tl.exp(start[None, :] + since), tl.exp(stop[None, :] - since), tl.exp(start + stop)
+        else:
+            high, low = split(decays(decay, t, inside, h, H, K, BK, offset), k.dtype.element_ty)
+            from_start, to_end, left = fades_of_rows(high, low, C, DOT)
+        tl.store(fade + (chunk * H + h).to(tl.int64) * K + columns, left, mask=columns < K)
+        query, key = tile(q, t, inside, h // G, H // G, K, BK, offset), tile(k, t, inside, h // G, H // G, K, BK, offset)
+        put(reader, query * from_start, t, inside, h, H, K, BK, offset)
+        put(writer, key * to_end, t, inside, h, H, K, BK, offset)
+        if DELTA:
+            faded = (key * b[:, None] * from_start).to(k.dtype.element_ty)
+            put(w, tl.dot(inverse, faded, input_precision=DOT), t, inside, h, H, K, BK, offset)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def prepare(
     q,
@@ -87,6 +185,8 @@ def prepare(
     reader,
     writer,
     fade,
+    halves,
+    middle,
     H,
     G,
     K,
@@ -98,13 +198,11 @@ def prepare(
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
     SOLVED: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PAIRS: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (blocks, H) -> scores = R, solve = T [T, H, C], firsts [blocks, H] (int32, of
-    tiles.first_level), which are there already where SOLVED; w [T, H, K], u = U0 [T, H, V], reader, writer, fade.
-
-    SPLIT: without the delta rule, of decays per channel, not SOLVED the first two alone, and SOLVED with grid (blocks, H, K / BK)."""
+    """Grid (blocks, H), after sum_decays -> scores = R, solve = T [T, H, C], which are there already where SOLVED; w [T, H, K],
+    u = U0 [T, H, V], reader, writer, fade"""
     chunk, h = tl.program_id(0), tl.program_id(1)
     t, inside = rows_of(starts, stops, chunk, C)
     rows = tl.arange(0, C)
@@ -116,15 +214,22 @@ def prepare(
         tl.store(reader + t * H + h, from_start, mask=inside)
         tl.store(writer + t * H + h, tl.exp((last - g).to(tl.float32)), mask=inside)
         tl.store(fade + (chunk * H + h).to(tl.int64), tl.exp(last.to(tl.float32)))
+    b = tl.zeros((C,), dtype=tl.float32)
+    inverse = b
+    if DECAY == CHANNEL:
+        first = tl.load(firsts + chunk * H + h)
+        if PAIRS != ALL:
+            if (first == levels - 1) != (PAIRS == HALVES):
+                return
+        halves_are_enough = PAIRS == HALVES if PAIRS != ALL else first == levels - 1
     if DELTA:
         b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
     if not SOLVED:
         if DECAY == CHANNEL:
-            first = levels - 1
-            for offset in range(0, K, BK):
-                first = tl.minimum(first, first_level(decays(decay, t, inside, h, H, K, BK, offset), dtype, C))
-            tl.store(firsts + chunk * H + h, first)
-            reads, recalls = _scores_by_channel(q, k, decay, t, inside, h, H, G, K, first, levels, C, BK, DELTA, DOT)
+            if halves_are_enough:
+                reads, recalls = _scores_by_halves(q, k, middle, t, inside, h, H, G, K, C, BK, DELTA, DOT)
+            else:
+                reads, recalls = _scores_by_channel(q, k, decay, t, inside, h, H, G, K, first, levels, C, BK, DELTA, DOT)
             put(scores, reads, t, inside, h, H, C, C, 0)
         if DELTA:
             if DECAY == CHANNEL:
@@ -136,30 +241,18 @@ def prepare(
             put(solve, inverse, t, inside, h, H, C, C, 0)
     elif DELTA:
         inverse = tile(solve, t, inside, h, H, C, C, 0)
-    if (DELTA or DECAY == CHANNEL) and (SOLVED or not SPLIT):
-        begin, end = 0, K
-        if SPLIT:
-            begin = tl.program_id(2) * BK
-            end = begin + BK
-        for offset in range(begin, end, BK):
-            key = tile(k, t, inside, h // G, H // G, K, BK, offset)
-            if DECAY == CHANNEL:
-                high, low = split(decays(decay, t, inside, h, H, K, BK, offset), k.dtype.element_ty)
-                g_channels = add_rows(rows[:, None] >= rows[None, :], high, low, DOT)
-                columns = offset + tl.arange(0, BK)
-                tl.store(fade + (chunk * H + h).to(tl.int64) * K + columns, tl.exp(last_of(g_channels, C)), mask=columns < K)
-                from_start_channels = tl.exp(g_channels)
-                query = tile(q, t, inside, h // G, H // G, K, BK, offset)
-                put(reader, query * from_start_channels, t, inside, h, H, K, BK, offset)
-                to_end = tl.exp(add_rows(rows[:, None] < rows[None, :], high, low, DOT))
-                put(writer, key * to_end, t, inside, h, H, K, BK, offset)
-            if DELTA:
-                faded = key * b[:, None]
-                if DECAY == HEAD:
-                    faded *= from_start[:, None]
-                if DECAY == CHANNEL:
-                    faded *= from_start_channels
-                put(w, tl.dot(inverse, faded.to(dtype), input_precision=DOT), t, inside, h, H, K, BK, offset)
+    if DECAY == CHANNEL:
+        places = middle, halves, reader, writer, fade, w
+        if halves_are_enough:
+            _fade_channels(q, k, decay, *places, inverse, b, t, inside, chunk, h, H, G, K, C, BK, True, DELTA, DOT)
+        else:
+            _fade_channels(q, k, decay, *places, inverse, b, t, inside, chunk, h, H, G, K, C, BK, False, DELTA, DOT)
+    elif DELTA:
+        for offset in range(0, K, BK):
+            faded = tile(k, t, inside, h // G, H // G, K, BK, offset) * b[:, None]
+            if DECAY == HEAD:
+                faded *= from_start[:, None]
+            put(w, tl.dot(inverse, faded.to(dtype), input_precision=DOT), t, inside, h, H, K, BK, offset)
     if DELTA:
         for offset in range(0, V, BV):
             value = (tile(v, t, inside, h, H, V, BV, offset) * b[:, None]).to(dtype)
@@ -190,7 +283,8 @@ def pass_states(
 ):
     """Of the delta rule. Grid (segments, H, V / BV) -> states [chunks, H, K, V] before each chunk, final [N, H, K, V]; turns u from U0 to U.
 
-    cuts [N + 1]: the tokens, bounds [N + 1]: the chunks of each segment; initial [N, H, K, V].
+    cuts [N + 1]: the tokens, bounds [N + 1]: the chunks of each segment; initial [N, H, K, V]. Without states, final alone; without u,
+    where nothing is stored.
     """
     segment, h, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     at, exists = state_at(initial, segment * H + h, K, V, BK, BV, 0, offset)
@@ -201,15 +295,19 @@ def pass_states(
     # What is not part of a product is not loaded ahead unless written so, and a chunk would wait for it.
     following = fade_of(fade, first, first < stop, h, H, K, DECAY, BK, 0)
     for chunk in range(first, stop):
-        before, here = state_at(states, chunk * H + h, K, V, BK, BV, 0, offset)
         low = state.to(k.dtype.element_ty)
-        tl.store(before, low, mask=here)
+        if states is not None:
+            before, here = state_at(states, chunk * H + h, K, V, BK, BV, 0, offset)
+            tl.store(before, low, mask=here)
         # No address is loaded, so that the tiles of the next chunk can be on their way.
         t = begin + (chunk - first) * C + rows
         inside = t < end
         erased = tl.dot(tile(w, t, inside, h, H, K, BK, 0), low, input_precision=DOT)
-        write = (tile(u, t, inside, h, H, V, BV, offset) - erased).to(k.dtype.element_ty)
-        put(u, write, t, inside, h, H, V, BV, offset)
+        if u is not None:
+            erased -= tile(u, t, inside, h, H, V, BV, offset)
+        write = (-erased).to(k.dtype.element_ty)
+        if states is not None:
+            put(u, write, t, inside, h, H, V, BV, offset)
         if DECAY == CHANNEL:
             key = tile_transposed(writer, t, inside, h, H, K, BK, 0)
         else:

@@ -7,6 +7,12 @@ NONE = tl.constexpr(0)  # values of DECAY
 HEAD = tl.constexpr(1)
 CHANNEL = tl.constexpr(2)
 
+# values of PAIRS, which chunks of decays per channel a program takes: all, or those where halves_suffice, or the others. What takes all holds the
+# registers that the others need.
+ALL = tl.constexpr(0)
+HALVES = tl.constexpr(1)
+LEVELS = tl.constexpr(2)
+
 BLOCK = tl.constexpr(16)  # rows that the triangular system is solved in one by one
 LOWEST = tl.constexpr(-1e4)  # log decay per channel from which on it makes no difference: e^-1e4 is 0
 
@@ -172,7 +178,7 @@ def split(x, dtype):
 
 @triton.jit
 def add_rows(ones, high, low, DOT: tl.constexpr):
-    """sum_j ones_tj x_j -> float32; ones [C, C] booleans, x [C, B]."""
+    """sum_j ones_tj x_j -> float32; ones [C, C] of 0, 1 and -1, or booleans, x [C, B]."""
     chosen = ones.to(high.dtype)
     total = tl.zeros(high.shape, dtype=tl.float32)
     if high.dtype == tl.bfloat16:
@@ -211,13 +217,42 @@ def decays_transposed(decay, t, inside, h, H, K, B: tl.constexpr, offset):
 
 
 @triton.jit
+def _bound(dtype):
+    """float32 has the range of bfloat16, but is to keep more of an exponent; float16 has little range."""
+    return 60.0 if dtype == tl.bfloat16 else 16.0 if dtype == tl.float32 else 4.0
+
+
+@triton.jit
+def halves_suffice(start, stop, dtype):
+    """Whether all pairs of a chunk may meet in one product, as factors of what decays from its middle on: see first_level; start and stop [B]
+    are the sums of its halves."""
+    return tl.min(tl.minimum(start, stop), 0) > -_bound(dtype)
+
+
+@triton.jit
+def sums_of_halves(high, low, C: tl.constexpr):
+    """Of split decays [C, B]: what the rows before the middle add up to, and those after it [B]."""
+    x = high.to(tl.float32)
+    if high.dtype == tl.bfloat16:
+        x += low.to(tl.float32)
+    before = (tl.arange(0, C) < C // 2)[:, None]
+    return tl.sum(tl.where(before, x, 0.0), 0), tl.sum(tl.where(before, 0.0, x), 0)
+
+
+@triton.jit
+def signs_from_middle(C: tl.constexpr):
+    """With add_rows: g_t less the g of the last row before the middle [t, j]. The difference is summed, not subtracted."""
+    t, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return tl.where((j >= C // 2) & (j <= t), 1.0, tl.where((j < C // 2) & (j > t), -1.0, 0.0))
+
+
+@triton.jit
 def first_level(x, dtype, C: tl.constexpr):
     """The level that pairs start from (see pair_spans): above 0 with all pairs of its blocks; decays x [C, B].
 
     dtype: of the products. Their numbers may be e^bound times as large or as small as they come.
     """
-    # float32 has the range of bfloat16, but is to keep more of an exponent; float16 has little range.
-    bound: tl.constexpr = 60.0 if dtype == tl.bfloat16 else 16.0 if dtype == tl.float32 else 4.0
+    bound = _bound(dtype)
     by_8 = tl.sum(tl.reshape(x, (C // 8, 8, x.shape[1])), 1)
     by_16 = tl.sum(tl.reshape(by_8, (C // 16, 2, x.shape[1])), 1)
     by_32 = tl.sum(tl.reshape(by_16, (C // 32, 2, x.shape[1])), 1)
@@ -275,6 +310,22 @@ def factors_of_level(level, all_pairs, high, low, C: tl.constexpr, DOT: tl.const
     _, _, pairs_columns = pair_spans_transposed(level, all_pairs, C)
     span = add_rows(spans, high, low, DOT)
     return from_middle(span, odd, all_pairs), to_middle(span, odd, all_pairs), pairs, pairs_columns
+
+
+@triton.jit
+def fades_of_rows(high, low, C: tl.constexpr, DOT: tl.constexpr):
+    """Of split decays: the factors from a chunk's start to each row and from there to its end [C, B], and of all of it [B]."""
+    rows = tl.arange(0, C)
+    g = add_rows(rows[:, None] >= rows[None, :], high, low, DOT)
+    return tl.exp(g), tl.exp(add_rows(rows[:, None] < rows[None, :], high, low, DOT)), tl.exp(last_of(g, C))
+
+
+@triton.jit
+def half_of(halves, chunk, h, H, K, B: tl.constexpr, offset):
+    """From halves [blocks, H, 2, K], what the decays of channels from `offset` on add up to before a chunk's middle, and after it [B]."""
+    columns = offset + tl.arange(0, B)
+    at = halves + (chunk * H + h).to(tl.int64) * 2 * K + columns
+    return tl.load(at, mask=columns < K, other=0.0), tl.load(at + K, mask=columns < K, other=0.0)
 
 
 @triton.jit

@@ -1,0 +1,152 @@
+"""How the chunked recurrence is cut into chunks, and with which compile-time options the programs of `triton_kernels` are launched."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ltrain.kernels.linear_recurrence.triton_parts import part_length
+
+BLOCK = 64  # tokens that meet in one product
+# Blocks of a chunk where nothing is erased. A state is stored and loaded about 14 times, and each token meets those of half a chunk in 8
+# products: with 128 channels, 2 blocks take as long for the states as 4 to 8 for the products.
+BLOCKS = 4
+WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
+PROGRAMS = 128  # about as many as an H100 has processors
+COLUMNS = 64  # of a state in a program that goes through a part of a long segment
+SHARED = 2  # such programs at once on a processor
+
+
+class Launch(NamedTuple):
+    """How a program is launched; channels of keys and of values at a time, half as many of float32; two: programs at once on a processor, which
+    takes half of its registers for each, and sooner spills some than waits for memory; stages: tiles that a loop loads ahead."""
+
+    key: int = 128
+    value: int = 64
+    two: bool = False
+    stages: int = 3
+    warps: int = WARPS
+
+
+LAUNCHES = {
+    "sum_decays": Launch(key=64, two=True, stages=1),
+    "prepare": Launch(key=64, two=True, stages=1),
+    "prepare per channel": Launch(key=64, two=True, stages=1),
+    "add_chunks": Launch(value=128, two=True),
+    "read": Launch(value=128, two=True, stages=2),
+    "read per channel": Launch(value=128, stages=2),
+    "pair_gradients per channel": Launch(key=64, stages=2),
+    "read of heads": Launch(value=128, stages=2, warps=4),
+    "pair_gradients grouped": Launch(key=64, stages=1),
+    "pair_gradients of heads": Launch(value=128, stages=2, warps=4),
+    "decay_gradients": Launch(key=64, stages=2),
+    "score_gradients": Launch(two=True, stages=1),
+    "key_gradients": Launch(key=64, two=True, stages=2),
+    "key_gradients per channel": Launch(key=64, stages=2),
+    "key_gradients grouped": Launch(key=64, two=True, stages=1),
+}
+
+
+class Chunks(NamedTuple):
+    """On the device, int32. Of each block: its first and last + 1 token, and the chunk it is in [blocks]; of each chunk: its first and last + 1
+    token and its first block [chunks]; the tokens and the chunks of each segment, cuts and bounds [N + 1]."""
+
+    starts: Tensor
+    stops: Tensor
+    chunks: Tensor
+    begins: Tensor
+    ends: Tensor
+    firsts: Tensor
+    cuts: Tensor
+    bounds: Tensor
+
+    @property
+    def places(self) -> tuple[Tensor, ...]:  # for tiles.place_of
+        return self.starts, self.chunks, self.begins, self.ends
+
+
+def _pieces(cuts: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each segment in pieces of `length` tokens: first and last + 1 token and segment of each, and those of each segment [N + 1]"""
+    counts = (cuts.diff() + length - 1) // length
+    bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    segment = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    starts = cuts[segment] + (torch.arange(len(segment)) - bounds[segment]) * length
+    return starts, torch.minimum(starts + length, cuts[segment + 1]), segment, bounds
+
+
+@lru_cache(maxsize=64)  # all layers of a micro-batch share it
+def chunks_of(cuts: tuple[int, ...], blocks: int, device: torch.device) -> Chunks:
+    """blocks: of a chunk, but for the last of a segment."""
+    tokens = torch.tensor(cuts, dtype=torch.int64)
+    starts, stops, segment, first = _pieces(tokens, BLOCK)
+    begins, ends, _, bounds = _pieces(tokens, blocks * BLOCK)
+    chunks = bounds[segment] + (torch.arange(len(segment)) - first[segment]) // blocks
+    firsts = torch.searchsorted(chunks, torch.arange(len(begins)))
+    found = starts, stops, chunks, begins, ends, firsts, tokens, bounds
+    return Chunks(*(x.to(torch.int32).to(device, non_blocking=True) for x in found))
+
+
+def padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+class Shapes(NamedTuple):
+    heads: int
+    group: int
+    key: int
+    value: int
+    decay: int  # axes that decays have beside the tokens': none, per head or per channel
+    delta: bool
+    exact: bool  # float32 inputs
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        return self.heads, self.group, self.key, self.value
+
+    @property
+    def of_heads(self) -> bool:
+        """Nothing is erased, and decays, if there are any, are of heads: what `triton_kernels.heads` is for."""
+        return not self.delta and self.decay < 2
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a chunk: with the delta rule one, since the tokens of a chunk are solved for together."""
+        return 1 if self.delta else BLOCKS
+
+    def pairs(self, grouped: bool) -> tuple[int, ...]:
+        """PAIRS of each launch of a program; grouped: of all value heads of a key head, whose chunks may differ."""
+        return (1, 2) if self.decay == 2 and not (grouped and self.group > 1) else (0,)
+
+    def options(self, program: str) -> dict[str, Any]:
+        """Compile-time options."""
+        kinds = [" grouped"] * (self.group > 1) + [" per channel"] * (self.decay == 2)
+        launch = next((LAUNCHES[program + kind] for kind in kinds if program + kind in LAUNCHES), LAUNCHES.get(program, Launch()))
+        key, value = (block // 2 if self.exact else block for block in launch[:2])
+        registers = {"maxnreg": 65536 // (64 * launch.warps)} if launch.two and not self.exact else {}
+        stages = 1 if self.exact else launch.stages
+        pipeline = {"DOT": "ieee" if self.exact else "tf32", "num_warps": WARPS if self.exact else launch.warps, "num_stages": stages}
+        return {"C": BLOCK, "BK": min(key, padded(self.key)), "BV": min(value, padded(self.value)), "DECAY": self.decay, **pipeline, **registers}
+
+    def part(self, cuts: tuple[int, ...]) -> int:
+        """Chunks of a part of a long segment, or 0: see triton_parts.part_length."""
+        at_once = SHARED * PROGRAMS // (self.heads * triton.cdiv(self.value, COLUMNS))
+        return part_length(cuts, at_once, BLOCK) if self.delta and self.key <= 128 else 0
+
+    def wide(self, programs: int = SHARED) -> dict[str, Any]:
+        """Options of the programs that go through parts; programs: at once on a processor, which what pass_gradients loads ahead allows one."""
+        registers = {"maxnreg": 65536 // (programs * 32 * WARPS)} if programs > 1 and not self.exact else {}
+        columns = min(16 if self.exact else COLUMNS, padded(self.value))
+        warps, stages = 4 if columns == 16 else WARPS, 1 if self.exact else 2
+        return self.options("pass") | {"BK": padded(self.key), "BV": columns, "num_warps": warps, "num_stages": stages, **registers}
+
+    def narrow(self, segments: int) -> dict[str, Any]:
+        """Options of the programs that go chunk by chunk through whole segments. Each loads all of W, K and Q for its few columns of the state:
+        few, so that there are programs for all processors, but no fewer."""
+        widest = 16 if self.exact else 32 if self.key > 128 else 64
+        columns = next((n for n in (64, 32) if n <= widest and segments * self.heads * triton.cdiv(self.value, n) >= PROGRAMS), 16)
+        # What a stage loads ahead is W, K and Q of a chunk: 48 KiB of 16-bit numbers for K = 128.
+        stages = 1 if self.exact else 2 if self.key > 128 else 4 if columns == 16 else 3
+        pipeline = {"num_warps": 4 if columns == 16 else WARPS, "num_stages": stages}
+        return self.options("pass") | {"BK": padded(self.key), "BV": min(columns, padded(self.value))} | pipeline
