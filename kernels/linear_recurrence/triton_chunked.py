@@ -9,6 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -16,9 +17,10 @@ from torch.autograd.function import once_differentiable
 from ltrain.kernels.linear_recurrence.triton_kernels import additive, backward, forward
 from ltrain.kernels.linear_recurrence.triton_kernels import heads as of_heads
 from ltrain.kernels.linear_recurrence.triton_launches import BLOCK, Chunks, Shapes, chunks_of, padded
-from ltrain.kernels.linear_recurrence.triton_parts import Parts, gradients_after, parts_of, states_before
 from ltrain.kernels.segments import TRITON_TYPES, device_refusal
 
+# Numbers that rows are made a multiple of: 16-byte loads, and heads of 60 in bfloat16 had wrong gradients on an H200 (Triton 3.6), of 64 not.
+ALIGNED = 16
 LEVELS = BLOCK.bit_length() - 1  # see tiles.pair_spans
 ROWS = 16  # of `backward.scale_rows`
 HEADS = 16  # in a program of `heads.sum_decays`: the decays of a token lie together
@@ -116,7 +118,7 @@ def _summed(
     states, after = y.new_empty(count, heads, shapes.key, shapes.value), torch.empty_like(before)
     left = fade if fade is None or shapes.of_heads else fade.new_empty(count, *fade.shape[1:])
     if count:
-        options = shapes.options("add_chunks")
+        options = shapes.options("add_chunks of heads" if shapes.of_heads else "add_chunks")
         grid = count, heads, triton.cdiv(shapes.key, options["BK"]) * triton.cdiv(shapes.value, options["BV"])
         args = x, y, factors, fade, chunks.begins, chunks.ends, chunks.firsts, states, left, scale
         additive.add_chunks[grid](*args, *shapes.numbers, BACKWARD=back, **options)
@@ -127,39 +129,21 @@ def _summed(
     return states, after, left
 
 
-def _pass(
-    k: Tensor, initial: Tensor, u: Tensor | None, states: Tensor | None, cuts: Tensor, bounds: Tensor, shapes: Shapes, made: _Prepared, options: Any
-) -> Tensor:
-    """forward.pass_states -> final states [N, H, K, V]"""
-    final, (count, _, key, value) = torch.empty_like(initial), initial.shape
-    if count:
-        grid = (count, shapes.heads, triton.cdiv(value, options["BV"]))
-        args = k, made.w, u, made.writer, made.fade, cuts, bounds, initial, states, final
-        forward.pass_states[grid](*args, shapes.heads, shapes.group, key, value, **options)
-    return final
-
-
-def _begun(k: Tensor, initial: Tensor, shapes: Shapes, made: _Prepared, parts: Parts) -> tuple[Tensor, Tensor]:
-    """The state before each part [P, H, K, V] and each part's map M [P, H, K, K]"""
-    options, places = shapes.wide(), parts[:2]
-    ends = _pass(k, initial.new_zeros(parts.number, *initial.shape[1:]), made.u, None, *places, shapes, made, options)
-    identity = torch.eye(shapes.key, device=k.device).expand(parts.number, shapes.heads, -1, -1).contiguous()
-    maps = _pass(k, identity, None, None, *places, shapes, made, options | {"BV": min(options["BV"], options["BK"])})
-    return states_before(initial, maps, ends, parts), maps
-
-
-def _passed(
-    k: Tensor, initial: Tensor, chunks: Chunks, shapes: Shapes, made: _Prepared, parts: Parts | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _passed(k: Tensor, initial: Tensor, chunks: Chunks, shapes: Shapes, made: _Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
     """The state before each chunk [chunks, H, K, V], final states [N, H, K, V], what each chunk leaves of a state where nothing is erased;
-    made.u turns from U0 to U. parts: `initial` is what is before each of them, and the final states are theirs."""
+    made.u turns from U0 to U."""
     if not shapes.delta:
         keys, factors = (made.writer, None) if shapes.decay == 2 else (k, made.writer)
         assert keys is not None
         return _summed(keys, made.u, factors, made.fade, initial, chunks, shapes, 1.0, back=False)
     states = k.new_empty(len(chunks.begins), shapes.heads, shapes.key, shapes.value)
-    places, options = (parts[:2], shapes.wide()) if parts else ((chunks.cuts, chunks.bounds), shapes.narrow(len(initial)))
-    return states, _pass(k, initial, made.u, states, *places, shapes, made, options), None
+    final = torch.empty_like(initial)
+    if len(initial):
+        options = shapes.narrow(len(initial))
+        grid = (len(initial), shapes.heads, triton.cdiv(shapes.value, options["BV"]))
+        args = k, made.w, made.u, made.writer, made.fade, chunks.cuts, chunks.bounds, initial, states, final
+        forward.pass_states[grid](*args, *shapes.numbers, **options)
+    return states, final, None
 
 
 def _read(
@@ -229,7 +213,7 @@ def _head_gradients(
     for args, later in ((reads, False), (writes, True)):
         of_heads.pair_gradients[blocks, parts, heads // shapes.group](*args, scale, blocks, tokens, *shapes.numbers, LATER=later, **axes, **options)
     if ddecay is not None:
-        options = {name: x for name, x in shapes.options("decay_gradients").items() if name not in ("DECAY", "DOT")}
+        options = {name: x for name, x in shapes.options("decay_gradients of heads").items() if name not in ("DECAY", "DOT")}
         of_heads.decay_gradients[len(chunks.begins), heads](
             *(of_reads, of_writes, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, blocks, tokens),
             *(heads, shapes.key, shapes.value, parts),
@@ -272,13 +256,12 @@ def _gradients(
     if count:
         axes = {"BLOCKS": shapes.blocks, "VALUES": padded(shapes.value), "GROUPED": shapes.group > 1}
         options = {name: x for name, x in options.items() if name != "DECAY"}
-        for later, factors, through, out in ((False, made.writer, states, dq), (True, made.reader, dstates, dk)):
-            additive.pair_gradients[blocks * parts, heads // shapes.group](
-                *(q, k, v, do, decay, factors, made.fade, made.firsts, through, *chunks.places, out, moved, recalled, scale, *shapes.numbers, LEVELS),
-                LATER=later,
-                **axes,
-                **options,
-            )
+        additive.pair_gradients[blocks * parts, heads // shapes.group](
+            *(q, k, v, do, decay, made.reader, made.writer, made.fade, made.firsts, states, dstates, *chunks.places, dq, dk, moved, recalled),
+            *(scale, *shapes.numbers, LEVELS),
+            **axes,
+            **options,
+        )
         options = {name: x for name, x in shapes.options("decay_gradients").items() if name != "DECAY"}
         additive.decay_gradients[count, heads, triton.cdiv(shapes.key, options["BK"])](
             *(moved, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, heads, shapes.key, shapes.value),
@@ -287,32 +270,7 @@ def _gradients(
     return dq, dk, dv, ddecay, None, dinitial
 
 
-def _pass_back(
-    q: Tensor,
-    k: Tensor,
-    made: _Prepared,
-    do: Tensor,
-    du: Tensor,
-    dfinal: Tensor,
-    dstates: Tensor | None,
-    places: tuple[Tensor, ...],
-    shapes: Shapes,
-    scale: float,
-    parts: Parts | None,
-) -> Tensor:
-    """backward.pass_gradients -> the gradients of the states before segments or parts [N, H, K, V]"""
-    dinitial = torch.empty_like(dfinal)
-    if len(dfinal):
-        options = shapes.wide(programs=1) if parts else shapes.narrow(len(dfinal))
-        backward.pass_gradients[len(dfinal), shapes.heads, triton.cdiv(shapes.value, options["BV"])](
-            *(q, k, made.w, made.reader, made.writer, made.fade, do, du, *places, dfinal, dstates, dinitial, scale), *shapes.numbers, **options
-        )
-    return dinitial
-
-
 def _delta_gradients(
-    parts: Parts | None,
-    begun: tuple[Tensor, Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -326,19 +284,19 @@ def _delta_gradients(
     shapes: Shapes,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    """Of the delta rule: dq, dk, dv, ddecay, dbeta, dinitial; begun: of parts."""
+    """Of the delta rule: dq, dk, dv, ddecay, dbeta, dinitial"""
     count, (tokens, heads), spans = len(chunks.starts), v.shape[:2], chunks[:2]
     made = _prepared(q, k, v, decay, beta, chunks, shapes, solved)
-    states, _, _ = _passed(k, begun[0] if parts else initial, chunks, shapes, made, parts)
+    states, _, _ = _passed(k, initial, chunks, shapes, made)
     du = _read(q, k, do, decay, None, chunks, shapes, made, scale, later=True)
-    places = parts[:2] if parts else (chunks.cuts, chunks.bounds)
-    if parts:
-        begins = _pass_back(q, k, made, do, du, dfinal.new_zeros(begun[0].shape), None, places, shapes, scale, parts)
-        dfinal = gradients_after(dfinal, begun[1], begins, parts)
-    dstates = torch.empty_like(states)
-    dinitial = _pass_back(q, k, made, do, du, dfinal, dstates, places, shapes, scale, parts)
-    if parts:
-        dinitial = dinitial[parts.firsts]
+    dstates, dinitial = torch.empty_like(states), torch.empty_like(initial)
+    if len(initial):
+        options = shapes.narrow(len(initial))
+        backward.pass_gradients[len(initial), heads, triton.cdiv(shapes.value, options["BV"])](
+            *(q, k, made.w, made.reader, made.writer, made.fade, do, du, chunks.cuts, chunks.bounds, dfinal, dstates, dinitial, scale),
+            *shapes.numbers,
+            **options,
+        )
     u, solve, firsts, fade, halves = made.u, made.solve, made.firsts, made.fade, made.halves
     del made  # W and the faded queries and keys are as large as the inputs
     options = shapes.options("key_gradients")
@@ -381,23 +339,19 @@ class _Recurrence(torch.autograd.Function):
         shapes = Shapes(v.shape[1], v.shape[1] // k.shape[1], k.shape[2], v.shape[2], axes, beta is not None, v.dtype == torch.float32)
         chunks = chunks_of(bounds, shapes.blocks, v.device)
         made = _prepared(q, k, v, decay, beta, chunks, shapes)
-        parts = parts_of(bounds, part, BLOCK, v.device) if (part := shapes.part(bounds)) else None
-        begun = _begun(k, initial, shapes, made, parts) if parts else (None, None)
-        states, final, _ = _passed(k, initial if begun[0] is None else begun[0], chunks, shapes, made, parts)
-        if parts:
-            final = final[parts.lasts]
+        states, final, _ = _passed(k, initial, chunks, shapes, made)
         output = _read(q, k, made.u, decay, states, chunks, shapes, made, scale, later=False)
-        ctx.save_for_backward(q, k, v, decay, beta, initial, *made[:3], *begun)
-        ctx.chunks, ctx.shapes, ctx.scale, ctx.parts = chunks, shapes, scale, parts
+        ctx.save_for_backward(q, k, v, decay, beta, initial, *made[:3])
+        ctx.chunks, ctx.shapes, ctx.scale = chunks, shapes, scale
         return output, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        *inputs, scores, solve, firsts, before, maps = ctx.saved_tensors
+        *inputs, scores, solve, firsts = ctx.saved_tensors
         do, dfinal = (grad.contiguous() for grad in grads)
         args = *inputs, (scores, solve, firsts), do, dfinal, ctx.chunks, ctx.shapes, ctx.scale
-        found = _delta_gradients(ctx.parts, (before, maps), *args) if ctx.shapes.delta else _gradients(*args)
+        found = (_delta_gradients if ctx.shapes.delta else _gradients)(*args)
         return *found, None, None
 
 
@@ -414,6 +368,8 @@ def linear_recurrence(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """-> output [T, H, V], final states [N, H, K, V] float32, (M [N, H, K, K], E [N, H, K, V]) if with_map"""
     segments, heads, width = len(bounds) - 1, v.shape[1], k.shape[2]
+    if width % ALIGNED or v.shape[2] % ALIGNED:
+        return _aligned(q, k, v, decay, beta, bounds, scale, initial_state, with_map)
     cuts = tuple(bounds)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     decay, beta = (None if x is None else x.contiguous() for x in (decay, beta))
@@ -428,3 +384,25 @@ def linear_recurrence(
     matrix = _Recurrence.apply(k, k, nothing, decay, beta, identity, cuts, 1.0)[1]
     end_of_zeros = final if initial_state is None else _Recurrence.apply(k, k, v, decay, beta, zeros, cuts, 1.0)[1]
     return output, final, (matrix, end_of_zeros)
+
+
+def _aligned(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    bounds: list[int],
+    scale: float,
+    initial_state: Tensor | None,
+    with_map: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """`linear_recurrence` with zeros behind keys and values, up to multiples of ALIGNED, and without what comes of these."""
+    width, value = k.shape[2], v.shape[2]
+    keys, values = (0, -width % ALIGNED), (0, -value % ALIGNED)
+    q, k, v = F.pad(q, keys), F.pad(k, keys), F.pad(v, values)
+    decay = F.pad(decay, keys) if decay is not None and decay.ndim == 3 else decay
+    state = None if initial_state is None else F.pad(initial_state, values + keys)
+    output, final, maps = linear_recurrence(q, k, v, decay, beta, bounds, scale, state, with_map)
+    of_state = ..., slice(width), slice(value)
+    return output[..., :value], final[of_state], maps and (maps[0][..., :width, :width], maps[1][of_state])

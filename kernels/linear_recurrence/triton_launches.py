@@ -7,16 +7,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ltrain.kernels.linear_recurrence.triton_parts import part_length
-
 BLOCK = 64  # tokens that meet in one product
 # Blocks of a chunk where nothing is erased. A state is stored and loaded about 14 times, and each token meets those of half a chunk in 8
-# products: with 128 channels, 2 blocks take as long for the states as 4 to 8 for the products.
+# products: with 128 channels, 2 blocks take as long for the states as 4 to 8 for the products. States of half the size are stored twice as often.
 BLOCKS = 4
 WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
 PROGRAMS = 128  # about as many as an H100 has processors
-COLUMNS = 64  # of a state in a program that goes through a part of a long segment
-SHARED = 2  # such programs at once on a processor
 
 
 class Launch(NamedTuple):
@@ -35,16 +31,20 @@ LAUNCHES = {
     "prepare": Launch(key=64, two=True, stages=1),
     "prepare per channel": Launch(key=64, two=True, stages=1),
     "add_chunks": Launch(value=128, two=True),
+    "add_chunks of heads": Launch(value=128, two=True),
+    "add_chunks of heads grouped": Launch(warps=4),
     "read": Launch(value=128, two=True, stages=2),
     "read per channel": Launch(value=128, stages=2),
     "pair_gradients per channel": Launch(key=64, stages=2),
     "read of heads": Launch(value=128, stages=2, warps=4),
     "pair_gradients grouped": Launch(key=64, stages=1),
-    "pair_gradients of heads": Launch(value=128, stages=2, warps=4),
+    "pair_gradients of heads": Launch(value=128, stages=3, warps=4),
     "decay_gradients": Launch(key=64, stages=2),
+    "decay_gradients of heads": Launch(key=64, stages=2),
+    "decay_gradients of heads grouped": Launch(key=64, stages=2, warps=4),
     "score_gradients": Launch(two=True, stages=1),
-    "key_gradients": Launch(key=64, two=True, stages=2),
-    "key_gradients per channel": Launch(key=64, stages=2),
+    "key_gradients": Launch(key=64, two=True, stages=1),
+    "key_gradients per channel": Launch(key=32, two=True, stages=2),
     "key_gradients grouped": Launch(key=64, two=True, stages=1),
 }
 
@@ -113,7 +113,7 @@ class Shapes(NamedTuple):
     @property
     def blocks(self) -> int:
         """Blocks of a chunk: with the delta rule one, since the tokens of a chunk are solved for together."""
-        return 1 if self.delta else BLOCKS
+        return 1 if self.delta else max(BLOCKS // 2, 1) if self.of_heads and self.value <= 64 else BLOCKS
 
     def pairs(self, grouped: bool) -> tuple[int, ...]:
         """PAIRS of each launch of a program; grouped: of all value heads of a key head, whose chunks may differ."""
@@ -129,21 +129,9 @@ class Shapes(NamedTuple):
         pipeline = {"DOT": "ieee" if self.exact else "tf32", "num_warps": WARPS if self.exact else launch.warps, "num_stages": stages}
         return {"C": BLOCK, "BK": min(key, padded(self.key)), "BV": min(value, padded(self.value)), "DECAY": self.decay, **pipeline, **registers}
 
-    def part(self, cuts: tuple[int, ...]) -> int:
-        """Chunks of a part of a long segment, or 0: see triton_parts.part_length."""
-        at_once = SHARED * PROGRAMS // (self.heads * triton.cdiv(self.value, COLUMNS))
-        return part_length(cuts, at_once, BLOCK) if self.delta and self.key <= 128 else 0
-
-    def wide(self, programs: int = SHARED) -> dict[str, Any]:
-        """Options of the programs that go through parts; programs: at once on a processor, which what pass_gradients loads ahead allows one."""
-        registers = {"maxnreg": 65536 // (programs * 32 * WARPS)} if programs > 1 and not self.exact else {}
-        columns = min(16 if self.exact else COLUMNS, padded(self.value))
-        warps, stages = 4 if columns == 16 else WARPS, 1 if self.exact else 2
-        return self.options("pass") | {"BK": padded(self.key), "BV": columns, "num_warps": warps, "num_stages": stages, **registers}
-
     def narrow(self, segments: int) -> dict[str, Any]:
-        """Options of the programs that go chunk by chunk through whole segments. Each loads all of W, K and Q for its few columns of the state:
-        few, so that there are programs for all processors, but no fewer."""
+        """Options of the programs that go chunk by chunk. Each loads all of W, K and Q for its few columns of the state: few, so that there
+        are programs for all processors, but no fewer."""
         widest = 16 if self.exact else 32 if self.key > 128 else 64
         columns = next((n for n in (64, 32) if n <= widest and segments * self.heads * triton.cdiv(self.value, n) >= PROGRAMS), 16)
         # What a stage loads ahead is W, K and Q of a chunk: 48 KiB of 16-bit numbers for K = 128.

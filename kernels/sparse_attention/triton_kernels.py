@@ -238,10 +238,37 @@ def _next(counts, threshold, need):
 
 
 @triton.jit
-def _places(chosen, some, at, count, B: tl.constexpr):
-    """Places at, at + 1, ... of a row's scores or, where `some`, those that are chosen; and which are below count."""
+def _places(chosen, at, count, B: tl.constexpr):
+    """Places at, at + 1, ... of a row's scores or, of a row that has them, those that are chosen; and which are below count."""
     n = at + tl.arange(0, B)
-    return tl.where(some, tl.load(chosen + n, mask=(n < count) & some, other=0), n), n < count
+    if chosen is None:
+        place = n
+    else:
+        place = tl.load(chosen + n, mask=n < count, other=0)
+    return place, n < count
+
+
+@triton.jit
+def _best_of(scores, found, chosen, count, begin, K, B: tl.constexpr):
+    """Of `best_keys`: found [K] of one row's first `count` scores, or of `count` that are chosen. The K-th highest is found 8 bits at a time, from
+    the highest on, by counting."""
+    threshold, need = tl.zeros((), tl.uint32), K  # bits of the score so far, and how many of those that begin with them are taken
+    for digit in tl.static_range(4):
+        counts = tl.zeros((256,), tl.int32)
+        for at in range(0, count, B):
+            slots, inside = _places(chosen, at, count, B)
+            counts += _digit(_ranks(scores, slots, inside), inside, threshold, digit)
+        threshold, need = _next(counts, threshold, need)
+    equal, written = 0, 0
+    for at in range(0, count, B):
+        slots, inside = _places(chosen, at, count, B)
+        rank = _ranks(scores, slots, inside)
+        ties = (inside & (rank == threshold)).to(tl.int32)
+        taken = (inside & (rank > threshold)) | ((ties > 0) & (equal + tl.cumsum(ties, 0) <= need))
+        to = written + tl.cumsum(taken.to(tl.int32), 0) - 1
+        tl.store(found + to, begin + slots, mask=taken)
+        equal += tl.sum(ties, 0)
+        written += tl.sum(taken.to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["place", "begin", "K"])
@@ -249,47 +276,32 @@ def best_keys(scores, found, chosen, stride, place, begin, K, CHOSEN, B: tl.cons
     """Grid (rows): found [rows, K], the keys of the K highest scores [rows, stride] in the order of their places, the first of equals. begin:
     the number of the first key. Query i sees keys up to place + i, and has no fewer than K.
 
-    The K-th highest score is found 8 bits at a time, from the highest on, by counting. Of long rows a sample says above which score some 2 K
-    lie, and these alone are counted, if they are at least K and have room in chosen [rows, CHOSEN].
+    Of long rows a sample says above which score some 2 K lie, and these alone are counted, if they are at least K and have room in
+    chosen [rows, CHOSEN].
     """
     row = tl.program_id(0).to(tl.int64)
     count = place + tl.program_id(0) + 1
     scores += row * stride
+    found += row * K
     chosen += row * CHOSEN
-    some, among = count < 0, count
-    if (count > 4 * CHOSEN) & (count > 2 * SAMPLE) & (CHOSEN > 0):
+    above = 0
+    if (count > 2 * CHOSEN) & (count > 2 * SAMPLE) & (CHOSEN > 0):
         n = tl.arange(0, SAMPLE)  # 8 neighbours at a time, which are one sector of memory
         sample = _ranks(scores, n // 8 * (count // (SAMPLE // 8)) + n % 8, n < SAMPLE)
         threshold, need = tl.zeros((), tl.uint32), tl.cdiv(2 * K * SAMPLE, count)
         for digit in tl.static_range(4):
             threshold, need = _next(_digit(sample, n < SAMPLE, threshold, digit), threshold, need)
-        above = 0
         for at in range(0, count, B):
             slots = at + tl.arange(0, B)
             taken = (slots < count) & (_ranks(scores, slots, slots < count) >= threshold)
             to = above + tl.cumsum(taken.to(tl.int32), 0) - 1
             tl.store(chosen + to, slots, mask=taken & (to < CHOSEN))
             above += tl.sum(taken.to(tl.int32), 0)
-        some = (above >= K) & (above <= CHOSEN)
-        among = tl.where(some, above, count)
         tl.debug_barrier()  # what other threads have stored
-    threshold, need = tl.zeros((), tl.uint32), K  # bits of the score so far, and how many of those that begin with them are taken
-    for digit in tl.static_range(4):
-        counts = tl.zeros((256,), tl.int32)
-        for at in range(0, among, B):
-            slots, inside = _places(chosen, some, at, among, B)
-            counts += _digit(_ranks(scores, slots, inside), inside, threshold, digit)
-        threshold, need = _next(counts, threshold, need)
-    equal, written = 0, 0
-    for at in range(0, among, B):
-        slots, inside = _places(chosen, some, at, among, B)
-        rank = _ranks(scores, slots, inside)
-        ties = (inside & (rank == threshold)).to(tl.int32)
-        taken = (inside & (rank > threshold)) | ((ties > 0) & (equal + tl.cumsum(ties, 0) <= need))
-        to = written + tl.cumsum(taken.to(tl.int32), 0) - 1
-        tl.store(found + row * K + to, begin + slots, mask=taken)
-        equal += tl.sum(ties, 0)
-        written += tl.sum(taken.to(tl.int32), 0)
+    if (above >= K) & (above <= CHOSEN):
+        _best_of(scores, found, chosen, above, begin, K, B)
+    else:
+        _best_of(scores, found, None, count, begin, K, B)
 
 
 @triton.jit(do_not_specialize=["H", "HI", "first"])

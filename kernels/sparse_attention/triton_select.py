@@ -76,7 +76,7 @@ def select(q: Tensor, k: Tensor, weights: Tensor, parts: list[Part], top_k: int,
         args = (q[block.rows], k[block.keys], weights[block.rows], of_keys, scores, rows, seen, stride, block.first, heads)
         kernels.index_scores[grid](*args, **options, num_warps=8, num_stages=2)
         chosen = CHOSEN * top_k
-        room = torch.empty(rows if seen > 4 * chosen else 0, chosen, dtype=torch.int32, device=q.device)
+        room = torch.empty(rows if seen > 2 * chosen else 0, chosen, dtype=torch.int32, device=q.device)
         kernels.best_keys[(rows,)](
             *(scores, found[block.rows], room, stride, block.first, block.keys.start, top_k, chosen if len(room) else 0, BLOCK, SAMPLE),
             num_warps=8,

@@ -94,7 +94,7 @@ def test_half_precision_and_refusals():
     compare(lambda x, backend: l2_norm(x, backend=backend), [x], 1e-2)
     compare(lambda x, w, z, backend: gated_rms_norm(x, w, z, 1e-5, "silu", backend=backend), [x, weight, z], 1e-2)
     with pytest.raises(ValueError, match="backend='triton' .* one type, not torch.bfloat16, torch.float32"):
-        gated_rms_norm(x, weight, z.float(), 1e-5, "silu", backend="triton")
+        gated_rms_norm(x.to(DEVICE), weight.to(DEVICE), z.to(DEVICE).float(), 1e-5, "silu", backend="triton")
     with pytest.raises(ValueError, match="backend='triton' .* bias in float32, not torch.float32 and torch.float64"):
         channel_decay(*(torch.zeros(n, device=DEVICE) for n in ((2, 4), 2)), torch.zeros(4, device=DEVICE).double(), 2, "softplus", backend="triton")
     with pytest.raises(ValueError, match="all but sigmoid take A_log"):
@@ -110,7 +110,7 @@ def test_larger_ones_on_the_gpu(dtype, tolerance):
         compare(lambda x, w, z, backend: gated_rms_norm(x, w, z, 1e-5, "silu", backend=backend), [x, weight, z], tolerance, strided=1)
 
         def parts(x, backend, heads=heads, width=width):
-            return torch.cat([part.flatten(1) for part in l2_normed_parts(x, heads // 2, width, backend=backend)], dim=1)
+            return torch.cat([part.flatten(1) for part in l2_normed_parts(x, (heads - 1) // 2, width, backend=backend)], dim=1)
 
         if heads > 2:
             compare(parts, [x.flatten(1)], tolerance, strided=1)

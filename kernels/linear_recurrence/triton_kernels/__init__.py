@@ -8,7 +8,7 @@ tokens of different blocks meet where they are needed: their scores are stored n
 
     sum_decays      blocks at once, of decays per channel: what they add up to, from the middle of the block on
     prepare         blocks at once: R (of decays per channel), T, W = T (beta e^g K), U0 = T (beta V), and the decays for the others
-    pass_states     chunk by chunk, long segments in parts (see triton_parts): S before each, and U = U0 - W S
+    pass_states     chunk by chunk: S before each, and U = U0 - W S
     add_chunks      where nothing is erased, chunks at once: what each adds to S, and
     accumulate      chunk by chunk, sums alone: S before each
     read            blocks at once: O = scale ((e^g Q) S + R U)

@@ -57,7 +57,7 @@ def pass_gradients(
     DOT: tl.constexpr,
 ):
     """Of the delta rule. Grid (segments, H, V / BV) -> dstates [chunks, H, K, V] after each chunk, dinitial [N, H, K, V]; adds to du what comes
-    from there. Without dstates, dinitial alone."""
+    from there."""
     segment, h, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     at, exists = state_at(dfinal, segment * H + h, K, V, BK, BV, 0, offset)
     state = tl.load(at, mask=exists, other=0.0)
@@ -69,10 +69,9 @@ def pass_gradients(
     for back in range(count):
         place = count - 1 - back
         chunk = first + place
+        after, here = state_at(dstates, chunk * H + h, K, V, BK, BV, 0, offset)
         low = state.to(k.dtype.element_ty)
-        if dstates is not None:
-            after, here = state_at(dstates, chunk * H + h, K, V, BK, BV, 0, offset)
-            tl.store(after, low, mask=here)
+        tl.store(after, low, mask=here)
         t = begin + place * C + rows
         inside = t < end
         out = tile(do, t, inside, h, H, V, BV, offset)
@@ -85,8 +84,7 @@ def pass_gradients(
             stored *= tl.load(writer + t * H + h, mask=inside, other=0.0)[:, None]
             out = (out * tl.load(reader + t * H + h, mask=inside, other=0.0)[:, None]).to(k.dtype.element_ty)
         write = (tile(du, t, inside, h, H, V, BV, offset) + stored).to(k.dtype.element_ty)
-        if dstates is not None:
-            put(du, write, t, inside, h, H, V, BV, offset)
+        put(du, write, t, inside, h, H, V, BV, offset)
         if DECAY != NONE:
             state *= following
             following = fade_of(fade, chunk - 1, place > 0, h, H, K, DECAY, BK, 0)

@@ -283,8 +283,7 @@ def pass_states(
 ):
     """Of the delta rule. Grid (segments, H, V / BV) -> states [chunks, H, K, V] before each chunk, final [N, H, K, V]; turns u from U0 to U.
 
-    cuts [N + 1]: the tokens, bounds [N + 1]: the chunks of each segment; initial [N, H, K, V]. Without states, final alone; without u,
-    where nothing is stored.
+    cuts [N + 1]: the tokens, bounds [N + 1]: the chunks of each segment; initial [N, H, K, V].
     """
     segment, h, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     at, exists = state_at(initial, segment * H + h, K, V, BK, BV, 0, offset)
@@ -295,19 +294,15 @@ def pass_states(
     # What is not part of a product is not loaded ahead unless written so, and a chunk would wait for it.
     following = fade_of(fade, first, first < stop, h, H, K, DECAY, BK, 0)
     for chunk in range(first, stop):
+        before, here = state_at(states, chunk * H + h, K, V, BK, BV, 0, offset)
         low = state.to(k.dtype.element_ty)
-        if states is not None:
-            before, here = state_at(states, chunk * H + h, K, V, BK, BV, 0, offset)
-            tl.store(before, low, mask=here)
+        tl.store(before, low, mask=here)
         # No address is loaded, so that the tiles of the next chunk can be on their way.
         t = begin + (chunk - first) * C + rows
         inside = t < end
         erased = tl.dot(tile(w, t, inside, h, H, K, BK, 0), low, input_precision=DOT)
-        if u is not None:
-            erased -= tile(u, t, inside, h, H, V, BV, offset)
-        write = (-erased).to(k.dtype.element_ty)
-        if states is not None:
-            put(u, write, t, inside, h, H, V, BV, offset)
+        write = (tile(u, t, inside, h, H, V, BV, offset) - erased).to(k.dtype.element_ty)
+        put(u, write, t, inside, h, H, V, BV, offset)
         if DECAY == CHANNEL:
             key = tile_transposed(writer, t, inside, h, H, K, BK, 0)
         else:
