@@ -12,7 +12,7 @@ from ltrain.kernels.segments import accumulator
 # Of tensors [1, H, n, D]: q, k, v, causal -> out, lse [1, H, n] or [1, H, n, 1]; and dout, q, k, v, out, lse, causal -> dq, dk, dv
 Attend = Callable[..., tuple[Tensor, Tensor]]
 Differentiate = Callable[..., Sequence[Tensor]]
-Lengths = Callable[[int], int]  # of a square's rows -> how many it is given, at least as many
+Lengths = Callable[[int], int]  # of a pair's queries -> how many it is given, at least as many
 
 
 def squares(pairs: list[Pair]) -> Iterator[Pair]:
@@ -30,10 +30,10 @@ def _exactly(rows: int) -> int:
     return rows
 
 
-def _heads_first(x: Tensor, rows: slice, lengths: Lengths, causal: bool) -> Tensor:
-    """[T, H, ...] -> [1, H, rows, ...]. A causal square may have more rows behind its last: no true query sees these keys, and what
-    their queries find is dropped, as their gradients of zero add nothing."""
-    more = lengths(rows.stop - rows.start) - (rows.stop - rows.start) if causal else 0
+def _heads_first(x: Tensor, rows: slice, lengths: Lengths, grows: bool) -> Tensor:
+    """[T, H, ...] -> [1, H, rows, ...]. There may be more queries behind the last: what they find is dropped, and their gradients of zero add
+    nothing. So may keys of a causal square, which no true query sees."""
+    more = lengths(rows.stop - rows.start) - (rows.stop - rows.start) if grows else 0
     x = x[rows]
     if more:
         x = F.pad(x, (0, 0) * (x.ndim - 1) + (0, more))
@@ -50,7 +50,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], attend: Attend, 
     """-> out [T, H, Dv], lse [T, H] in float32 or wider; out in q's type, where one pair is all there is."""
 
     def of_pair(pair: Pair) -> tuple[Tensor, Tensor]:
-        given = [_heads_first(x, rows, lengths, pair.causal) for x, rows in zip((q, k, v), _rows(pair), strict=True)]
+        rows, keys, _ = _rows(pair)
+        given = [_heads_first(x, of, lengths, of is rows or pair.causal) for x, of in ((q, rows), (k, keys), (v, keys))]
         part, part_lse = attend(*given, pair.causal)
         return part[0].transpose(0, 1)[: pair.q_len], part_lse.reshape(part_lse.shape[1:3]).T[: pair.q_len]
 
@@ -90,7 +91,7 @@ def backward(
     for pair in kept:
         rows, keys, _ = places = _rows(pair)
         given = ((dout, rows), (q, rows), (k, keys), (v, keys), (out, rows), (lse, rows))
-        parts = differentiate(*(_heads_first(x, of, lengths, pair.causal) for x, of in given), pair.causal)
+        parts = differentiate(*(_heads_first(x, of, lengths, of is rows or pair.causal) for x, of in given), pair.causal)
         parts = [part[0].transpose(0, 1)[: of.stop - of.start] for part, of in zip(parts, places, strict=True)]
         if len(kept) == 1 and pair.q_len == len(q) and pair.k_len == len(k):
             return parts[0], parts[1], parts[2]

@@ -1,11 +1,12 @@
 """Attention of long pairs by cuDNN's fused kernels, through torch; what is shorter goes to our own kernels, or FlashAttention.
 
-cuDNN builds a plan for each new length, which takes far longer than a step of attention: so causal squares are lengthened to a few lengths
-per power of two, and only pairs from LEAST rows on are its. On one H200, 16/4 heads x 128, forward and backward over 32768 tokens, it takes
-as long as our own kernels in documents of 4096 tokens, 0.83 of it in those of 8192, and 0.71 in one of 32768; and parts have to be merged.
-Source: torch.ops.aten._scaled_dot_product_cudnn_attention*.
+cuDNN builds a plan for each new pair of lengths, which takes far longer than a step of attention: so queries, and keys of causal squares, are
+lengthened to a few lengths per power of two, other keys are cut to one, and only pairs from LEAST rows on are its. On one H200, 16/4 heads x
+128, forward and backward over 32768 tokens, it takes as long as our own kernels in documents of 4096 tokens, 0.83 of it in those of 8192, and
+0.71 in one of 32768; and parts have to be merged. Source: torch.ops.aten._scaled_dot_product_cudnn_attention*.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -37,23 +38,33 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
     return None
 
 
+def _step(rows: int) -> int:
+    """Between the lengths that there are plans for, where `rows` lies."""
+    return max((1 << (rows - 1).bit_length()) // (2 * LENGTHS), 1)
+
+
 def rounded(rows: int) -> int:
     """The next length that there is a plan for."""
-    step = max((1 << (rows - 1).bit_length()) // (2 * LENGTHS), 1)
+    step = _step(rows)
     return -(-rows // step) * step
 
 
-def _long(pair: Pair) -> bool:
-    """Whether a square or a rectangle is cuDNN's: a rectangle has its own lengths, which must have a plan."""
-    enough = min(pair.q_len, pair.k_len) >= LEAST
-    return enough and (pair.causal or rounded(pair.q_len) == pair.q_len and rounded(pair.k_len) == pair.k_len)
+def _cut(pair: Pair) -> Iterator[Pair]:
+    """Queries can be added to a rectangle, keys not: the last of these become one of their own."""
+    rest = pair.k_len % _step(pair.k_len) if not pair.causal and min(pair.q_len, pair.k_len) >= LEAST else 0
+    yield pair._replace(k_len=pair.k_len - rest)
+    if rest:
+        yield pair._replace(k_start=pair.k_start + pair.k_len - rest, k_len=rest)
 
 
 @lru_cache(maxsize=64)  # all layers of a micro-batch have the same
 def _parted(pairs: tuple[Pair, ...]) -> tuple[list[Pair], list[Pair]]:
     """Those for cuDNN and the others."""
-    kept = list(by_pair.squares(list(pairs)))
-    return [pair for pair in kept if _long(pair)], [pair for pair in kept if not _long(pair)]
+    found: tuple[list[Pair], list[Pair]] = [], []
+    for pair in by_pair.squares(list(pairs)):
+        for part in _cut(pair):
+            found[min(part.q_len, part.k_len) < LEAST].append(part)
+    return found
 
 
 def worthwhile(pairs: list[Pair]) -> bool:

@@ -463,7 +463,7 @@ def test_squares_with_more_rows():
     for lengths in (lambda rows: rows, lambda rows: -(-rows // 16) * 16):
         out, lse = by_pair.forward(q, k, v, pairs, attend, lengths)
         found.append([out, lse, *by_pair.backward(dout, q, k, v, out, lse, pairs, differentiate, lengths)])
-    assert given[-5:] == [(32, True), (30, False), (32, True), (20, False), (16, True)]
+    assert given[-5:] == [(32, True), (32, False), (32, True), (32, False), (16, True)]
     torch.testing.assert_close(*found)
     torch.testing.assert_close((found[0][0], found[0][1]), forward_pairs(q, k, v, pairs, scale=0.3, backend="reference"))
 
@@ -479,8 +479,15 @@ def test_cudnn_is_for_streams_whose_scores_are_in_long_documents():
     short = [Pair(9000 + 2000 * n, 2000, 9000 + 2000 * n, 2000, True) for n in range(25)]
     assert cudnn.worthwhile(document + short[:20]) and not cudnn.worthwhile(document + short)
     assert not cudnn.worthwhile([Pair(0, 8191, 0, 8191, True)]) and not cudnn.worthwhile([])
-    # a rectangle is as long as it is: of those in a ring some have a length that there is a plan for
-    assert cudnn.worthwhile([Pair(0, 8192, 0, 12288, False)]) and not cudnn.worthwhile([Pair(0, 8200, 0, 12288, False)])
+
+
+def test_keys_of_rectangles_are_cut_where_there_is_a_plan():
+    square, small, rectangle = Pair(0, 9000, 0, 9000, True), Pair(0, 9000, 9000, 8191, False), Pair(0, 9000, 9000, 12700, False)
+    assert cudnn._parted((square, small, rectangle)) == (
+        [square, rectangle._replace(k_len=12288)],
+        [small, rectangle._replace(k_start=9000 + 12288, k_len=12700 - 12288)],
+    )
+    assert cudnn._parted((Pair(0, 9000, 0, 16384, False),)) == ([Pair(0, 9000, 0, 16384, False)], [])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
