@@ -75,7 +75,7 @@ class Stage(nn.Module):
         with self.autocast():
             hidden = self.stack(x, seq)
             further = self._further_loss(hidden, batch, seq, self.stack.model.mtp.weight / labels)
-        sums = {"aux_loss": seq.metrics.get("aux_loss", torch.zeros((), device=self.mesh.device)) / micro_batches}
+        sums = {name: noted / micro_batches for name, noted in seq.metrics.items()}
         if not self.mesh.last_stage:
             return hidden.unsqueeze(1), sums
         # divided in there, not here: where megatron's buffer has the head's gradient, nothing may scale it afterwards

@@ -80,8 +80,7 @@ class Router(nn.Module):
             coefficients = self._balance(routed, seq)
             loss = None if coefficients is None else torch.dot(routed.shares, coefficients)
             if loss is not None:
-                noted = loss.detach()
-                seq.metrics["aux_loss"] = seq.metrics["aux_loss"] + noted if "aux_loss" in seq.metrics else noted
+                seq.note("aux_loss", loss)
             made.append((routed.weights, loss))
             return routed.indices, coefficients
 

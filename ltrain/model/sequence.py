@@ -289,6 +289,11 @@ class Sequence:
     memory: Memory | None = None  # what cross-attention reads, in a forward or a prefill; None: no document has any
     room: int = 0  # tokens that decoding will add to each document: prefill makes caches that much longer
 
+    def note(self, name: str, value: Tensor) -> None:
+        """Add a layer's scalar to what the log shows under this name."""
+        value = value.detach()
+        self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
+
     @classmethod
     def of(cls, lengths: list[int], device: torch.device | str = "cpu", exchange: Exchange | None = None) -> "Sequence":
         """A one-rank sequence of whole documents with these lengths."""

@@ -27,7 +27,7 @@ from ltrain.parallel.pipeline import Stage, cut, stage_config
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 1 << 24  # numbers gathered by one sum: small ones would cost a round trip each
-SUMS = ("loss", "z_loss", "labels", "aux_loss", "mtp_loss")  # what a forward counts for the log
+SUMS = ("loss", "z_loss", "labels", "aux_loss", "index_loss", "mtp_loss")  # what a forward counts for the log
 
 
 def build_stage(config: Config, vocab: int, mesh: Mesh) -> Stage:
@@ -76,7 +76,8 @@ class Engine(ABC):
         """Gradients of this rank's micro-batches of one global batch, reduced over the ranks.
 
         labels and micro_batches count the global batch, over all data ranks. Returns loss (mean cross entropy, nats per
-        label), aux_loss and z_loss of the global batch, and mtp_loss, the mean over the depths, where the model predicts further ahead.
+        label), aux_loss and z_loss of the global batch, index_loss, the sum over the layers whose index learns, if there are any, and mtp_loss,
+        the mean over the depths, where the model predicts further ahead.
         """
 
     @abstractmethod
@@ -116,6 +117,8 @@ class Engine(ABC):
         sums = dict(zip(SUMS, total.tolist(), strict=True))
         assert sums["labels"] == labels, "the ranks' labels do not add up to the global batch's"
         further = {"mtp_loss": sums["mtp_loss"] / labels} if self.config.model.mtp.depth else {}
+        if sums["index_loss"]:  # a cross entropy, above 0 where there is one
+            further["index_loss"] = sums["index_loss"]
         return {"loss": sums["loss"] / labels, "z_loss": sums["z_loss"] / labels, "aux_loss": sums["aux_loss"], **further}
 
     def move_biases(self) -> None:

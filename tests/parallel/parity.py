@@ -228,7 +228,7 @@ def on_ranks(config: Config, steps: int, device: str = "cpu") -> dict[str, Any]:
     mesh = Mesh(config.parallel, torch.device(device, dist.get_rank()) if device == "cuda" else torch.device("cpu"))
     try:
         engine = prepared_engine(config, mesh)
-        out: dict[str, Any] = {"losses": [], "further": [], "norms": [], "held": {}}
+        out: dict[str, Any] = {"losses": [], "further": [], "index": [], "norms": [], "held": {}}
         for name, shape in engine.shapes.items():
             out["held"][name] = shape.numel()
         for step in range(max(steps, 1)):
@@ -238,6 +238,7 @@ def on_ranks(config: Config, steps: int, device: str = "cpu") -> dict[str, Any]:
             means = engine.forward_backward(mine, labels, MICRO_BATCHES)
             out["losses"].append(means["loss"])
             out["further"].append(means.get("mtp_loss", 0.0))
+            out["index"].append(means.get("index_loss", 0.0))
             if step == 0:
                 out["gradients"] = [(e.name, e.shape, e.start, e.tensor.cpu().clone()) for e in engine.gradients()]
             if steps:

@@ -13,10 +13,10 @@ from ltrain.model.layers import LocalLayers
 from ltrain.model.mixers.attention import Attention
 from ltrain.model.mixers.base import ExchangeNeed
 from ltrain.model.mixers.block_means import block_options, gathered
+from ltrain.model.mixers.indexer import attach_index_loss
 from ltrain.model.mixers.kv_cache import KVCache
 from ltrain.model.options import AttentionOptions
 from ltrain.model.position import rotary_width, shared_rotary_tables
-from ltrain.model.router import attach_loss
 from ltrain.model.sequence import Sequence
 
 
@@ -80,7 +80,7 @@ class BlockIndexAttention(Attention):
             return y
         detached = q.detach(), k.detach()
         loss = kernels.index_loss(*detached, index, indices, parts, scale=self.scale, block=o.block_size, kv_heads=o.kv_heads)
-        return attach_loss(y, loss * (o.index_loss_weight * seq.aux_weight / max(int(seq.cu_seqlens[-1]), 1)))
+        return attach_index_loss(y, loss, o.index_loss_weight, seq)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         q, k, v, gate = self._project(x, seq)

@@ -19,6 +19,13 @@ Index = tuple[Tensor, Tensor, Tensor]  # queries [T, Hi, Di], keys [T, Di] and w
 SELECTION = "selection"  # in Sequence.shared: what later layers see too
 
 
+def attach_index_loss(y: Tensor, loss: Tensor, weight: float, seq: Sequence) -> Tensor:
+    """y, which carries an index's loss, the sum over this rank's queries, from now on; its share of the mean over the stream is noted for the log."""
+    mean = loss * (weight / max(int(seq.cu_seqlens[-1]), 1))
+    seq.note("index_loss", mean)
+    return attach_loss(y, mean, seq.aux_weight)
+
+
 class Indexer(nn.Module):
     """Scores every earlier token for each token: I_ts = sum_h w_th relu(q_th k_s) (DeepSeek-V3.2 report, equation 1).
 
@@ -64,7 +71,7 @@ class Indexer(nn.Module):
         o = self.options
         if o.index_loss == "none" or not torch.is_grad_enabled():
             return y
-        return attach_loss(y, loss() * (o.index_loss_weight * seq.aux_weight / max(int(seq.cu_seqlens[-1]), 1)))
+        return attach_index_loss(y, loss(), o.index_loss_weight, seq)
 
     def choose(self, index: Index, keys: KVCache, seq: Sequence) -> None:
         """Decoding: of the index of N tokens and their documents' keys, which have the values' place in the cache, the selection becomes slots [N, K]
