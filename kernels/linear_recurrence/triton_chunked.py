@@ -355,6 +355,11 @@ class _Recurrence(torch.autograd.Function):
         return *found, None, None
 
 
+def _wider(x: Tensor, more: int) -> Tensor:
+    """x [..., D] with so many zeros behind each row"""
+    return F.pad(x, (0, more)) if more else x
+
+
 def linear_recurrence(
     q: Tensor,
     k: Tensor,
@@ -367,42 +372,22 @@ def linear_recurrence(
     with_map: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """-> output [T, H, V], final states [N, H, K, V] float32, (M [N, H, K, K], E [N, H, K, V]) if with_map"""
-    segments, heads, width = len(bounds) - 1, v.shape[1], k.shape[2]
-    if width % ALIGNED or v.shape[2] % ALIGNED:
-        return _aligned(q, k, v, decay, beta, bounds, scale, initial_state, with_map)
+    segments, heads, width, value = len(bounds) - 1, v.shape[1], k.shape[2], v.shape[2]
     cuts = tuple(bounds)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    keys, values = -width % ALIGNED, -value % ALIGNED
+    q, k, v = (x.contiguous() for x in (_wider(q, keys), _wider(k, keys), _wider(v, values)))
+    decay = _wider(decay, keys) if decay is not None and decay.ndim == 3 else decay
     decay, beta = (None if x is None else x.contiguous() for x in (decay, beta))
-    zeros = v.new_zeros(segments, heads, width, v.shape[2], dtype=torch.float32)
-    start = zeros if initial_state is None else initial_state.float().contiguous()
+    zeros = v.new_zeros(segments, heads, width + keys, value + values, dtype=torch.float32)
+    start = zeros
+    if initial_state is not None:
+        start = (F.pad(initial_state, (0, values, 0, keys)) if keys or values else initial_state).float().contiguous()
     output, final = _Recurrence.apply(q, k, v, decay, beta, start, cuts, scale)
-    if not with_map:
-        return output, final, None
-    # M is where the identity ends with nothing to store, E where zeros end.
-    identity = torch.eye(width, device=v.device).expand(segments, heads, width, width).contiguous()
-    nothing = v.new_zeros(len(v), heads, width)
-    matrix = _Recurrence.apply(k, k, nothing, decay, beta, identity, cuts, 1.0)[1]
-    end_of_zeros = final if initial_state is None else _Recurrence.apply(k, k, v, decay, beta, zeros, cuts, 1.0)[1]
-    return output, final, (matrix, end_of_zeros)
-
-
-def _aligned(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    beta: Tensor | None,
-    bounds: list[int],
-    scale: float,
-    initial_state: Tensor | None,
-    with_map: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """`linear_recurrence` with zeros behind keys and values, up to multiples of ALIGNED, and without what comes of these."""
-    width, value = k.shape[2], v.shape[2]
-    keys, values = (0, -width % ALIGNED), (0, -value % ALIGNED)
-    q, k, v = F.pad(q, keys), F.pad(k, keys), F.pad(v, values)
-    decay = F.pad(decay, keys) if decay is not None and decay.ndim == 3 else decay
-    state = None if initial_state is None else F.pad(initial_state, values + keys)
-    output, final, maps = linear_recurrence(q, k, v, decay, beta, bounds, scale, state, with_map)
-    of_state = ..., slice(width), slice(value)
-    return output[..., :value], final[of_state], maps and (maps[0][..., :width, :width], maps[1][of_state])
+    maps = None
+    if with_map:  # M is where the identity ends with nothing to store, E where zeros end.
+        identity = torch.eye(width + keys, device=v.device).expand(segments, heads, -1, -1).contiguous()
+        nothing = v.new_zeros(len(v), heads, width + keys)
+        matrix = _Recurrence.apply(k, k, nothing, decay, beta, identity, cuts, 1.0)[1]
+        end_of_zeros = final if initial_state is None else _Recurrence.apply(k, k, v, decay, beta, zeros, cuts, 1.0)[1]
+        maps = matrix[..., :width, :width], end_of_zeros[..., :width, :value]
+    return output[..., :value], final[..., :width, :value], maps
