@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.linear_recurrence.triton_kernels import additive, backward, forward
 from ltrain.kernels.linear_recurrence.triton_kernels import heads as of_heads
 from ltrain.kernels.linear_recurrence.triton_launches import BLOCK, Chunks, Shapes, chunks_of, padded
-from ltrain.kernels.segments import TRITON_TYPES, device_refusal
+from ltrain.kernels.segments import TRITON_TYPES, ceil_div, device_refusal
 
 # Numbers that rows are made a multiple of: 16-byte loads, and heads of 60 in bfloat16 had wrong gradients on an H200 (Triton 3.6), of 64 not.
 ALIGNED = 16
@@ -76,7 +75,7 @@ def _prepared(
         shape, chunked = (tokens, heads), len(chunks.begins)
         factors = [v.new_empty(x, dtype=torch.float32) for x in (shape, shape, (chunked, heads), (*shape, 2))]
         if chunked:
-            grid = chunked, triton.cdiv(heads, HEADS)
+            grid = chunked, ceil_div(heads, HEADS)
             of_heads.sum_decays[grid](decay, chunks.begins, chunks.ends, *factors, heads, C=BLOCK, HEADS=HEADS, num_warps=4)
         return _Prepared(None, None, None, None, v, factors[0], factors[1], factors[2], None, factors[3])
     scores, solve, firsts = solved or (
@@ -96,7 +95,7 @@ def _prepared(
     made = _Prepared(scores, solve, firsts, w, u, reader, writer, fade, halves)
     if count:
         if shapes.decay == 2:
-            options = {name: x for name, x in shapes.options("sum_decays").items() if name not in ("BV", "DECAY")}
+            options = shapes.options("sum_decays", without=("BV", "DECAY"))
             spans = chunks.starts, chunks.stops
             forward.sum_decays[count, heads](
                 *(k, decay, *spans, firsts, middle, halves, heads, shapes.key, LEVELS), SOLVED=solved is not None, **options
@@ -119,11 +118,11 @@ def _summed(
     left = fade if fade is None or shapes.of_heads else fade.new_empty(count, *fade.shape[1:])
     if count:
         options = shapes.options("add_chunks of heads" if shapes.of_heads else "add_chunks")
-        grid = count, heads, triton.cdiv(shapes.key, options["BK"]) * triton.cdiv(shapes.value, options["BV"])
+        grid = count, heads, ceil_div(shapes.key, options["BK"]) * ceil_div(shapes.value, options["BV"])
         args = x, y, factors, fade, chunks.begins, chunks.ends, chunks.firsts, states, left, scale
         additive.add_chunks[grid](*args, *shapes.numbers, BACKWARD=back, **options)
     if len(before):
-        grid = (len(before), heads, triton.cdiv(shapes.key * shapes.value, NUMBERS))
+        grid = (len(before), heads, ceil_div(shapes.key * shapes.value, NUMBERS))
         numbers = heads, shapes.key, shapes.value
         additive.accumulate[grid](states, left, chunks.bounds, before, after, *numbers, N=NUMBERS, DECAY=shapes.decay, BACKWARD=back, num_warps=4)
     return states, after, left
@@ -140,7 +139,7 @@ def _passed(k: Tensor, initial: Tensor, chunks: Chunks, shapes: Shapes, made: _P
     final = torch.empty_like(initial)
     if len(initial):
         options = shapes.narrow(len(initial))
-        grid = (len(initial), shapes.heads, triton.cdiv(shapes.value, options["BV"]))
+        grid = (len(initial), shapes.heads, ceil_div(shapes.value, options["BV"]))
         args = k, made.w, made.u, made.writer, made.fade, chunks.cuts, chunks.bounds, initial, states, final
         forward.pass_states[grid](*args, *shapes.numbers, **options)
     return states, final, None
@@ -163,7 +162,7 @@ def _read(
     if shapes.of_heads:
         if len(chunks.starts):
             options, members = shapes.options("read of heads"), math.gcd(shapes.group, MEMBERS)
-            of_heads.read[len(chunks.starts), shapes.heads // members, triton.cdiv(shapes.value, options["BV"])](
+            of_heads.read[len(chunks.starts), shapes.heads // members, ceil_div(shapes.value, options["BV"])](
                 *((k, q) if later else (q, k)),
                 *(z, made.sums, made.writer if later else made.reader, states, *chunks.places, out, scale),
                 *shapes.numbers,
@@ -177,7 +176,7 @@ def _read(
         options = shapes.options("read")
         axes = {"BLOCKS": shapes.blocks, "KEYS": padded(shapes.key), "LATER": later, "STATES": states is not None}
         args = *rows, z, decay, made.scores, factors[0], made.fade, states, *chunks.places, out, scale
-        grid = len(chunks.starts), shapes.heads, triton.cdiv(shapes.value, options["BV"])
+        grid = len(chunks.starts), shapes.heads, ceil_div(shapes.value, options["BV"])
         forward.read[grid](*args, *shapes.numbers, **axes, **options)
     return out
 
@@ -197,7 +196,7 @@ def _head_gradients(
     (q, k, v, do), (states, dstates), (dq, dk) = inputs, through, grads
     blocks, (tokens, heads) = len(chunks.starts), v.shape[:2]
     options = shapes.options("pair_gradients of heads")
-    parts, grouped = triton.cdiv(shapes.key, options["BK"]), shapes.group > 1
+    parts, grouped = ceil_div(shapes.key, options["BK"]), shapes.group > 1
     ddecay = moved = recalled = None
     if decay is not None:
         # Grouped, a part for each of the blocks that a token of a chunk may meet.
@@ -213,7 +212,7 @@ def _head_gradients(
     for args, later in ((reads, False), (writes, True)):
         of_heads.pair_gradients[blocks, parts, heads // shapes.group](*args, scale, blocks, tokens, *shapes.numbers, LATER=later, **axes, **options)
     if ddecay is not None:
-        options = {name: x for name, x in shapes.options("decay_gradients of heads").items() if name not in ("DECAY", "DOT")}
+        options = shapes.options("decay_gradients of heads", without=("DECAY", "DOT"))
         of_heads.decay_gradients[len(chunks.begins), heads](
             *(of_reads, of_writes, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, blocks, tokens),
             *(heads, shapes.key, shapes.value, parts),
@@ -248,22 +247,21 @@ def _gradients(
         ddecay = _head_gradients((q, k, v, do), decay, (states, dstates), left, (dq, dk), chunks, shapes, made, scale)
         return dq, dk, dv, ddecay, None, dinitial
     assert decay is not None
-    options = shapes.options("pair_gradients")
-    parts = triton.cdiv(shapes.key, options["BK"])
+    options = shapes.options("pair_gradients", without=("DECAY",))
+    parts = ceil_div(shapes.key, options["BK"])
     moved, recalled = (v.new_empty(n, heads, shapes.key, dtype=torch.float32) for n in (tokens, blocks))
     # it is as large as moved, and takes its place where the type is the same
     ddecay = moved if decay.dtype == torch.float32 else torch.empty_like(decay)
     if count:
         axes = {"BLOCKS": shapes.blocks, "VALUES": padded(shapes.value), "GROUPED": shapes.group > 1}
-        options = {name: x for name, x in options.items() if name != "DECAY"}
         additive.pair_gradients[blocks * parts, heads // shapes.group](
             *(q, k, v, do, decay, made.reader, made.writer, made.fade, made.firsts, states, dstates, *chunks.places, dq, dk, moved, recalled),
             *(scale, *shapes.numbers, LEVELS),
             **axes,
             **options,
         )
-        options = {name: x for name, x in shapes.options("decay_gradients").items() if name != "DECAY"}
-        additive.decay_gradients[count, heads, triton.cdiv(shapes.key, options["BK"])](
+        options = shapes.options("decay_gradients", without=("DECAY",))
+        additive.decay_gradients[count, heads, ceil_div(shapes.key, options["BK"])](
             *(moved, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, heads, shapes.key, shapes.value),
             **options,
         )
@@ -292,7 +290,7 @@ def _delta_gradients(
     dstates, dinitial = torch.empty_like(states), torch.empty_like(initial)
     if len(initial):
         options = shapes.narrow(len(initial))
-        backward.pass_gradients[len(initial), heads, triton.cdiv(shapes.value, options["BV"])](
+        backward.pass_gradients[len(initial), heads, ceil_div(shapes.value, options["BV"])](
             *(q, k, made.w, made.reader, made.writer, made.fade, do, du, chunks.cuts, chunks.bounds, dfinal, dstates, dinitial, scale),
             *shapes.numbers,
             **options,
@@ -300,13 +298,13 @@ def _delta_gradients(
     u, solve, firsts, fade, halves = made.u, made.solve, made.firsts, made.fade, made.halves
     del made  # W and the faded queries and keys are as large as the inputs
     options = shapes.options("key_gradients")
-    pieces = triton.cdiv(shapes.key, options["BK"])
+    pieces = ceil_div(shapes.key, options["BK"])
     on_reads, on_erases = (k.new_empty(tokens, heads, BLOCK) for _ in range(2))
     own, direct = (v.new_empty(tokens, heads, dtype=torch.float32) for _ in range(2))
     dv = torch.empty_like(v)
     dbeta = v.new_empty(pieces, tokens, heads, dtype=torch.float32)
     if count:
-        narrow = {name: x for name, x in shapes.options("score_gradients").items() if name != "BK"}
+        narrow = shapes.options("score_gradients", without=("BK",))
         backward.score_gradients[count, heads](
             *(v, u, decay, solve, do, du, *spans, on_reads, on_erases, own, dv, direct, scale, heads, shapes.value), **narrow
         )
@@ -326,7 +324,7 @@ def _delta_gradients(
     if ddecay is not None and decay is not None:
         ddecay = (ddecay.sum(0) if shapes.decay == 1 else ddecay).to(decay.dtype)
     # torch takes three times as long for it
-    backward.scale_rows[(triton.cdiv(tokens * heads, ROWS),)](dv, beta, tokens * heads, shapes.value, ROWS, padded(shapes.value))
+    backward.scale_rows[(ceil_div(tokens * heads, ROWS),)](dv, beta, tokens * heads, shapes.value, ROWS, padded(shapes.value))
     return dq, dk, dv, ddecay, dbeta.sum(0).add_(direct).to(beta.dtype), dinitial
 
 

@@ -4,8 +4,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from ltrain.kernels.segments import ceil_div, power_of_two
 
 BLOCK = 64  # tokens that meet in one product
 # Blocks of a chunk where nothing is erased. A state is stored and loaded about 14 times, and each token meets those of half a chunk in 8
@@ -89,7 +90,7 @@ def chunks_of(cuts: tuple[int, ...], blocks: int, device: torch.device) -> Chunk
 
 
 def padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_two(width))
 
 
 class Shapes(NamedTuple):
@@ -119,21 +120,22 @@ class Shapes(NamedTuple):
         """PAIRS of each launch of a program; grouped: of all value heads of a key head, whose chunks may differ."""
         return (1, 2) if self.decay == 2 and not (grouped and self.group > 1) else (0,)
 
-    def options(self, program: str) -> dict[str, Any]:
-        """Compile-time options."""
+    def options(self, program: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Compile-time options, but for those that the program does not have."""
         kinds = [" grouped"] * (self.group > 1) + [" per channel"] * (self.decay == 2)
         launch = next((LAUNCHES[program + kind] for kind in kinds if program + kind in LAUNCHES), LAUNCHES.get(program, Launch()))
         key, value = (block // 2 if self.exact else block for block in launch[:2])
         registers = {"maxnreg": 65536 // (64 * launch.warps)} if launch.two and not self.exact else {}
         stages = 1 if self.exact else launch.stages
         pipeline = {"DOT": "ieee" if self.exact else "tf32", "num_warps": WARPS if self.exact else launch.warps, "num_stages": stages}
-        return {"C": BLOCK, "BK": min(key, padded(self.key)), "BV": min(value, padded(self.value)), "DECAY": self.decay, **pipeline, **registers}
+        sizes = {"C": BLOCK, "BK": min(key, padded(self.key)), "BV": min(value, padded(self.value)), "DECAY": self.decay}
+        return {name: x for name, x in (sizes | pipeline | registers).items() if name not in without}
 
     def narrow(self, segments: int) -> dict[str, Any]:
         """Options of the programs that go chunk by chunk. Each loads all of W, K and Q for its few columns of the state: few, so that there
         are programs for all processors, but no fewer."""
         widest = 16 if self.exact else 32 if self.key > 128 else 64
-        columns = next((n for n in (64, 32) if n <= widest and segments * self.heads * triton.cdiv(self.value, n) >= PROGRAMS), 16)
+        columns = next((n for n in (64, 32) if n <= widest and segments * self.heads * ceil_div(self.value, n) >= PROGRAMS), 16)
         # What a stage loads ahead is W, K and Q of a chunk: 48 KiB of 16-bit numbers for K = 128.
         stages = 1 if self.exact else 2 if self.key > 128 else 4 if columns == 16 else 3
         pipeline = {"num_warps": 4 if columns == 16 else WARPS, "num_stages": stages}
