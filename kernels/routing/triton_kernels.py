@@ -7,6 +7,13 @@ SIZES = ["tokens", "n", "blocks"]
 LOWEST = tl.constexpr(-(2**31))  # below what any number is as an integer: a column that is taken or absent
 
 
+@triton.jit
+def ranked(x, there):
+    """Floats as integers in the same order, LOWEST where not there. NaN is above all, none has the bits of LOWEST, and both zeros are one."""
+    bits = tl.where(x != x, float("inf"), x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(there, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), LOWEST)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def best(scores, found, tokens, E, K, ROWS: tl.constexpr, BE: tl.constexpr):
     """Grid (tokens / ROWS): scores [T, E] -> found [T, K]. Floats are compared as integers, which no -inf makes equal to a column that is
@@ -15,10 +22,7 @@ def best(scores, found, tokens, E, K, ROWS: tl.constexpr, BE: tl.constexpr):
     e = tl.arange(0, BE)
     inside = t < tokens
     x = tl.load(scores + t[:, None] * E + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
-    x = tl.where(x != x, float("inf"), x + 0.0)  # no NaN has the bits of LOWEST, and both zeros are one
-    bits = x.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as ordered as the floats
-    bits = tl.where((e < E)[None, :], bits, LOWEST)
+    bits = ranked(x, (e < E)[None, :])
     for j in range(K):
         chosen = tl.argmax(bits, 1, tie_break_left=True)
         tl.store(found + t * K + j, chosen.to(tl.int64), mask=inside)

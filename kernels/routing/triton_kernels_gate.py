@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ltrain.kernels.routing.triton_kernels import LOWEST
+from ltrain.kernels.routing.triton_kernels import LOWEST, ranked
 
 
 @triton.jit
@@ -49,9 +49,7 @@ def route(
     share = scores / (tl.sum(scores, 1) + tiny)[:, None] if SIGMOID else scores
     tl.store(shares + block * E + e, tl.sum(tl.where(inside[:, None], share, 0.0), 0), mask=e < E)
 
-    bits = (scores + tl.load(bias + e, mask=e < E, other=0.0)[None, :]).to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    bits = tl.where((e < E)[None, :], bits, LOWEST)
+    bits = ranked(scores + tl.load(bias + e, mask=e < E, other=0.0)[None, :], (e < E)[None, :])
     taken = tl.zeros((ROWS, BE), dtype=tl.int32)
     chosen = tl.zeros((ROWS, BK), dtype=tl.int32)
     weight = tl.zeros((ROWS, BK), dtype=tl.float32)

@@ -65,6 +65,14 @@ def test_equal_and_infinite_scores():
     assert best(scores, 3, backend="triton").tolist() == [[0, 1, 2], [2, 0, 1], [2, 0, 1], [0, 3, 2]]
 
 
+@runs
+def test_both_zeros_are_equal_and_a_nan_is_taken_once():
+    scores = torch.tensor([[-0.0, 0.0, 0.0, -1.0], [1.0, 2.0, 0.0, 3.0]])
+    scores.view(torch.int32)[1, 2] = -1  # the NaN whose bits, put in order, are those of a column that is taken
+    scores = scores.to(DEVICE)
+    assert best(scores, 4, backend="triton").tolist() == [[0, 1, 2, 3], [2, 3, 1, 0]]
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_larger_ones_on_the_gpu(dtype):
