@@ -13,8 +13,6 @@ from ltrain.kernels.attention import (
     attention,
     backward_pairs,
     blockwise,
-    by_pair,
-    cudnn,
     decode_attention,
     flash,
     forward_pairs,
@@ -442,93 +440,3 @@ def test_pairs_are_refused_by_name():
         forward_pairs(q, q, q, [Pair(0, 6, 0, 3, True)], scale=1.0)
     with pytest.raises(ValueError, match="pairs.*has a window with more queries than keys"):
         forward_pairs(q, q, q, [Pair(0, 6, 0, 3, False, 2)], scale=1.0)
-
-
-def test_squares_with_more_rows():
-    """What cuDNN's few lengths need, with the kernels of a CPU: keys and queries behind the last change nothing."""
-    q, k, v = (x.detach() for x in tensors(70, 4, 2, 8, 8))
-    pairs = [Pair(0, 20, 0, 20, True), Pair(20, 30, 10, 50, True), Pair(50, 20, 3, 7, False), Pair(55, 1, 60, 1, True)]
-    given: list[tuple[int, bool]] = []
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-    def attend(q, k, v, causal):
-        given.append((q.shape[2], causal))
-        return kernel(q, k, v, 0.0, causal, scale=0.3)
-
-    def differentiate(dout, q, k, v, out, lse, causal):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse.contiguous(), 0.0, causal, scale=0.3)
-
-    dout = torch.randn(70, 4, 8, dtype=torch.float64)
-    found = []
-    for lengths in (lambda rows: rows, lambda rows: -(-rows // 16) * 16):
-        out, lse = by_pair.forward(q, k, v, pairs, attend, lengths)
-        found.append([out, lse, *by_pair.backward(dout, q, k, v, out, lse, pairs, differentiate, lengths)])
-    assert given[-5:] == [(32, True), (32, False), (32, True), (32, False), (16, True)]
-    torch.testing.assert_close(*found)
-    torch.testing.assert_close((found[0][0], found[0][1]), forward_pairs(q, k, v, pairs, scale=0.3, backend="reference"))
-
-
-def test_few_lengths_have_plans():
-    lengths = {n: cudnn.rounded(n) for n in range(1, 9000)}
-    assert all(n <= more <= n * 17 / 16 for n, more in lengths.items())
-    assert len({lengths[n] for n in range(4097, 8193)}) == 16
-
-
-def test_cudnn_is_for_streams_whose_scores_are_in_long_documents():
-    document = [Pair(0, 9000, 0, 9000, True)]
-    short = [Pair(9000 + 2000 * n, 2000, 9000 + 2000 * n, 2000, True) for n in range(25)]
-    assert cudnn.worthwhile(document + short[:20]) and not cudnn.worthwhile(document + short)
-    assert not cudnn.worthwhile([Pair(0, 8191, 0, 8191, True)]) and not cudnn.worthwhile([])
-
-
-def test_keys_of_rectangles_are_cut_where_there_is_a_plan():
-    square, small, rectangle = Pair(0, 9000, 0, 9000, True), Pair(0, 9000, 9000, 8191, False), Pair(0, 9000, 9000, 12700, False)
-    assert cudnn._parted((square, small, rectangle)) == (
-        [square, rectangle._replace(k_len=12288)],
-        [small, rectangle._replace(k_start=9000 + 12288, k_len=12700 - 12288)],
-    )
-    assert cudnn._parted((Pair(0, 9000, 0, 16384, False),)) == ([Pair(0, 9000, 0, 16384, False)], [])
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(
-    ("backend", "heads", "kv_heads", "width", "value_width"),
-    [
-        *(("flash", *sizes) for sizes in ((4, 4, 64, 64), (8, 2, 128, 128), (4, 1, 20, 12), (4, 4, 192, 128))),
-        *(("cudnn", *sizes) for sizes in ((4, 4, 64, 64), (8, 2, 128, 128), (3, 1, 24, 24))),
-    ],
-)
-def test_fused_on_cuda(backend, heads, kv_heads, width, value_width, monkeypatch):
-    """Packed calls (cuDNN: one for each long pair) against float64 on the same bfloat16 numbers: whole streams, and pairs that overlap."""
-    monkeypatch.setattr(cudnn, "LEAST", 6)
-    monkeypatch.setattr(cudnn, "LENGTHS", 2)
-    inputs = [x.detach().cuda().requires_grad_() for x in tensors(70, heads, kv_heads, width, value_width, torch.bfloat16)]
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    scale = width**-0.5
-
-    def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-        # a document of one token has no gradient for its query: there only rounding is left
-        assert (got.double() - expected.double()).norm() <= 1e-2 * expected.double().norm() + 1e-4
-
-    for lengths in ([70], [1, 1, 0, 30, 38]):
-        got, expected = attention(*inputs, cu(lengths), scale=scale, backend=backend), attention(*wide, cu(lengths), scale=scale, backend="reference")
-        close(got, expected)
-        weight = torch.randn_like(expected)
-        for a, b in zip(torch.autograd.grad(got, inputs, weight.bfloat16()), torch.autograd.grad(expected, wide, weight), strict=True):
-            close(a, b)
-    q, k, v = (x.detach() for x in inputs)
-    k, v = torch.cat([k, k[:30].flip(0)]), torch.cat([v, v[:30].flip(0)])  # [100, Hk, .]
-    kept = [p for p in PAIRS if p.k_len]
-    some = (kept[-2:-1], kept[-1:]) if backend == "flash" else (kept[:1], kept[1:2], kept[2:3])  # one query is a case of its own for flash
-    for pairs in (kept, *some):
-        out, lse = forward_pairs(q, k, v, pairs, scale=scale, backend=backend)
-        expected_out, expected_lse = forward_pairs(q.double(), k.double(), v.double(), pairs, scale=scale, backend="reference")
-        close(out, expected_out)
-        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-3)
-        dout = torch.randn_like(out)
-        got_grads = backward_pairs(dout, q, k, v, out, lse, pairs, scale=scale, backend=backend)[:3]
-        exact = backward_pairs(
-            dout.double(), q.double(), k.double(), v.double(), expected_out, expected_lse, pairs, scale=scale, backend="reference"
-        )[:3]
-        for a, b in zip(got_grads, exact, strict=True):
-            close(a, b)
