@@ -40,9 +40,8 @@ class Update:
     def __init__(self, optimizer: Any, device: torch.device):
         self.optimizers, self.device = chained(optimizer), device
         self._grads: list[Tensor] = []
-        self._copies: list[
-            tuple[list[Tensor], list[Tensor]]
-        ] = []  # of each optimizer: parts of parameters, and the master weights they are rounded from
+        # of each optimizer: parts of parameters, and the master weights they are rounded from
+        self._copies: list[tuple[list[Tensor], list[Tensor]]] = []
         for one in self.optimizers:
             parts, wide = [], []
             for param, master in masters(one):
