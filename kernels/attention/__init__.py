@@ -1,10 +1,10 @@
 """Softmax attention inside the segments of a packed stream, and the pieces ring attention is made of.
 
 Backends: `reference` (all scores at once), `blockwise` (plain torch, memory linear in the stream), `flash` (torch's own fused
-kernels: any floating type on a CPU, float16 and bfloat16 on CUDA; plain scores without windows), `cudnn` (the same on GPUs from Hopper on,
-faster on long documents), `triton` (our own kernels on CUDA: up to float32, all but relative biases). `auto` takes the first
-that runs of cudnn (where most scores are in documents of at least 8192 tokens, unless torch is to be deterministic), triton, flash and
-blockwise; flash before triton for heads wider than 128.
+kernels: any floating type on a CPU, float16 and bfloat16 on CUDA; plain scores without windows), `te` and `cudnn` (cuDNN's on GPUs from Hopper
+on: through Transformer Engine, packed documents and windows at once, or through torch, one long document after the other), `triton` (our own
+kernels on CUDA: up to float32, all but relative biases). `auto` takes the first that runs of te and cudnn (where most scores are in documents
+that are long enough for them, unless torch is to be deterministic), triton, flash and blockwise; flash before triton for heads wider than 128.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ltrain.kernels.attention import blockwise, cudnn, flash, reference
+from ltrain.kernels.attention import blockwise, cudnn, flash, reference, te
 from ltrain.kernels.attention.pairs import FULL, PLAIN, Mask, Pair, Score, masked_pairs, merge, seen
 from ltrain.kernels.segments import accumulator, boundaries, choose, permitted, plain_only, wants_triton
 
@@ -36,8 +36,9 @@ __all__ = [
     "with_sinks",
 ]
 
-BACKENDS = {"reference": reference, "blockwise": blockwise, "cudnn": cudnn, "flash": flash}
-FUSED = (cudnn, flash)  # for plain scores without windows
+BACKENDS = {"reference": reference, "blockwise": blockwise, "te": te, "cudnn": cudnn, "flash": flash}
+FUSED = (te, cudnn, flash)  # for plain scores
+LONG = (te, cudnn)  # that are worth their while in long documents, and whose gradients are not promised to be the same twice
 NARROW = 128  # heads with which our own kernels are faster than FlashAttention on a GPU: at 1024 tokens 0.8, at 32768 0.82 of its time
 
 
@@ -74,16 +75,20 @@ def _backend(name: str, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scal
     choose(name, (*BACKENDS, "triton"))
     if name == "auto" and plain_only():
         return blockwise
-    plain = score.plain and not any(pair.window for pair in pairs)
+
+    def refusal(backend: Any) -> str | None:
+        return backend.refusal(q, k, v, pairs) if score.plain else "has no soft caps, slopes and biases"
+
     if BACKENDS.get(name) in FUSED:
-        why = BACKENDS[name].refusal(q, k, v, pairs) if plain else "has no windows, soft caps, slopes and biases"
+        why = refusal(BACKENDS[name])
         if why is not None:
             raise ValueError(f"backend={name!r} {why}: choose blockwise or auto")
         return BACKENDS[name]
-    exact = torch.are_deterministic_algorithms_enabled()  # which cuDNN's gradients are not promised to be
-    if name == "auto" and plain and not exact and cudnn.refusal(q, k, v, pairs) is None and cudnn.worthwhile(pairs):
-        return cudnn
-    flashes = name == "auto" and plain and flash.refusal(q, k, v, pairs) is None
+    if name == "auto" and not torch.are_deterministic_algorithms_enabled():
+        for backend in LONG:
+            if refusal(backend) is None and backend.worthwhile(pairs):
+                return backend
+    flashes = name == "auto" and refusal(flash) is None
     if wants_triton(name, q) and not (flashes and max(q.shape[2], v.shape[2]) > NARROW):
         from ltrain.kernels.attention import triton_attention
 
@@ -115,7 +120,7 @@ def forward_pairs(
         pairs: what sees what; of a causal one every query sees a key. No query should meet the same key in two pairs.
         scale: what scores are multiplied with, usually D ** -0.5.
         score: what becomes of scores before the softmax; distances are those of the pairs.
-        backend: auto | reference | blockwise | cudnn | flash | triton.
+        backend: auto | reference | blockwise | te | cudnn | flash | triton.
 
     Returns:
         out [Tq, H, Dv] and lse [Tq, H], the natural log of the sum of exponentials of scaled scores, in float32 or wider.
@@ -261,8 +266,8 @@ def attention(
         starts: the position of each segment's first token in its document, for chunks, anchors and globals; None: 0.
         score: what becomes of scores before the softmax.
         sinks: [H], see `with_sinks`; None: there are none.
-        backend: auto | reference | blockwise | cudnn or flash (without windows shorter than a segment, soft caps, slopes and biases) |
-            triton (without biases).
+        backend: auto | reference | blockwise | te (without soft caps, slopes and biases) | cudnn or flash (without windows shorter than a segment,
+            too) | triton (without biases).
 
     Returns:
         [T, H, Dv] in q's type.

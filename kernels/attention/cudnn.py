@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltrain.kernels.attention import by_pair, flash
+from ltrain.kernels.attention import blockwise, by_pair, flash
 from ltrain.kernels.attention.pairs import PLAIN, Pair, merge
 from ltrain.kernels.segments import wants_triton
 
@@ -25,6 +25,8 @@ MERGED = 1 << 16  # rows at a time
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
     """Why these cannot go through cuDNN, or None."""
+    if any(pair.window for pair in pairs):
+        return "has no windows"
     if q.device.type != "cuda":
         return f"runs on CUDA, not on {q.device.type}"
     if torch.version.hip or torch.cuda.get_device_capability(q.device) < (9, 0):
@@ -73,14 +75,14 @@ def worthwhile(pairs: list[Pair]) -> bool:
     return long > short
 
 
-def _for_short(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
-    """The backend for the pairs that are too short."""
+def for_short(q: Tensor, k: Tensor, v: Tensor, scale: float, pairs: list[Pair]) -> Any:
+    """The backend for the pairs that are not for cuDNN."""
     if wants_triton("auto", q):
         from ltrain.kernels.attention import triton_attention
 
         if triton_attention.refusal(q, k, v, scale, PLAIN) is None:
             return triton_attention
-    return flash
+    return flash if flash.refusal(q, k, v, pairs) is None else blockwise
 
 
 def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float) -> tuple[Tensor, Tensor]:
@@ -93,7 +95,7 @@ def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: flo
     out, lse = by_pair.forward(q, k, v, long, attend, rounded)
     if short:
         out = out.float()
-        others, others_lse = _for_short(q, k, v, scale).forward_pairs(q, k, v, short, scale)
+        others, others_lse = for_short(q, k, v, scale, short).forward_pairs(q, k, v, short, scale)
         for rows in map(slice, range(0, len(q), MERGED), range(MERGED, len(q) + MERGED, MERGED)):
             out[rows], lse[rows] = merge(out[rows], lse[rows], others[rows], others_lse[rows])
     return out, lse
@@ -117,7 +119,7 @@ def backward_pairs(
     dout, out = dout.to(q.dtype).contiguous(), out.to(q.dtype).contiguous()
     grads = by_pair.backward(dout, q, k, v, out, lse, long, differentiate, rounded)
     if short:
-        others = _for_short(q, k, v, scale).backward_pairs(dout, q, k, v, out, lse, short, scale)
+        others = for_short(q, k, v, scale, short).backward_pairs(dout, q, k, v, out, lse, short, scale)
         dq, dk, dv = (grad.float() for grad in grads)
         for total, other in zip((dq, dk, dv), others, strict=True):
             total += other

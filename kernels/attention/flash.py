@@ -19,6 +19,8 @@ MAX_WIDTH = 256  # widest head the CUDA kernels take
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
     """Why these tensors cannot go through the flash kernels, or None."""
+    if any(pair.window for pair in pairs):
+        return "has no windows"
     if q.device.type not in ("cpu", "cuda"):
         return f"has no kernel for device {q.device.type}"
     if q.device.type == "cuda" and q.dtype not in (torch.float16, torch.bfloat16):

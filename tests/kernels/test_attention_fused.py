@@ -1,9 +1,12 @@
-"""Attention by torch's fused kernels, FlashAttention's and cuDNN's: which pairs go where, and on a GPU their results."""
+"""Attention by fused kernels, FlashAttention's and cuDNN's (through torch and through Transformer Engine): which pairs go where, and on a GPU
+their results."""
+
+import random
 
 import pytest
 import torch
 
-from ltrain.kernels.attention import Pair, attention, backward_pairs, by_pair, cudnn, forward_pairs
+from ltrain.kernels.attention import Mask, Pair, attention, backward_pairs, by_pair, cudnn, forward_pairs, te
 from tests.kernels.test_attention import PAIRS, cu, tensors
 
 
@@ -53,18 +56,53 @@ def test_keys_of_rectangles_are_cut_where_there_is_a_plan():
     assert cudnn._parted((Pair(0, 9000, 0, 16384, False),)) == ([Pair(0, 9000, 0, 16384, False)], [])
 
 
+def test_calls_share_no_rows(monkeypatch):
+    """Two pairs of a call with the same keys would write the same gradients over each other."""
+    monkeypatch.setattr(te, "LEAST", 3)
+    monkeypatch.setattr(te, "LIMIT", 2)
+    draw = random.Random(0)
+    for _ in range(50):
+        pairs = []
+        for _ in range(draw.randint(1, 12)):
+            queries, window, causal = draw.randint(1, 40), draw.choice([0, 5]), draw.random() < 0.5
+            keys = queries + draw.randint(0, 9)
+            pairs.append(Pair(draw.randint(0, 200), queries, draw.randint(0, 200), keys, causal, window, draw.choice([0, 2]) if window else 0))
+        calls, rest = te._parted(tuple(pairs))
+        assert sorted([p for call in calls for p in call.pairs] + rest) == sorted(pairs)
+        assert all((p.window and (p.gap or not p.causal)) or min(p.q_len, p.k_len) < 3 for p in rest)
+        for call in calls:
+            assert {(p.causal, p.window) for p in call.pairs} == {call.kind}
+            assert len(call.pairs) == 1 or len(call.pairs) * (call.queries.stop - call.queries.start) <= 2 * 128
+            for start, length in (("q_start", "q_len"), ("k_start", "k_len")):
+                ranges = sorted((getattr(p, start), getattr(p, start) + getattr(p, length)) for p in call.pairs)
+                assert all(stop <= begin for (_, stop), (begin, _) in zip(ranges, ranges[1:], strict=False))
+
+
+def test_documents_of_a_stream_are_one_call():
+    pairs = [Pair(a, 1000, a, 1000, True) for a in (0, 1000, 2000)]
+    short = Pair(3000, 100, 3000, 100, True)
+    assert te._parted((*pairs, short)) == ([te.Call(te.Kind(True, 0), tuple(pairs))], [short])
+    assert te.worthwhile([*pairs, short]) and not te.worthwhile([short])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     ("backend", "heads", "kv_heads", "width", "value_width"),
     [
         *(("flash", *sizes) for sizes in ((4, 4, 64, 64), (8, 2, 128, 128), (4, 1, 20, 12), (4, 4, 192, 128))),
         *(("cudnn", *sizes) for sizes in ((4, 4, 64, 64), (8, 2, 128, 128), (3, 1, 24, 24))),
+        *(("te", *sizes) for sizes in ((4, 4, 64, 64), (8, 2, 128, 128), (3, 1, 24, 24), (4, 4, 192, 128))),
     ],
 )
 def test_fused_on_cuda(backend, heads, kv_heads, width, value_width, monkeypatch):
     """Packed calls (cuDNN: one for each long pair) against float64 on the same bfloat16 numbers: whole streams, and pairs that overlap."""
+    if backend == "te":
+        pytest.importorskip("transformer_engine")
+        monkeypatch.setattr(te, "LEAST", 6)
+        te._parted.cache_clear()
     monkeypatch.setattr(cudnn, "LEAST", 6)
     monkeypatch.setattr(cudnn, "LENGTHS", 2)
+    torch.full((1 << 24,), torch.nan, device="cuda")  # what memory holds where a kernel leaves it as it is
     inputs = [x.detach().cuda().requires_grad_() for x in tensors(70, heads, kv_heads, width, value_width, torch.bfloat16)]
     wide = [x.detach().double().requires_grad_() for x in inputs]
     scale = width**-0.5
@@ -95,3 +133,20 @@ def test_fused_on_cuda(backend, heads, kv_heads, width, value_width, monkeypatch
         )[:3]
         for a, b in zip(got_grads, exact, strict=True):
             close(a, b)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mask", [Mask(window=100), Mask(window=700), Mask(window=300, anchors=4), Mask(chunk=512)])
+def test_windows_on_cuda(mask):
+    """Through Transformer Engine, with sinks, and parts of it through our own kernels: lengths on, before and behind what it takes."""
+    pytest.importorskip("transformer_engine")
+    lengths = [700, te.LEAST - 1, 3, te.LEAST, 0, 1500]
+    inputs = [x.detach().cuda().requires_grad_() for x in (*tensors(sum(lengths), 8, 2, 64, 64, torch.bfloat16), torch.randn(8))]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    found = []
+    for (q, k, v, sinks), backend in ((inputs, "te"), (wide, "reference")):
+        out = attention(q, k, v, cu(lengths), scale=0.125, mask=mask, sinks=sinks, backend=backend)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).cuda()
+        found.append([out, *torch.autograd.grad(out, [q, k, v, sinks], weight.to(out))])
+    for got, expected in zip(*found, strict=True):
+        assert (got.double() - expected).norm() <= 1e-2 * expected.norm()

@@ -1,0 +1,299 @@
+"""Attention of packed pairs by cuDNN's fused kernels, through Transformer Engine: many pairs of any lengths in one call, windows and heads whose
+values are narrower than their keys among them. What it does not take goes to our own kernels.
+
+A call has pairs of one kind whose rows are all different; a ring's pieces, which may share queries or keys, take several, whose parts are merged.
+Its backward takes the log-sum-exp over all keys, which is what lets a ring hand it one piece at a time. Source: transformer_engine's fused_attn.
+"""
+
+from functools import cache, lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ltrain.kernels.attention.cudnn import for_short
+from ltrain.kernels.attention.pairs import Pair, merge
+from ltrain.kernels.segments import accumulator
+
+LEAST = 512  # rows and keys of a pair: a call works through tiles for the longest of its pairs in each of them, so short ones cost as much
+LIMIT = 1 << 21  # pairs of a call times the blocks of 128 rows that they lie in: each makes a program for every head, if only one that ends at once
+
+
+@cache
+def _engine() -> Any:
+    """Transformer Engine's module, or why there is none."""
+    if find_spec("transformer_engine") is None:
+        return "needs Transformer Engine, which is not installed"
+    try:
+        import_module("transformer_engine.pytorch")  # which finds the libraries that the next one loads
+        return import_module("transformer_engine.pytorch.cpp_extensions.fused_attn")
+    except (ImportError, OSError, AssertionError, RuntimeError) as error:
+        return f"needs Transformer Engine, which does not load ({str(error).partition('.')[0]})"
+
+
+class Kind(NamedTuple):
+    """Of the pairs of a call"""
+
+    causal: bool
+    window: int
+
+    @property
+    def mask(self) -> str:
+        return "padding_causal_bottom_right" if self.causal else "padding"
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """How many keys behind and ahead of itself a query sees, -1: all."""
+        return self.window - 1 if self.window else -1, 0 if self.causal else -1
+
+
+class Call(NamedTuple):
+    kind: Kind
+    pairs: tuple[Pair, ...]  # no row of queries or of keys is in two
+
+    @property
+    def queries(self) -> slice:
+        return slice(min(p.q_start for p in self.pairs), max(p.q_start + p.q_len for p in self.pairs))
+
+    @property
+    def keys(self) -> slice:
+        return slice(min(p.k_start for p in self.pairs), max(p.k_start + p.k_len for p in self.pairs))
+
+
+class Places(NamedTuple):
+    """Where the pairs of a call lie, on the device: [pairs + 1] int32 each, and what queries between them are covered, None: all."""
+
+    q_bounds: Tensor
+    k_bounds: Tensor
+    q_starts: Tensor
+    k_starts: Tensor
+    longest: tuple[int, int]
+    covered: Tensor | None
+
+
+def _kind(pair: Pair) -> Kind | None:
+    """None: there is no kernel. A causal pair's window counts from the last query's own key, so the next key has to be the one behind it."""
+    return Kind(pair.causal, pair.window) if not pair.window or pair.causal and not pair.gap else None
+
+
+@lru_cache(maxsize=64)  # all layers of a micro-batch with the same mask have the same
+def _parted(pairs: tuple[Pair, ...]) -> tuple[list[Call], list[Pair]]:
+    """Calls, and the pairs that are for others."""
+    calls: list[tuple[Kind, list[Pair]]] = []
+    rest: list[Pair] = []
+    for pair in sorted(pairs):
+        kind = _kind(pair)
+        if kind is None or min(pair.q_len, pair.k_len) < LEAST:
+            rest.append(pair)
+            continue
+        for of, some in calls:
+            last = some[-1]  # sorted by the first query; keys of a call rise, too
+            if of == kind and last.q_start + last.q_len <= pair.q_start and last.k_start + last.k_len <= pair.k_start:
+                some.append(pair)
+                break
+        else:
+            calls.append((kind, [pair]))
+    found = [part for kind, some in calls for part in _split(Call(kind, tuple(some)))]
+    return found, rest
+
+
+def _split(call: Call) -> list[Call]:
+    """In halves until its programs are not too many."""
+    rows = call.queries.stop - call.queries.start
+    if len(call.pairs) * rows <= LIMIT * 128 or len(call.pairs) == 1:
+        return [call]
+    middle = len(call.pairs) // 2
+    return [part for some in (call.pairs[:middle], call.pairs[middle:]) for part in _split(Call(call.kind, some))]
+
+
+@lru_cache(maxsize=64)
+def _places(call: Call, device: torch.device) -> Places:
+    q_bounds, k_bounds = [0], [0]
+    for pair in call.pairs:
+        q_bounds.append(q_bounds[-1] + pair.q_len)
+        k_bounds.append(k_bounds[-1] + pair.k_len)
+    queries, keys = call.queries, call.keys
+    q_starts = [*(p.q_start - queries.start for p in call.pairs), queries.stop - queries.start]
+    k_starts = [*(p.k_start - keys.start for p in call.pairs), keys.stop - keys.start]
+    numbers = torch.tensor([q_bounds, k_bounds, q_starts, k_starts], dtype=torch.int32).to(device, non_blocking=True)
+    covered = None
+    if q_bounds[-1] < queries.stop - queries.start:
+        seen = torch.zeros(queries.stop - queries.start, dtype=torch.bool)
+        for pair in call.pairs:
+            seen[pair.q_start - queries.start :][: pair.q_len] = True
+        covered = seen.to(device, non_blocking=True)
+    longest = max(p.q_len for p in call.pairs), max(p.k_len for p in call.pairs)
+    return Places(numbers[0], numbers[1], numbers[2], numbers[3], longest, covered)
+
+
+@cache
+def _lacks(kind: Kind, dtype: torch.dtype, heads: int, kv_heads: int, width: int, value_width: int, device: torch.device) -> str | None:
+    """Why Transformer Engine has no kernel for these, or None."""
+    engine = _engine()
+    fields = import_module("transformer_engine.pytorch.attention.dot_product_attention.utils").FusedAttentionParams
+    te_type = next(number for number, found in engine.TORCH_DType.items() if found == dtype)
+    tokens = 4096
+    thd, layout = engine.QKVFormat["thd"], engine.QKVLayout["thd_thd_thd"]
+    asked = fields(
+        attn_mask_type=engine.AttnMaskType[kind.mask],
+        window_size_left=kind.reach[0],
+        window_size_right=kind.reach[1],
+        bottom_right_diagonal=kind.causal,
+        qkv_dtype=te_type,
+        o_dtype=te_type,
+        do_dtype=te_type,
+        dqkv_dtype=te_type,
+        qkv_layout=layout,
+        o_format=thd,
+        do_format=thd,
+        dqkv_layout=layout,
+        batch_size=2,
+        num_attn_heads=heads,
+        num_gqa_groups=kv_heads,
+        head_dim_qk=width,
+        head_dim_v=value_width,
+        max_seqlen_q=tokens // 2,
+        max_seqlen_kv=tokens // 2,
+        num_tokens_q=tokens,
+        num_tokens_kv=tokens,
+    )
+    found, why = engine.tex.get_fused_attn_backend(asked)
+    if int(found) == int(engine.FusedAttnBackend.F16_arbitrary_seqlen):
+        return None
+    return f"has no kernel for {heads} heads of {width} and {kv_heads} of {value_width} ({str(why).strip().rstrip('.') or 'no reason given'})"
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
+    """Why these cannot go through Transformer Engine, or None."""
+    if q.device.type != "cuda":
+        return f"runs on CUDA, not on {q.device.type}"
+    if torch.version.hip or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return "is for GPUs from Hopper on"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 or bfloat16, not {q.dtype}"
+    if isinstance(engine := _engine(), str):
+        return engine
+    calls = _parted(tuple(pairs))[0]
+    if not calls:
+        return f"takes pairs of at least {LEAST} queries and keys, of which there are none"
+    reasons = (_lacks(kind, q.dtype, q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.device) for kind in {call.kind for call in calls})
+    return next((why for why in reasons if why is not None), None)
+
+
+def worthwhile(pairs: list[Pair]) -> bool:
+    """Whether most of the scores are in pairs for cuDNN."""
+
+    def scores(pair: Pair) -> float:
+        keys = min(pair.window or pair.k_len, pair.k_len)
+        return pair.q_len * keys / (2 if pair.causal and not pair.window else 1)
+
+    calls, rest = _parted(tuple(pairs))
+    return sum(scores(pair) for call in calls for pair in call.pairs) > sum(map(scores, rest))
+
+
+@cache
+def _generator(device: torch.device) -> torch.Generator:
+    """Its kernels draw numbers for a dropout even where there is none: not from torch's own, whose later ones would change."""
+    return torch.Generator(device)
+
+
+def _options(call: Call, places: Places, q: Tensor, scale: float) -> dict[str, Any]:
+    return {
+        "fused_attention_backend": _engine().FusedAttnBackend.F16_arbitrary_seqlen,
+        "max_seqlen_q": places.longest[0],
+        "max_seqlen_kv": places.longest[1],
+        "cu_seqlens_q": places.q_bounds,
+        "cu_seqlens_kv": places.k_bounds,
+        "cu_seqlens_q_padded": places.q_starts,
+        "cu_seqlens_kv_padded": places.k_starts,
+        "fake_dtype": q.dtype,
+        "attn_scale": scale,
+        "qkv_layout": "thd_thd_thd",
+        "o_format": "thd",
+        "attn_mask_type": call.kind.mask,
+        "window_size": call.kind.reach,
+    }
+
+
+def _span(pairs: list[Pair]) -> tuple[slice, slice, list[Pair]]:
+    """The queries and the keys that they lie in, and them in rows of these."""
+    whole = Call(Kind(False, 0), tuple(pairs))
+    return whole.queries, whole.keys, [pair.moved(-whole.queries.start, -whole.keys.start) for pair in pairs]
+
+
+def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float) -> tuple[Tensor, Tensor]:
+    """out may come back in q's type, where no piece had to be merged."""
+    calls, rest = _parted(tuple(pairs))
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    parts: list[tuple[slice, Tensor, Tensor]] = []
+    for call in calls:
+        places = _places(call, q.device)
+        rows, keys = call.queries, call.keys
+        # the plain name of a thing that these kernels fill: [rows, H, Dv], zero between the pairs, and [rows, H, 1]
+        part, (part_lse, *_) = _engine().fused_attn_fwd(
+            is_training=True, q=q[rows], k=k[keys], v=v[keys], rng_gen=_generator(q.device), **_options(call, places, q, scale)
+        )
+        part_lse = part_lse.squeeze(-1)
+        if places.covered is not None:
+            part_lse = part_lse.masked_fill(~places.covered.unsqueeze(1), -torch.inf)
+        parts.append((rows, part, part_lse))
+    if rest:
+        rows, keys, moved = _span(rest)
+        backend = for_short(q, k, v, scale, rest)
+        parts.append((rows, *backend.forward_pairs(q[rows], k[keys], v[keys], moved, scale)))
+    if len(parts) == 1 and parts[0][0] == slice(0, len(q)):
+        return parts[0][1], parts[0][2]
+    wide = accumulator(q.dtype)
+    out = torch.zeros(*q.shape[:2], v.shape[2], dtype=wide, device=q.device)
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=wide)
+    reach = 0  # rows before it may hold a part already; merging is right everywhere, and needless from there on
+    for rows, part, part_lse in parts:
+        if rows.start >= reach:
+            out[rows], lse[rows] = part, part_lse
+        else:
+            out[rows], lse[rows] = merge(out[rows], lse[rows], part, part_lse)
+        reach = max(reach, rows.stop)
+    return out, lse
+
+
+def backward_pairs(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse: over all keys. -> dq, dk, dv in float32 or wider, or in q's type, where one call is all there is."""
+    calls, rest = _parted(tuple(pairs))
+    dout, q, k, v, out = (x.to(q.dtype).contiguous() for x in (dout, q, k, v, out))
+    lse = lse.float().contiguous()
+    state = torch.zeros(2, dtype=torch.int64, device=q.device)  # of the generator, for a dropout that there is not
+    sums: list[Tensor] = []
+
+    def add(rows: slice, keys: slice, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+        if not sums:
+            sums.extend(torch.zeros_like(x, dtype=accumulator(q.dtype)) for x in (q, k, v))
+        for total, of, part in zip(sums, (rows, keys, keys), parts, strict=True):
+            total[of] += part
+
+    for call in calls:
+        rows, keys = call.queries, call.keys
+        dq, dk, dv, *_ = _engine().fused_attn_bwd(
+            q=q[rows],
+            k=k[keys],
+            v=v[keys],
+            o=out[rows],
+            d_o=dout[rows],
+            aux_ctx_tensors=[lse[rows].unsqueeze(-1), state],
+            do_format="thd",
+            dqkv_layout="thd_thd_thd",
+            **_options(call, _places(call, q.device), q, scale),
+        )
+        if len(calls) == 1 and not rest and (rows, keys) == (slice(0, len(q)), slice(0, len(k))):
+            return dq, dk, dv
+        add(rows, keys, (dq, dk, dv))
+    if rest:
+        rows, keys, moved = _span(rest)
+        backend = for_short(q, k, v, scale, rest)
+        add(rows, keys, backend.backward_pairs(dout[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], moved, scale)[:3])
+    if not sums:
+        sums.extend(torch.zeros_like(x, dtype=accumulator(q.dtype)) for x in (q, k, v))
+    return sums[0], sums[1], sums[2]
