@@ -3,7 +3,7 @@
 Backends: `reference` (all scores at once), `blockwise` (plain torch, memory linear in the stream), `flash` (torch's own fused
 kernels: any floating type on a CPU, float16 and bfloat16 on CUDA; plain scores without windows), `te` and `cudnn` (cuDNN's on GPUs from Hopper
 on: through Transformer Engine, packed documents and windows at once, or through torch, one long document after the other), `triton` (our own
-kernels on CUDA: up to float32, all but relative biases). `auto` takes the first that runs of te and cudnn (where most scores are in documents
+kernels on CUDA: up to float32, all but relative biases). `auto` takes the first that runs of cudnn and te (where most scores are in documents
 that are long enough for them, unless torch is to be deterministic), triton, flash and blockwise; flash before triton for heads wider than 128.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.attention import blockwise, cudnn, flash, reference, te
+from ltrain.kernels.attention.merging import merge_into
 from ltrain.kernels.attention.pairs import FULL, PLAIN, Mask, Pair, Score, masked_pairs, merge, seen
 from ltrain.kernels.segments import accumulator, boundaries, choose, permitted, plain_only, wants_triton
 
@@ -30,6 +31,7 @@ __all__ = [
     "decode_attention",
     "forward_pairs",
     "merge",
+    "merge_into",
     "pair_attention",
     "seen",
     "sinks_gradient",
@@ -38,7 +40,7 @@ __all__ = [
 
 BACKENDS = {"reference": reference, "blockwise": blockwise, "te": te, "cudnn": cudnn, "flash": flash}
 FUSED = (te, cudnn, flash)  # for plain scores
-LONG = (te, cudnn)  # that are worth their while in long documents, and whose gradients are not promised to be the same twice
+LONG = (cudnn, te)  # that are worth their while in long documents, and whose gradients are not promised to be the same twice
 NARROW = 128  # heads with which our own kernels are faster than FlashAttention on a GPU: at 1024 tokens 0.8, at 32768 0.82 of its time
 
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltrain.kernels.attention.pairs import Pair, merge
+from ltrain.kernels.attention.merging import merge_into
+from ltrain.kernels.attention.pairs import Pair
 from ltrain.kernels.segments import accumulator
 
 # Of tensors [1, H, n, D]: q, k, v, causal -> out, lse [1, H, n] or [1, H, n, 1]; and dout, q, k, v, out, lse, causal -> dq, dk, dv
@@ -68,7 +69,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], attend: Attend, 
         if rows.start >= reach:
             out[rows], lse[rows] = part, part_lse
         else:
-            out[rows], lse[rows] = merge(out[rows], lse[rows], part, part_lse)
+            merge_into(out[rows], lse[rows], part, part_lse)
         reach = max(reach, rows.stop)
     return out, lse
 

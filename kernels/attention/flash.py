@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltrain.kernels.attention import by_pair
+from ltrain.kernels.attention.merging import merge_into
 from ltrain.kernels.attention.pairs import Pair, merge
 from ltrain.kernels.segments import accumulator
 
@@ -140,11 +141,11 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: flo
         part_lse = part_lse.T  # [H, n] -> [n, H]
         if queries.span == slice(0, len(q)) and len(queries.bounds) == len(pairs) + 1:
             return part, part_lse.contiguous()  # the one-rank case: this call is all there is
-        merged, merged_lse = merge(queries.take(out), queries.take(lse), part, part_lse)
         if queries.span is not None:
-            out[queries.span], lse[queries.span] = merged, merged_lse
+            merge_into(out[queries.span], lse[queries.span], part, part_lse)
         else:
             assert queries.rows is not None
+            merged, merged_lse = merge(queries.take(out), queries.take(lse), part, part_lse)
             rows = queries.rows.to(q.device, non_blocking=True)
             out.index_copy_(0, rows, merged)
             lse.index_copy_(0, rows, merged_lse)

@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ltrain.kernels.attention.cudnn import for_short
-from ltrain.kernels.attention.pairs import Pair, merge
-from ltrain.kernels.segments import accumulator
+from ltrain.kernels.attention import blockwise, by_pair, flash
+from ltrain.kernels.attention.merging import merge_into
+from ltrain.kernels.attention.pairs import PLAIN, Pair
+from ltrain.kernels.segments import accumulator, wants_triton
 
-LEAST = 512  # rows and keys of a pair: a call works through tiles for the longest of its pairs in each of them, so short ones cost as much
+LEAST = 1024  # rows and keys of a pair: on one H200, of 512 our own kernels are as fast, forwards and backwards, of 4096 they take 1.3 times as long
 LIMIT = 1 << 21  # pairs of a call times the blocks of 128 rows that they lie in: each makes a program for every head, if only one that ends at once
 
 
 @cache
-def _engine() -> Any:
+def engine() -> Any:
     """Transformer Engine's module, or why there is none."""
     if find_spec("transformer_engine") is None:
         return "needs Transformer Engine, which is not installed"
@@ -41,7 +42,7 @@ class Kind(NamedTuple):
 
     @property
     def mask(self) -> str:
-        return "padding_causal_bottom_right" if self.causal else "padding"
+        return "padding_causal" if self.causal else "padding"
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -74,8 +75,10 @@ class Places(NamedTuple):
 
 
 def _kind(pair: Pair) -> Kind | None:
-    """None: there is no kernel. A causal pair's window counts from the last query's own key, so the next key has to be the one behind it."""
-    return Kind(pair.causal, pair.window) if not pair.window or pair.causal and not pair.gap else None
+    """None: there is no kernel, which for causal masks and windows takes squares on the diagonal. (One for the ends of rectangles works through
+    hidden blocks, too: in the backward twice as long.)"""
+    square = pair.causal and pair.q_len == pair.k_len and not pair.gap
+    return Kind(pair.causal, pair.window) if square or not pair.causal and not pair.window else None
 
 
 @lru_cache(maxsize=64)  # all layers of a micro-batch with the same mask have the same
@@ -83,7 +86,8 @@ def _parted(pairs: tuple[Pair, ...]) -> tuple[list[Call], list[Pair]]:
     """Calls, and the pairs that are for others."""
     calls: list[tuple[Kind, list[Pair]]] = []
     rest: list[Pair] = []
-    for pair in sorted(pairs):
+    plain, windows = [pair for pair in pairs if not pair.window], [pair for pair in pairs if pair.window]
+    for pair in sorted([*by_pair.squares(plain), *windows]):
         kind = _kind(pair)
         if kind is None or min(pair.q_len, pair.k_len) < LEAST:
             rest.append(pair)
@@ -131,16 +135,16 @@ def _places(call: Call, device: torch.device) -> Places:
 @cache
 def _lacks(kind: Kind, dtype: torch.dtype, heads: int, kv_heads: int, width: int, value_width: int, device: torch.device) -> str | None:
     """Why Transformer Engine has no kernel for these, or None."""
-    engine = _engine()
+    module = engine()
     fields = import_module("transformer_engine.pytorch.attention.dot_product_attention.utils").FusedAttentionParams
-    te_type = next(number for number, found in engine.TORCH_DType.items() if found == dtype)
+    te_type = next(number for number, torch_type in module.TORCH_DType.items() if torch_type == dtype)
     tokens = 4096
-    thd, layout = engine.QKVFormat["thd"], engine.QKVLayout["thd_thd_thd"]
+    thd, layout = module.QKVFormat["thd"], module.QKVLayout["thd_thd_thd"]
     asked = fields(
-        attn_mask_type=engine.AttnMaskType[kind.mask],
+        attn_mask_type=module.AttnMaskType[kind.mask],
         window_size_left=kind.reach[0],
         window_size_right=kind.reach[1],
-        bottom_right_diagonal=kind.causal,
+        bottom_right_diagonal=False,
         qkv_dtype=te_type,
         o_dtype=te_type,
         do_dtype=te_type,
@@ -159,8 +163,8 @@ def _lacks(kind: Kind, dtype: torch.dtype, heads: int, kv_heads: int, width: int
         num_tokens_q=tokens,
         num_tokens_kv=tokens,
     )
-    found, why = engine.tex.get_fused_attn_backend(asked)
-    if int(found) == int(engine.FusedAttnBackend.F16_arbitrary_seqlen):
+    found, why = module.tex.get_fused_attn_backend(asked)
+    if int(found) == int(module.FusedAttnBackend.F16_arbitrary_seqlen):
         return None
     return f"has no kernel for {heads} heads of {width} and {kv_heads} of {value_width} ({str(why).strip().rstrip('.') or 'no reason given'})"
 
@@ -173,8 +177,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
         return "is for GPUs from Hopper on"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 or bfloat16, not {q.dtype}"
-    if isinstance(engine := _engine(), str):
-        return engine
+    if isinstance(lacking := engine(), str):
+        return lacking
     calls = _parted(tuple(pairs))[0]
     if not calls:
         return f"takes pairs of at least {LEAST} queries and keys, of which there are none"
@@ -201,7 +205,7 @@ def _generator(device: torch.device) -> torch.Generator:
 
 def _options(call: Call, places: Places, q: Tensor, scale: float) -> dict[str, Any]:
     return {
-        "fused_attention_backend": _engine().FusedAttnBackend.F16_arbitrary_seqlen,
+        "fused_attention_backend": engine().FusedAttnBackend.F16_arbitrary_seqlen,
         "max_seqlen_q": places.longest[0],
         "max_seqlen_kv": places.longest[1],
         "cu_seqlens_q": places.q_bounds,
@@ -215,6 +219,16 @@ def _options(call: Call, places: Places, q: Tensor, scale: float) -> dict[str, A
         "attn_mask_type": call.kind.mask,
         "window_size": call.kind.reach,
     }
+
+
+def for_others(q: Tensor, k: Tensor, v: Tensor, scale: float, pairs: list[Pair]) -> Any:
+    """The backend for the pairs that are not for cuDNN: too short, or with windows of other kinds."""
+    if wants_triton("auto", q):
+        from ltrain.kernels.attention import triton_attention
+
+        if triton_attention.refusal(q, k, v, scale, PLAIN) is None:
+            return triton_attention
+    return flash if flash.refusal(q, k, v, pairs) is None else blockwise
 
 
 def _span(pairs: list[Pair]) -> tuple[slice, slice, list[Pair]]:
@@ -231,8 +245,8 @@ def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: flo
     for call in calls:
         places = _places(call, q.device)
         rows, keys = call.queries, call.keys
-        # the plain name of a thing that these kernels fill: [rows, H, Dv], zero between the pairs, and [rows, H, 1]
-        part, (part_lse, *_) = _engine().fused_attn_fwd(
+        # of the pairs' rows, and zero between them; [rows, H, 1]
+        part, (part_lse, *_) = engine().fused_attn_fwd(
             is_training=True, q=q[rows], k=k[keys], v=v[keys], rng_gen=_generator(q.device), **_options(call, places, q, scale)
         )
         part_lse = part_lse.squeeze(-1)
@@ -241,20 +255,15 @@ def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: flo
         parts.append((rows, part, part_lse))
     if rest:
         rows, keys, moved = _span(rest)
-        backend = for_short(q, k, v, scale, rest)
+        backend = for_others(q, k, v, scale, rest)
         parts.append((rows, *backend.forward_pairs(q[rows], k[keys], v[keys], moved, scale)))
     if len(parts) == 1 and parts[0][0] == slice(0, len(q)):
         return parts[0][1], parts[0][2]
     wide = accumulator(q.dtype)
     out = torch.zeros(*q.shape[:2], v.shape[2], dtype=wide, device=q.device)
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=wide)
-    reach = 0  # rows before it may hold a part already; merging is right everywhere, and needless from there on
     for rows, part, part_lse in parts:
-        if rows.start >= reach:
-            out[rows], lse[rows] = part, part_lse
-        else:
-            out[rows], lse[rows] = merge(out[rows], lse[rows], part, part_lse)
-        reach = max(reach, rows.stop)
+        merge_into(out[rows], lse[rows], part, part_lse)
     return out, lse
 
 
@@ -276,7 +285,7 @@ def backward_pairs(
 
     for call in calls:
         rows, keys = call.queries, call.keys
-        dq, dk, dv, *_ = _engine().fused_attn_bwd(
+        dq, dk, dv, *_ = engine().fused_attn_bwd(
             q=q[rows],
             k=k[keys],
             v=v[keys],
@@ -292,7 +301,7 @@ def backward_pairs(
         add(rows, keys, (dq, dk, dv))
     if rest:
         rows, keys, moved = _span(rest)
-        backend = for_short(q, k, v, scale, rest)
+        backend = for_others(q, k, v, scale, rest)
         add(rows, keys, backend.backward_pairs(dout[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], moved, scale)[:3])
     if not sums:
         sums.extend(torch.zeros_like(x, dtype=accumulator(q.dtype)) for x in (q, k, v))

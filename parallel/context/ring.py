@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ltrain.kernels.attention import Mask, Pair, Score, backward_pairs, forward_pairs, merge, seen, sinks_gradient, with_sinks
+from ltrain.kernels.attention import Mask, Pair, Score, backward_pairs, forward_pairs, merge_into, seen, sinks_gradient, with_sinks
 from ltrain.model.sequence import Tape
 from ltrain.parallel.context import wire
 from ltrain.parallel.context.balance import joined
@@ -305,7 +305,7 @@ def _forward(
         done = 0
         for a, b in step.reads.queries:
             part = slice(done, done + b - a)
-            out[a:b], lse[a:b] = merge(out[a:b], lse[a:b], out_step[part], lse_step[part])
+            merge_into(out[a:b], lse[a:b], out_step[part], lse_step[part])
             done += b - a
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)

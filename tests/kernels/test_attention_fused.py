@@ -9,6 +9,9 @@ import torch
 from ltrain.kernels.attention import Mask, Pair, attention, backward_pairs, by_pair, cudnn, forward_pairs, te
 from tests.kernels.test_attention import PAIRS, cu, tensors
 
+# loaded before a test runs cuDNN through torch: where the two bring different copies of it, the later one does not load
+ENGINE = te.engine() if torch.cuda.is_available() else "runs on CUDA"
+
 
 def test_squares_with_more_rows():
     """What cuDNN's few lengths need, with the kernels of a CPU: keys and queries behind the last change nothing."""
@@ -40,14 +43,16 @@ def test_few_lengths_have_plans():
     assert len({lengths[n] for n in range(4097, 8193)}) == 16
 
 
-def test_cudnn_is_for_streams_whose_scores_are_in_long_documents():
+def test_cudnn_is_for_streams_whose_scores_are_in_long_documents(monkeypatch):
+    monkeypatch.setattr(cudnn, "_least", lambda: 8192)
     document = [Pair(0, 9000, 0, 9000, True)]
     short = [Pair(9000 + 2000 * n, 2000, 9000 + 2000 * n, 2000, True) for n in range(25)]
     assert cudnn.worthwhile(document + short[:20]) and not cudnn.worthwhile(document + short)
     assert not cudnn.worthwhile([Pair(0, 8191, 0, 8191, True)]) and not cudnn.worthwhile([])
 
 
-def test_keys_of_rectangles_are_cut_where_there_is_a_plan():
+def test_keys_of_rectangles_are_cut_where_there_is_a_plan(monkeypatch):
+    monkeypatch.setattr(cudnn, "_least", lambda: 8192)
     square, small, rectangle = Pair(0, 9000, 0, 9000, True), Pair(0, 9000, 9000, 8191, False), Pair(0, 9000, 9000, 12700, False)
     assert cudnn._parted((square, small, rectangle)) == (
         [square, rectangle._replace(k_len=12288)],
@@ -68,8 +73,9 @@ def test_calls_share_no_rows(monkeypatch):
             keys = queries + draw.randint(0, 9)
             pairs.append(Pair(draw.randint(0, 200), queries, draw.randint(0, 200), keys, causal, window, draw.choice([0, 2]) if window else 0))
         calls, rest = te._parted(tuple(pairs))
-        assert sorted([p for call in calls for p in call.pairs] + rest) == sorted(pairs)
-        assert all((p.window and (p.gap or not p.causal)) or min(p.q_len, p.k_len) < 3 for p in rest)
+        squares = [part for pair in pairs for part in ([pair] if pair.window else by_pair.squares([pair]))]
+        assert sorted([p for call in calls for p in call.pairs] + rest) == sorted(squares)
+        assert all((p.window and (p.gap or not p.causal or p.q_len < p.k_len)) or min(p.q_len, p.k_len) < 3 for p in rest)
         for call in calls:
             assert {(p.causal, p.window) for p in call.pairs} == {call.kind}
             assert len(call.pairs) == 1 or len(call.pairs) * (call.queries.stop - call.queries.start) <= 2 * 128
@@ -78,9 +84,18 @@ def test_calls_share_no_rows(monkeypatch):
                 assert all(stop <= begin for (_, stop), (begin, _) in zip(ranges, ranges[1:], strict=False))
 
 
+def test_cudnn_leaves_lengths_between_to_transformer_engine(monkeypatch):
+    document = (Pair(0, 9000, 0, 9000, True),)
+    for found, parts in (("needs Transformer Engine", ([*document], [])), (object(), ([], [*document]))):
+        monkeypatch.setattr(te, "engine", lambda found=found: found)
+        cudnn._parted.cache_clear()
+        assert cudnn._parted(document) == parts
+    cudnn._parted.cache_clear()
+
+
 def test_documents_of_a_stream_are_one_call():
-    pairs = [Pair(a, 1000, a, 1000, True) for a in (0, 1000, 2000)]
-    short = Pair(3000, 100, 3000, 100, True)
+    pairs = [Pair(a, 2000, a, 2000, True) for a in (0, 2000, 4000)]
+    short = Pair(6000, 100, 6000, 100, True)
     assert te._parted((*pairs, short)) == ([te.Call(te.Kind(True, 0), tuple(pairs))], [short])
     assert te.worthwhile([*pairs, short]) and not te.worthwhile([short])
 
@@ -91,16 +106,18 @@ def test_documents_of_a_stream_are_one_call():
     [
         *(("flash", *sizes) for sizes in ((4, 4, 64, 64), (8, 2, 128, 128), (4, 1, 20, 12), (4, 4, 192, 128))),
         *(("cudnn", *sizes) for sizes in ((4, 4, 64, 64), (8, 2, 128, 128), (3, 1, 24, 24))),
-        *(("te", *sizes) for sizes in ((4, 4, 64, 64), (8, 2, 128, 128), (3, 1, 24, 24), (4, 4, 192, 128))),
+        *(
+            pytest.param("te", *sizes, marks=pytest.mark.skipif(isinstance(ENGINE, str), reason=f"backend='te' {ENGINE}"))
+            for sizes in ((4, 4, 64, 64), (8, 2, 128, 128), (3, 1, 24, 24), (4, 4, 192, 128))
+        ),
     ],
 )
 def test_fused_on_cuda(backend, heads, kv_heads, width, value_width, monkeypatch):
     """Packed calls (cuDNN: one for each long pair) against float64 on the same bfloat16 numbers: whole streams, and pairs that overlap."""
     if backend == "te":
-        pytest.importorskip("transformer_engine")
         monkeypatch.setattr(te, "LEAST", 6)
         te._parted.cache_clear()
-    monkeypatch.setattr(cudnn, "LEAST", 6)
+    monkeypatch.setattr(cudnn, "_least", lambda: 6)
     monkeypatch.setattr(cudnn, "LENGTHS", 2)
     torch.full((1 << 24,), torch.nan, device="cuda")  # what memory holds where a kernel leaves it as it is
     inputs = [x.detach().cuda().requires_grad_() for x in tensors(70, heads, kv_heads, width, value_width, torch.bfloat16)]
@@ -135,11 +152,10 @@ def test_fused_on_cuda(backend, heads, kv_heads, width, value_width, monkeypatch
             close(a, b)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(isinstance(ENGINE, str), reason=f"backend='te' {ENGINE}")
 @pytest.mark.parametrize("mask", [Mask(window=100), Mask(window=700), Mask(window=300, anchors=4), Mask(chunk=512)])
 def test_windows_on_cuda(mask):
     """Through Transformer Engine, with sinks, and parts of it through our own kernels: lengths on, before and behind what it takes."""
-    pytest.importorskip("transformer_engine")
     lengths = [700, te.LEAST - 1, 3, te.LEAST, 0, 1500]
     inputs = [x.detach().cuda().requires_grad_() for x in (*tensors(sum(lengths), 8, 2, 64, 64, torch.bfloat16), torch.randn(8))]
     wide = [x.detach().double().requires_grad_() for x in inputs]

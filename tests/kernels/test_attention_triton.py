@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ltrain.kernels.attention import Mask, Pair, Score, attention, backward_pairs, forward_pairs, intervals, merge, pair_attention, seen
+from ltrain.kernels.attention import Mask, Pair, Score, attention, backward_pairs, forward_pairs, intervals, merge, merging, pair_attention, seen
 from tests.kernels.interpreter import DEVICE, INTERPRETED, on_gpu, runs
 
 if DEVICE == "cuda" or INTERPRETED:
@@ -100,6 +100,24 @@ def test_documents_far_shorter_than_a_block(lengths):
 @pytest.mark.parametrize("mask", [Mask(), Mask(window=70)], ids=str)
 def test_half_precision(mask):
     compare([1, 200, 63], 2, 1, 64, 64, 2e-3, mask, dtype=torch.float16)
+
+
+@runs
+@pytest.mark.parametrize(("heads", "width", "part_type"), [(3, 20, torch.bfloat16), (2, 64, torch.float32), (1, 130, torch.float16)])
+def test_parts_are_merged_in_place(heads, width, part_type):
+    """Rows that either side, both or neither has, of a part whose heads come first; rows that it does not have stay as they are."""
+    g = torch.Generator().manual_seed(0)
+    out, part = (torch.randn(70, heads, width, generator=g) for _ in range(2))
+    lse, part_lse = (torch.randn(70, heads, generator=g) * 9 for _ in range(2))
+    lse[:20], part_lse[10:30], out[10:20] = -torch.inf, -torch.inf, 0.0
+    part = part.to(part_type)
+    expected = merge(out.double(), lse.double(), part.double(), part_lse.double())
+    expected[0][10:30] = out[10:30].double()
+    out[:10] = torch.nan  # nothing has been written there yet
+    out, lse = out.to(DEVICE), lse.to(DEVICE)
+    merging.launch(out, lse, part.transpose(0, 1).contiguous().to(DEVICE).transpose(0, 1), part_lse.T.contiguous().to(DEVICE).T)
+    torch.testing.assert_close(out.cpu().double(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.cpu().double(), expected[1], rtol=1e-5, atol=1e-5)
 
 
 PAIRS = {

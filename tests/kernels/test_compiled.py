@@ -51,3 +51,12 @@ def test_programs_of_queries_keys_and_values(dtype: torch.dtype, monkeypatch: py
         torch.autograd.grad(q.sum() + k.sum() + v.sum(), x)
         torch.autograd.grad(channel_decay(a, torch.zeros(4), torch.zeros(4), 4, "softplus", backend="triton").sum(), a)
     assert len(found) == 4
+
+
+def test_program_of_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ltrain.kernels.attention import merging
+    from tests.kernels.compiled import compiling
+
+    with compiling(monkeypatch) as found:
+        merging.launch(torch.zeros(70, 3, 128), torch.zeros(70, 3), torch.zeros(70, 3, 128, dtype=torch.bfloat16), torch.zeros(70, 3))
+    assert len(found) == 1
