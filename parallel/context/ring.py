@@ -223,7 +223,7 @@ def _arriving(plan: Ring, carried: Carried, links: Links) -> Iterator[tuple[int,
             if step.source is None:
                 yield number, step, [take(x, step.held) for x in held]
             else:
-                yield number, step, _split(arrived[step.source], count(step.reads.keys), carried) if step.reads.keys else []
+                yield number, step, _split(arrived.pop(step.source), count(step.reads.keys), carried) if step.reads.keys else []
 
 
 def _width(carried: Carried) -> int:
@@ -307,6 +307,7 @@ def _forward(
             part = slice(done, done + b - a)
             merge_into(out[a:b], lse[a:b], out_step[part], lse_step[part])
             done += b - a
+        del arrived, k_step, v_step, out_step, lse_step  # before there is room for the rows after the next ones
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     return out.to(v.dtype), lse
@@ -353,7 +354,9 @@ def _backward(
             found, dweight_step = expansion.backward(arrived, gradients)
             if dweight_step is not None:
                 dweight = dweight_step if dweight is None else dweight + dweight_step
+        del arrived
         home.send(stage, step, found)
+        del found
     home.finish()
     return [dq, dk, dv], own if expanded else [], dweight, dbias
 

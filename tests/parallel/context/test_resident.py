@@ -1,0 +1,86 @@
+"""What a rank has of others at one time: of keys and values those of two steps, however many ranks there are, and of maps those that it folds."""
+
+from collections import Counter
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ltrain.kernels.attention import Mask
+from ltrain.parallel.context import ring
+from ltrain.parallel.context.messages import Messages, Transit
+from tests.parallel.context.streams import Case, on_rank
+from tests.parallel.context.test_context_exchange import MIXERS
+
+N = 12  # tokens of a rank
+KEY, LATENT = 2 * (8 + 6) * 8, (5 + 2) * 8  # bytes of a token's keys and values, and of its latent, in float64
+EXPANDED = (4 * 8 + 48) * 8  # and of what a latent becomes: keys of all heads, and the product that values are a part of
+
+
+def most(kind: str, case: Case, inner_ring: int) -> dict[str, int]:
+    """On a rank of a pool: the most bytes at one time that have arrived or have room to, forward and in all, and of what was made of them forward."""
+    alive: dict[str, list[tuple[StorageWeakRef, int]]] = {"arrived": [], "made": []}
+    peaks = Counter[str]()
+    post, call, backward = Messages.post, ring.Expansion.__call__, ring._backward
+
+    def note(which: str, tensors: list[torch.Tensor]) -> None:
+        found = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors if x.numel()}
+        alive[which] = [(ref, size) for ref, size in alive[which] if not ref.expired()]
+        alive[which] += [(StorageWeakRef(storage), storage.nbytes()) for storage in found.values()]
+        peaks[which] = max(peaks[which], sum(size for _, size in alive[which]))
+
+    def posted(self: Messages, *args: Any, **kwargs: Any) -> Transit:
+        transit = post(self, *args, **kwargs)
+        note("arrived", list(transit._arriving.values()))
+        return transit
+
+    def expanded(self: ring.Expansion, arrived: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = call(self, arrived)
+        note("made", [k, v] if self.expand is not None else [])
+        return k, v
+
+    def reversed_(*args: Any) -> Any:
+        peaks["forward"] = peaks["arrived"]
+        return backward(*args)
+
+    with patch.object(Messages, "post", posted), patch.object(ring.Expansion, "__call__", expanded), patch.object(ring, "_backward", reversed_):
+        on_rank(kind, [case], 1, inner_ring)
+    return dict(peaks)
+
+
+def measured(pool: Any, size: int, kind: str, inner_ring: int = 1, **options: Any) -> dict[str, int]:
+    """Of the rank that has most."""
+    ranks = pool(size).run(most, kind, Case(lengths=(N * size,), **options), inner_ring)
+    return {name: max(rank.get(name, 0) for rank in ranks) for name in ("forward", "arrived", "made")}
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_a_ring_has_the_keys_of_two_steps(pool: Any, size: int) -> None:
+    for kind in ("contiguous", "zigzag"):
+        found = measured(pool, size, kind, op="attention")
+        assert found["forward"] == min(size - 1, 2) * N * KEY, kind
+        assert found["arrived"] <= (1 + 2) * N * KEY, kind  # backward: the next step's keys, and gradients of two steps on their way home
+    assert measured(pool, size, "contiguous", op="attention", mask=Mask(window=5))["forward"] == 4 * KEY
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_latents_become_the_keys_of_one_step_at_a_time(pool: Any, size: int) -> None:
+    found = measured(pool, size, "contiguous", op="latent")
+    assert found["forward"] == min(size - 1, 2) * N * LATENT and found["arrived"] <= (1 + 2) * N * LATENT
+    assert found["made"] == N * EXPANDED
+
+
+@pytest.mark.parametrize(("size", "inside"), [(4, 2), (8, 2), (8, 4)])
+def test_a_double_ring_has_besides_what_its_node_reads_of_two_others(pool: Any, size: int, inside: int) -> None:
+    found = measured(pool, size, "contiguous", inside, op="attention")
+    assert found["forward"] <= (2 + min(size // inside - 1, 2)) * N * KEY
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_a_halo_and_a_scan_have_what_they_fold(pool: Any, size: int) -> None:
+    assert measured(pool, size, "contiguous", op="short_conv")["arrived"] == 3 * 5 * 8  # one row less than the width, of 5 channels
+    for mixer, state, matrix in (("delta and decay near 1", 4 * 8 * 6, 4 * 8 * 8), ("add and decay by channel", 4 * 8 * 6, 4 * 8)):
+        # the maps of all ranks before it: the first one's document starts there
+        assert measured(pool, size, "contiguous", **MIXERS[mixer])["arrived"] == ((size - 1) * state + (size - 2) * matrix) * 8
