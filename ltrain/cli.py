@@ -174,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
     sub = bench.add_parser(
         "kernels", help="our kernels beside every other one that is installed: time, memory, distance from the floor and the truth"
     )
-    families = "linear_recurrence, elementwise_recurrence, short_conv, attention, sparse_attention, cross_entropy, norm, experts"
+    families = "linear_recurrence, elementwise_recurrence, short_conv, attention, sparse_attention, cross_entropy, norm, gates, rope, glu, experts"
     what = f"{families}, or operators of them (default: all)"
     sub.add_argument("families", metavar="FAMILY", nargs="*", help=what)
     sub.add_argument("--tokens", type=_lengths, default=[2048, 8192, 32768], help="of the streams, with commas (default 2048,8192,32768)")

@@ -14,8 +14,10 @@ from ltrain.kernels.cross_entropy import linear_cross_entropy_sum
 from ltrain.kernels.elementwise_recurrence import scan, selective_scan
 from ltrain.kernels.experts import grouped_linear
 from ltrain.kernels.gates import channel_decay
+from ltrain.kernels.glu import Gating, gated_halves
 from ltrain.kernels.linear_recurrence import linear_recurrence
 from ltrain.kernels.norm import gated_rms_norm, l2_norm, rms_norm
+from ltrain.kernels.rope import rotate
 from ltrain.kernels.segments import parts
 from ltrain.kernels.short_conv import short_conv
 from ltrain.kernels.sparse_attention import select
@@ -331,6 +333,30 @@ def _channel_decay(s: Sizes) -> Operator:
     return Operator("gates", inputs, run, lambda n: 6 * n * s.channels)
 
 
+def _rope(s: Sizes) -> Operator:
+    """Of queries, whose heads turn whole."""
+
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        draw = _Random(dtype, generator)
+        rates = 1e4 ** (-torch.arange(0, s.head_dim, 2, device=generator.device) / s.head_dim)
+        angles = torch.arange(tokens, device=generator.device)[:, None, None] * rates
+        return {"x": draw(tokens, s.heads, s.head_dim), "cos": angles.cos(), "sin": angles.sin()}
+
+    return Operator(
+        "rope", inputs, lambda x, backend: rotate(x["x"], x["cos"], x["sin"], backend=backend), lambda n: 3 * n * s.channels, 2.0, ("cos", "sin")
+    )
+
+
+def _glu(s: Sizes) -> Operator:
+    """SwiGLU, as wide as two experts."""
+    width = 2 * s.inner
+
+    def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        return {"x": _Random(dtype, generator)(tokens, 2 * width)}
+
+    return Operator("glu", inputs, lambda x, backend: gated_halves(x["x"], Gating(), backend=backend), lambda n: 5 * n * width)
+
+
 def _experts(s: Sizes) -> Operator:
     def inputs(tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         draw = _Random(dtype, generator)
@@ -383,6 +409,8 @@ def operators(s: Sizes) -> dict[str, Operator]:
         "l2_norm": _norm_of_heads(s, False),
         "gated_norm": _norm_of_heads(s, True),
         "channel_decay": _channel_decay(s),
+        "rope": _rope(s),
+        "glu": _glu(s),
         "experts": _experts(s),
         "routing": _routing(s),
     }

@@ -199,6 +199,23 @@ def _liger_rms_norm(x: Inputs, s: Any) -> Tensor:
     return normed
 
 
+def _liger_swiglu(x: Inputs, s: Any) -> Tensor:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    gated: Tensor = LigerSiLUMulFunction.apply(*x["x"].chunk(2, dim=-1))
+    return gated
+
+
+def _torch_swiglu(x: Inputs, s: Any) -> Tensor:
+    gate, up = x["x"].chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _torch_rope(x: Inputs, s: Any) -> Tensor:
+    first, second = x["x"].chunk(2, dim=-1)
+    return torch.cat((first * x["cos"] - second * x["sin"], second * x["cos"] + first * x["sin"]), dim=-1).to(x["x"].dtype)
+
+
 def _torch_routing(x: Inputs, s: Any) -> Tensor:
     weights, indices = x["scores"].topk(2, dim=-1)
     by_expert = indices.flatten().sort(stable=True).indices
@@ -249,6 +266,8 @@ PEERS: dict[str, list[Peer]] = {
         Peer("liger", "liger_kernel", "liger-kernel", _liger_cross_entropy),
         Peer("whole logits", "torch", "torch", _torch_cross_entropy),
     ],
+    "rope": [Peer("halves", "torch", "torch", _torch_rope)],
+    "glu": [Peer("liger", "liger_kernel", "liger-kernel", _liger_swiglu), Peer("silu, product", "torch", "torch", _torch_swiglu)],
     "routing": [Peer("index_add", "torch", "torch", _torch_routing)],
     "l2_norm": [Peer("normalize", "torch", "torch", _torch_l2_norm)],
     "gated_norm": [Peer("rms_norm, silu", "torch", "torch", _torch_gated_norm)],
