@@ -6,6 +6,7 @@ and the operator's reach say must travel.
 """
 
 import json
+import math
 import random
 import statistics
 import time
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from ltrain.kernels.attention import FULL, Mask
 from ltrain.kernels.recurrence import Elementwise, GeneralisedDelta, Linear, Selective
+from ltrain.kernels.sparse_attention import select
+from ltrain.kernels.sparse_attention.block_means import block_attention
+from ltrain.kernels.sparse_attention.latent import latent_attention
 from ltrain.model.mixers.base import ExchangeNeed
 from ltrain.model.sequence import Latent, LocalExchange, Sequence
 from ltrain.parallel.context.exchange import ContextExchange
@@ -45,6 +49,7 @@ class Sizes(NamedTuple):
     latent: int = 512
     rope: int = 64
     states: int = 16
+    selected: int = 2048  # keys that an indexer gives each query; four blocks of MoBA
 
 
 class Heads(NamedTuple):
@@ -60,7 +65,8 @@ class Heads(NamedTuple):
 class Operator:
     """shapes: of the inputs of each token; whole: of those that all tokens have in common. Both are drawn from a normal distribution.
 
-    heads: of softmax attention, else None.
+    heads: of softmax attention, else None. elsewhere: numbers of a token that other context parallelism moves, its keys and values, or of a recurrence
+    what goes in and out, from tokens to heads and back; None: there is none to be named.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -68,6 +74,15 @@ class Operator:
     need: ExchangeNeed  # in a forward
     whole: Mapping[str, tuple[int, ...]]
     heads: Heads | None = None
+    elsewhere: int | None = None
+
+    def bytes_elsewhere(self, tokens: int, ranks: int, itemsize: int) -> int | None:
+        """What all ranks together send in a forward of Transformer Engine's and ring-flash-attention's rings, in which all keys and values go to all
+        ranks whatever documents and masks are, latents as what they become; or in Megatron-LM's all-to-all over heads."""
+        if self.elsewhere is None:
+            return None
+        moved = tokens * self.elsewhere * (ranks - 1) * itemsize
+        return moved if self.heads else moved // ranks
 
 
 def operators(s: Sizes) -> dict[str, Operator]:
@@ -75,11 +90,16 @@ def operators(s: Sizes) -> dict[str, Operator]:
     qkv = {"q": (s.heads, s.head_dim), "k": (s.kv_heads, s.head_dim), "v": (s.kv_heads, s.head_dim)}
     grouped = 2 * s.kv_heads * s.head_dim
 
+    channels = s.heads * s.head_dim
+
+    def in_and_out(shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return sum(math.prod(shape) for shape in shapes.values()) + channels
+
     def attention(mask: Mask) -> Operator:
         def run(x: Inputs, seq: Sequence) -> Tensor:
             return seq.exchange.attention(x["q"], x["k"], x["v"], seq, scale=s.head_dim**-0.5, mask=mask)
 
-        return Operator(qkv, run, ExchangeNeed("ring", grouped, mask), {}, Heads(s.heads, s.kv_heads, s.head_dim, s.head_dim))
+        return Operator(qkv, run, ExchangeNeed("ring", grouped, mask), {}, Heads(s.heads, s.kv_heads, s.head_dim, s.head_dim), grouped)
 
     def expand(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         latent, key = rows.split((s.latent, s.rope), dim=-1)
@@ -105,7 +125,7 @@ def operators(s: Sizes) -> dict[str, Operator]:
             beta = x["beta"].float().sigmoid() if delta else None
             return seq.exchange.recurrence(Linear(x["q"], k, x["v"], log_decay, beta, s.head_dim**-0.5), seq)
 
-        return Operator(shapes, run, ExchangeNeed("scan", state, map=size), {})
+        return Operator(shapes, run, ExchangeNeed("scan", state, map=size), {}, elsewhere=in_and_out(shapes))
 
     def generalised(x: Inputs, seq: Sequence) -> Tensor:
         c = F.normalize(x["c"].float(), dim=-1)
@@ -113,7 +133,15 @@ def operators(s: Sizes) -> dict[str, Operator]:
             GeneralisedDelta(x["r"], -0.6 * x["w"].float().sigmoid(), x["k"], x["v"], c * x["b"].float().sigmoid(), c), seq
         )
 
-    channels = s.heads * s.head_dim
+    def dsa(x: Inputs, seq: Sequence) -> Tensor:
+        latent, key = seq.exchange.gather(torch.cat((x["rows"], x["ik"]), dim=-1), seq).split((s.latent + s.rope, s.head_dim), dim=-1)
+        indices = select(x["iq"], key.contiguous(), x["iw"], seq.exchange.parts(seq), min(s.selected, int(seq.cu_seqlens.diff().max())))
+        return latent_attention(x["q"], latent.contiguous(), indices, width=s.latent, scale=(s.head_dim + s.rope) ** -0.5)[0]
+
+    def moba(x: Inputs, seq: Sequence) -> Tensor:
+        k, v = seq.exchange.gather(torch.cat((x["k"], x["v"]), dim=-1).flatten(1), seq).unflatten(-1, (s.heads, -1)).chunk(2, dim=-1)
+        block = max(s.selected // 4, 1)
+        return block_attention(x["q"], k.contiguous(), v.contiguous(), seq.exchange.parts(seq), scale=s.head_dim**-0.5, block=block, top=8)
 
     def selective(x: Inputs, seq: Sequence) -> Tensor:
         return seq.exchange.recurrence(Selective(x["x"], F.softplus(x["step"].float()), x["rate"].float().exp(), x["B"], x["C"]), seq)
@@ -130,7 +158,15 @@ def operators(s: Sizes) -> dict[str, Operator]:
             ExchangeNeed("ring", min(s.latent + s.rope, s.heads * (2 * s.head_dim + s.rope))),
             {"weight": (2 * channels, s.latent)},
             Heads(s.heads, s.heads, s.head_dim + s.rope, s.head_dim),
+            s.heads * (2 * s.head_dim + s.rope),
         ),
+        "dsa": Operator(
+            {"q": (s.heads, s.latent + s.rope), "rows": (s.latent + s.rope,), "iq": (s.heads, s.head_dim), "ik": (s.head_dim,), "iw": (s.heads,)},
+            dsa,
+            ExchangeNeed("gather", s.latent + s.rope + s.head_dim),
+            {},
+        ),
+        "moba": Operator(dict.fromkeys(("q", "k", "v"), (s.heads, s.head_dim)), moba, ExchangeNeed("gather", 2 * channels), {}),
         "linear_attention": linear("none", False),
         "mamba2": linear("head", False),
         "gla": linear("channel", False),
@@ -142,14 +178,18 @@ def operators(s: Sizes) -> dict[str, Operator]:
             generalised,
             ExchangeNeed("scan", s.heads * s.head_dim**2, map=s.heads * s.head_dim**2),
             {},
+            elsewhere=7 * channels,
         ),
         "mamba": Operator(
             {"x": (channels,), "step": (channels,), "B": (s.states,), "C": (s.states,)},
             selective,
             ExchangeNeed("scan", channels * s.states, map=channels * s.states),
             {"rate": (channels, s.states)},
+            elsewhere=3 * channels + 2 * s.states,
         ),
-        "rg_lru": Operator({"a": (channels,), "b": (channels,)}, elementwise, ExchangeNeed("scan", channels, map=channels), {}),
+        "rg_lru": Operator(
+            {"a": (channels,), "b": (channels,)}, elementwise, ExchangeNeed("scan", channels, map=channels), {}, elsewhere=3 * channels
+        ),
         "short_conv": Operator(
             {"x": (channels,)},
             lambda x, seq: seq.exchange.short_conv(x["x"], x["weight"], seq),
@@ -281,14 +321,13 @@ def measure(
     exchange.bytes.clear()
     out = operator.run(shares, exchange.sequence(whole.cu_seqlens, whole.positions))
     forward = sum(exchange.bytes.values())
-    torch.autograd.grad(out, list(shares.values()), torch.ones_like(out))
+    torch.autograd.grad(out, list(shares.values()), torch.ones_like(out), allow_unused=True)
     sent = mesh.all_gather_object((forward, sum(exchange.bytes.values()) - forward, peak))
     need, itemsize = operator.need, dtype.itemsize
     if operator.heads is None:
         expected: tuple[int, int | None] = sent_bytes(need, layout, documents, itemsize), None
     else:
         expected = expected_of_attention(operator.heads, need, layout, documents, itemsize, exchange.members)
-    ring = layout.tokens * (layout.size - 1) * need.width * itemsize if need.everything else None
     return {
         "operator": name,
         "tokens": layout.tokens,
@@ -304,7 +343,7 @@ def measure(
         "efficiency": alone / together / layout.size,
         "forward_bytes": sum(rank[0] for rank in sent),
         "forward_bytes_expected": expected[0],
-        "forward_bytes_of_a_full_ring": ring,  # every row to every rank, whatever the documents are
+        "forward_bytes_elsewhere": operator.bytes_elsewhere(layout.tokens, layout.size, itemsize),
         "backward_bytes": sum(rank[1] for rank in sent),
         "backward_bytes_expected": expected[1],  # of softmax attention
         "peak_bytes_of_a_rank": max(rank[2] for rank in sent) or None,
@@ -313,14 +352,14 @@ def measure(
 
 def table(results: list[dict[str, Any]]) -> str:
     head = f"{'operator':17} {'tokens':>8} {'docs':>5} {'1 rank ms':>10} {'ms':>9} {'efficiency':>10} {'computing':>10} {'exposed':>8}"
-    lines = [f"{head} {'sent MB':>9} {'expected':>9} {'full ring':>9}"]
+    lines = [f"{head} {'sent MB':>9} {'expected':>9} {'elsewhere':>9}"]
     for r in results:
         ms = [r[key] * 1e3 for key in ("seconds_on_one_rank", "seconds", "seconds_of_computing", "seconds_exposed")]
-        sent, expected, ring = (
-            None if r[k] is None else r[k] / 1e6 for k in ("forward_bytes", "forward_bytes_expected", "forward_bytes_of_a_full_ring")
+        sent, expected, others = (
+            None if r[k] is None else r[k] / 1e6 for k in ("forward_bytes", "forward_bytes_expected", "forward_bytes_elsewhere")
         )
         line = f"{r['operator']:17} {r['tokens']:8} {r['documents']:5} {ms[0]:10.2f} {ms[1]:9.2f} {r['efficiency']:10.1%} {ms[2]:10.2f} {ms[3]:8.2f}"
-        lines.append(f"{line} {sent:9.3f} {expected:9.3f} {'' if ring is None else f'{ring:9.3f}'}")
+        lines.append(f"{line} {sent:9.3f} {expected:9.3f} {'' if others is None else f'{others:9.3f}'}")
         for peer in r["peers"]:
             if "error" in peer:
                 lines.append(f"  {peer['implementation']} {peer['version']}: {peer['error'][:150]}")

@@ -50,7 +50,15 @@ def alone(name: str, lengths: list[int] = LENGTHS) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad, **{key: p.grad for key, p in module.named_parameters() if p.grad is not None}}
 
 
-def on_ranks(names: list[str], parallel: ParallelConfig, lengths: list[int] = LENGTHS) -> Found:
+def given(lengths: list[int], changed: int | None) -> Tensor:
+    """The inputs of documents, one of which may be another one."""
+    x = inputs(sum(lengths))
+    if changed is not None:
+        x.split(lengths)[changed].copy_(inputs(sum(lengths)).flip(0).split(lengths)[changed])
+    return x
+
+
+def on_ranks(names: list[str], parallel: ParallelConfig, lengths: list[int] = LENGTHS, changed: int | None = None) -> Found:
     """On every rank of a pool: each case's outputs and gradients, as rectangles of the whole tensors."""
     from ltrain.parallel import cpu
     from ltrain.parallel.context.exchange import ContextExchange
@@ -78,7 +86,7 @@ def on_ranks(names: list[str], parallel: ParallelConfig, lengths: list[int] = LE
                 return layout.take(x).chunk(mesh.tensor.size())[mesh.tensor.rank()]
 
             rows = mine(torch.arange(sum(lengths)))
-            x = mine(inputs(sum(lengths))).clone().requires_grad_()
+            x = mine(given(lengths, changed)).clone().requires_grad_()
             y = module(x, seq)
             (y * mine(weight(lengths))).sum().backward()
             assert x.grad is not None
@@ -154,6 +162,25 @@ def test_short_parts_of_documents_on_context_ranks_as_on_one(pool: Any, document
     names = [name for name in CASES if supported(name, parallel)]
     results = pool(4).run(on_ranks, names, parallel, lengths, timeout=240)
     assert not _wrong(results, names, {name: alone(name, lengths) for name in names})
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "balanced"])
+def test_a_document_changes_nothing_outside_it_on_any_rank(pool: Any, kind: str) -> None:
+    parallel = ParallelConfig(context=4, context_layout=kind)
+    names = [name for name in CASES if supported(name, parallel)]
+
+    changed = 3  # on several ranks, as are those before and behind it
+
+    def found(changed: int | None) -> dict[str, dict[str, Tensor]]:
+        results = pool(4).run(on_ranks, names, parallel, LENGTHS, changed, timeout=240)
+        return {name: whole([part for result in results for part in result[name]]) for name in names}
+
+    before, after, wrong = found(None), found(changed), []
+    for name, key in ((name, key) for name in names for key in ("y", "x")):
+        same = [torch.equal(*pair) for pair in zip(before[name][key].split(LENGTHS), after[name][key].split(LENGTHS), strict=True)]
+        if same != [document != changed for document in range(len(LENGTHS))]:
+            wrong.append((name, key, same))
+    assert not wrong, wrong
 
 
 def _wrong(results: list[Found], names: list[str], expected: dict[str, dict[str, Tensor]]) -> list[str]:

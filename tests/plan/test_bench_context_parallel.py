@@ -46,8 +46,11 @@ def test_every_operator_sends_what_its_reach_asks_for(pool: Any, tmp_path: Path,
         assert r["forward_bytes"] == r["forward_bytes_expected"], r
         assert r["stream"] != "one" or r["forward_bytes"] > 0, r
         assert r["seconds"] > 0 and r["efficiency"] > 0 and r["peers"] == []  # these are for GPUs
-    full = {r["operator"]: r["forward_bytes_of_a_full_ring"] for r in results[0] if r["stream"] == "one"}
-    assert full["attention"] == TOKENS * (size - 1) * 2 * 2 * 8 * 4 and full["kda"] is None
+    elsewhere = {r["operator"]: r["forward_bytes_elsewhere"] for r in results[0] if r["stream"] == "one"}
+    assert elsewhere["attention"] == elsewhere["window"] == TOKENS * (size - 1) * 2 * 2 * 8 * 4
+    assert elsewhere["mla"] == TOKENS * (size - 1) * 4 * (8 + 4 + 8) * 4  # keys with their rotated part and values of every head
+    assert elsewhere["kda"] == TOKENS * (size - 1) * (5 * 4 * 8 + 4) * 4 // size  # q, k, v, decay, the output, and beta
+    assert elsewhere["short_conv"] is elsewhere["dsa"] is None
     written = json.loads((tmp_path / "bench-context-parallel.json").read_text())
     assert written["results"] == results[0] and written["sizes"]["heads"] == 4
     assert (tmp_path / "bench-context-parallel.png").stat().st_size > 1000
@@ -110,7 +113,7 @@ def test_what_does_not_exist_is_refused_in_one_sentence(tmp_path: Path) -> None:
 
 def test_peers_stand_below_what_they_are_beside() -> None:
     ours = dict.fromkeys(("seconds_on_one_rank", "seconds", "seconds_of_computing", "seconds_exposed", "efficiency"), 0.5)
-    bytes_ = {"forward_bytes": 1, "forward_bytes_expected": 1, "forward_bytes_of_a_full_ring": None}
+    bytes_ = {"forward_bytes": 1, "forward_bytes_expected": 1, "forward_bytes_elsewhere": None}
     timed = {"implementation": "fla", "version": "0.6.0", "seconds_on_one_rank": 0.5, "seconds": 0.25, "efficiency": 0.999}
     refused = {"implementation": "Transformer Engine", "version": "2.20", "error": "ValueError: no such mask"}
     lines = table([{"operator": "kda", "tokens": 96, "documents": 1, **ours, **bytes_, "peers": [timed, refused]}]).splitlines()
