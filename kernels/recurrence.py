@@ -84,6 +84,10 @@ class Recurrence(ABC):
         """M of all tokens, where it multiplies number by number."""
         return self.values.new_empty(0, dtype=self.wide)
 
+    def power(self, tokens: int) -> Tensor | None:
+        """M of any so many tokens, where it is the same whatever these are: then it need not travel. None: it is not."""
+        return None
+
     def join(self, m: Tensor, state: Tensor, e: Tensor, *, transpose: bool = False) -> Tensor:
         """M S + E, or M^T S + E."""
         return (state if m.numel() == 0 else m.reshape(*m.shape, *[1] * (state.dim() - m.dim())) * state) + e
@@ -113,8 +117,10 @@ class _Matrices(Recurrence, ABC):
 class Linear(_Matrices):
     """`linear_recurrence`: q, k [T, Hk, K], v [T, H, V], decay None, [T, H] or [T, H, K] (logs), beta None (additive) or [T, H] (delta rule).
 
-    M is dense with beta; without it as the decay is, or the identity.
+    M is dense with beta; without it as the decay is, or the identity. constant [H]: the decay of each token, where it is the same for all.
     """
+
+    WHOLE = ("constant",)
 
     q: Tensor
     k: Tensor
@@ -122,6 +128,7 @@ class Linear(_Matrices):
     decay: Tensor | None
     beta: Tensor | None
     scale: float
+    constant: Tensor | None = None
 
     @property
     def values(self) -> Tensor:
@@ -151,7 +158,13 @@ class Linear(_Matrices):
         return found[0][0].to(self.wide), found[1][0].to(self.wide)
 
     def product(self) -> Tensor:
+        same = self.power(self.tokens)
+        if same is not None:
+            return same
         return self.v.new_empty(0, dtype=self.wide) if self.decay is None else self.decay.sum(0, dtype=self.wide).exp()
+
+    def power(self, tokens: int) -> Tensor | None:
+        return None if self.constant is None or self.beta is not None else (tokens * self.constant.to(self.wide)).exp()
 
 
 @dataclass(frozen=True)

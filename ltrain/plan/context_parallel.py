@@ -65,7 +65,7 @@ class Heads(NamedTuple):
 class Operator:
     """shapes: of the inputs of each token; whole: of those that all tokens have in common. Both are drawn from a normal distribution.
 
-    heads: of softmax attention, else None. elsewhere: numbers of a token that other context parallelism moves, its keys and values, or of a recurrence
+    heads: of softmax attention, else None. elsewhere: numbers of a token that other context parallelism moves, keys and values, or of a recurrence
     what goes in and out, from tokens to heads and back; None: there is none to be named.
     """
 
@@ -112,7 +112,7 @@ def operators(s: Sizes) -> dict[str, Operator]:
         return seq.exchange.attention(x["q"], k, v, seq, scale=(s.head_dim + s.rope) ** -0.5, latent=latent)
 
     def linear(decay: str, delta: bool) -> Operator:
-        decays = {"none": (), "head": (s.heads,), "channel": (s.heads, s.head_dim)}[decay]
+        decays = {"head": (s.heads,), "channel": (s.heads, s.head_dim)}.get(decay, ())
         shapes = (
             dict.fromkeys(("q", "k", "v"), (s.heads, s.head_dim)) | ({"decay": decays} if decays else {}) | ({"beta": (s.heads,)} if delta else {})
         )
@@ -121,9 +121,13 @@ def operators(s: Sizes) -> dict[str, Operator]:
 
         def run(x: Inputs, seq: Sequence) -> Tensor:
             log_decay = F.logsigmoid(x["decay"].float()) / 16 if decays else None
+            constant = None
+            if decay == "constant":
+                constant = -(2 ** (-8 * torch.arange(1, s.heads + 1, device=x["q"].device, dtype=torch.float32) / s.heads))
+                log_decay = constant.expand(len(x["q"]), -1)
             k = F.normalize(x["k"], dim=-1)
             beta = x["beta"].float().sigmoid() if delta else None
-            return seq.exchange.recurrence(Linear(x["q"], k, x["v"], log_decay, beta, s.head_dim**-0.5), seq)
+            return seq.exchange.recurrence(Linear(x["q"], k, x["v"], log_decay, beta, s.head_dim**-0.5, constant), seq)
 
         return Operator(shapes, run, ExchangeNeed("scan", state, map=size), {}, elsewhere=in_and_out(shapes))
 
@@ -168,6 +172,7 @@ def operators(s: Sizes) -> dict[str, Operator]:
         ),
         "moba": Operator(dict.fromkeys(("q", "k", "v"), (s.heads, s.head_dim)), moba, ExchangeNeed("gather", 2 * channels), {}),
         "linear_attention": linear("none", False),
+        "lightning": linear("constant", False),
         "mamba2": linear("head", False),
         "gla": linear("channel", False),
         "delta_net": linear("none", True),

@@ -54,7 +54,7 @@ class Gathered(NamedTuple):
     def carry(self, own: dict[int, Map], inputs: Recurrence, messages: Messages, *, transpose: bool) -> By:
         """The state (or its gradient) that each chain hands to its span."""
         sends = {r: [own[s.number] for s in spans] for r, spans in self.sent.items()}
-        receives = {r: [(s.number, s.inside) for s in spans] for r, spans in self.received.items()}
+        receives = {r: [(s.number, s.stop - s.start if s.inside else 0) for s in spans] for r, spans in self.received.items()}
         maps = own | _swapped(sends, receives, inputs, messages)
         states = {}
         for number, (first, *rest) in self.chains.items():
@@ -66,7 +66,7 @@ class Gathered(NamedTuple):
         return states
 
 
-Meeting = tuple[int, int, bool]  # a span, the farther one whose map it gets, and whether that has an M
+Meeting = tuple[int, int, int]  # a span, the farther one whose map it gets, and the tokens that its M is of, 0: it has none
 
 
 class Round(NamedTuple):
@@ -77,13 +77,13 @@ class Round(NamedTuple):
     def farther(self, maps: dict[int, Map], inputs: Recurrence, messages: Messages) -> dict[int, Map]:
         """By the span that gets it."""
 
-        def of(number: int, whole: bool) -> Map:
+        def of(number: int, tokens: int) -> Map:
             m, e = maps[number]
-            return m if whole else None, e
+            return m if tokens else None, e
 
-        sends = {r: [of(there, whole) for _, there, whole in met] for r, met in self.sent.items()}
-        receives = {r: [(here, whole) for here, _, whole in met] for r, met in self.received.items()}
-        return {here: of(there, whole) for here, there, whole in self.local} | _swapped(sends, receives, inputs, messages)
+        sends = {r: [of(there, tokens) for _, there, tokens in met] for r, met in self.sent.items()}
+        receives = {r: [(here, tokens) for here, _, tokens in met] for r, met in self.received.items()}
+        return {here: of(there, tokens) for here, there, tokens in self.local} | _swapped(sends, receives, inputs, messages)
 
 
 class Composed(NamedTuple):
@@ -163,9 +163,15 @@ def _traffic(plan: Plan, step: int) -> Gathered | Composed:
     reach = 1
     while reach <= max(left):
         meet = [(s.number, s.number + step * reach) for s in plan.spans if left[s.number] >= reach]
-        rounds.append(_round(plan, [(here, there, left[there] >= reach) for here, there in meet]))
+        rounds.append(_round(plan, [(here, there, _tokens(plan, there, step * reach) if left[there] >= reach else 0) for here, there in meet]))
         reach *= 2
-    return Composed(rounds, _round(plan, [(s.number, s.number + step, False) for s in plan.spans if lengths[s.number]]))
+    return Composed(rounds, _round(plan, [(s.number, s.number + step, 0) for s in plan.spans if lengths[s.number]]))
+
+
+def _tokens(plan: Plan, first: int, count: int) -> int:
+    """Of |count| spans from one on, towards later ones or, below 0, towards earlier ones."""
+    last = first + count - (1 if count > 0 else -1)
+    return max(plan.spans[first].stop, plan.spans[last].stop) - min(plan.spans[first].start, plan.spans[last].start)
 
 
 def scan(plan: Plan) -> Scan:
@@ -195,18 +201,20 @@ def _state_gradients(inputs: Recurrence, dy: Tensor, spans: list[Span]) -> dict[
     return gradients
 
 
-def _swapped(sends: dict[int, list[Map]], receives: dict[int, list[tuple[int, bool]]], inputs: Recurrence, messages: Messages) -> dict[int, Map]:
-    """Maps to other ranks, and theirs under the numbers given here, with or without an M."""
-    sizes = (torch.Size(inputs.map_shape).numel(), torch.Size(inputs.state_shape).numel())
-    flat = {r: torch.cat([x.flatten() for m in maps for x in m if x is not None]) for r, maps in sends.items()}
-    rows = {r: sum(sizes[1] + sizes[0] * whole for _, whole in expected) for r, expected in receives.items()}
+def _swapped(sends: dict[int, list[Map]], receives: dict[int, list[tuple[int, int]]], inputs: Recurrence, messages: Messages) -> dict[int, Map]:
+    """Maps to other ranks, and theirs under the numbers given here, each with an M of so many tokens, 0: without. An M that follows from these
+    does not travel."""
+    same = inputs.power(0) is not None
+    sizes = (0 if same else torch.Size(inputs.map_shape).numel(), torch.Size(inputs.state_shape).numel())
+    flat = {r: torch.cat([x.flatten() for m in maps for x in m[same:] if x is not None]) for r, maps in sends.items()}
+    rows = {r: sum(sizes[1] + sizes[0] * (tokens > 0) for _, tokens in expected) for r, expected in receives.items()}
     arrived = messages.post("scan", flat, rows, dtype=inputs.wide, device=inputs.values.device).wait()
     maps: dict[int, Map] = {}
     for r, expected in receives.items():
         left = arrived[r]
-        for number, whole in expected:
-            m = None
-            if whole:
+        for number, tokens in expected:
+            m = inputs.power(tokens) if tokens else None
+            if tokens and not same:
                 m, left = left[: sizes[0]].view(inputs.map_shape), left[sizes[0] :]
             maps[number], left = (m, left[: sizes[1]].view(inputs.state_shape)), left[sizes[1] :]
     return maps

@@ -107,6 +107,11 @@ class LinearRecurrence(Mixer):
         decay, step = log_decay(rates[-1], self.A_log, self.dt_bias, o)
         return decay, beta, step
 
+    @property
+    def _constant(self) -> Tensor | None:
+        """The log decay of every token [H], where it is no matter of data."""
+        return None if self.options.decay in (*DATA_DECAYS, "none") else -self.rates
+
     def _inputs(self, mixed: Tensor, seq: Sequence, *rates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """What lies behind the convolution [T, C] -> q and k [T, Hk, K], what is written [T, H, V], log decay, beta, and v for the skip."""
         o = self.options
@@ -176,13 +181,13 @@ class LinearRecurrence(Mixer):
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         qkv, z, rates = self._project(x)
         q, k, v, decay, beta, skip = cheap(self._mix, qkv, seq, *rates)
-        return self._output(seq.exchange.recurrence(Linear(q, k, v, decay, beta, self.scale), seq), z, skip)
+        return self._output(seq.exchange.recurrence(Linear(q, k, v, decay, beta, self.scale, self._constant), seq), z, skip)
 
     def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, RecurrentState]:
         qkv, z, rates = self._project(x)
         conv = seq.exchange.last(qkv, seq, self.options.conv_width - 1) if self.options.conv_width else None
         q, k, v, decay, beta, skip = self._mix(qkv, seq, *rates)
-        y, recurrent = seq.exchange.final_recurrence(Linear(q, k, v, decay, beta, self.scale), seq)
+        y, recurrent = seq.exchange.final_recurrence(Linear(q, k, v, decay, beta, self.scale, self._constant), seq)
         return self._output(y, z, skip), RecurrentState(conv, recurrent)
 
     def decode(self, x: Tensor, state: RecurrentState, seq: Sequence) -> tuple[Tensor, RecurrentState]:
@@ -218,9 +223,9 @@ class LinearRecurrence(Mixer):
         return 4 * self._state_values + bytes_per_value * max(self.options.conv_width - 1, 0) * self._channels
 
     def exchanges(self, context: int) -> list[ExchangeNeed]:
-        """One halo, and the maps of spans; M is a number for each decay where updates only add."""
+        """One halo, and the maps of spans; M is a number for each decay where updates only add, and known to all where decays are constant."""
         o = self.options
-        decays = {"none": 0, "channel": o.value_heads * o.key_dim}.get(o.decay, o.value_heads)
+        decays = {"head": o.value_heads, "channel": o.value_heads * o.key_dim}.get(o.decay, 0)
         maps = o.value_heads * o.key_dim**2 if o.update == "delta" else decays
         halo = [ExchangeNeed("halo", self._channels, reach=o.conv_width - 1)] if o.conv_width > 1 else []
         return [*halo, ExchangeNeed("scan", self._state_values, map=maps)]

@@ -55,7 +55,7 @@ class Case:
     op: str  # attention | latent | gather | gather thirds | short_conv | before | linear_recurrence | generalised | elementwise | selective
     lengths: tuple[int, ...]
     dtype: torch.dtype = torch.float64
-    decay: str = "head"  # none | head | channel
+    decay: str = "head"  # none | constant | head | channel
     update: str = "delta"  # add | delta
     strength: float = 1e-3  # mean of -log decay
     recompute: bool = False
@@ -121,7 +121,9 @@ class Case:
             return {"x": normal(5), "weight": weight, "dout": normal(5)}
         q, k = normal(2, 8), normal(2, 8)
         inputs = {"q": q, "k": k / k.norm(dim=-1, keepdim=True), "v": normal(4, 6), "dout": normal(4, 6)}
-        if self.decay != "none":
+        if self.decay == "constant":
+            inputs["rate"] = -self.strength * torch.arange(1, 5, dtype=torch.float64)
+        elif self.decay != "none":
             inputs["decay"] = -self.strength * normal(*((4, 8) if self.decay == "channel" else (4,))).exp()
         if self.update == "delta":
             inputs["beta"] = normal(4).sigmoid()
@@ -174,7 +176,9 @@ def compute(case: Case, inputs: dict[str, Tensor], seq: Sequence, between: Calla
         if case.op == "before":
             return seq.exchange.before(leaves["x"], seq)
         if case.op == "linear_recurrence":
-            return seq.exchange.recurrence(Linear(leaves["q"], leaves["k"], leaves["v"], leaves.get("decay"), leaves.get("beta"), 0.3), seq)
+            rate = leaves.get("rate")
+            decay, constant = (leaves.get("decay"), None) if rate is None else (rate.expand(len(leaves["q"]), -1), rate.detach())
+            return seq.exchange.recurrence(Linear(leaves["q"], leaves["k"], leaves["v"], decay, leaves.get("beta"), 0.3, constant), seq)
         kinds = {"elementwise": Elementwise, "selective": Selective, "generalised": GeneralisedDelta}
         return seq.exchange.recurrence(kinds[case.op](**leaves), seq)
 

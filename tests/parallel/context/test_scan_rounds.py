@@ -29,7 +29,7 @@ def test_random_combinations(pool: Any) -> None:
     assert [e for e in errors if e[0] > 1e-10] == []
 
 
-@pytest.mark.parametrize(("mixer", "state", "matrix"), [("delta and decay near 1", 4 * 8 * 6, 4 * 8 * 8), ("add", 4 * 8 * 6, 0)])
+@pytest.mark.parametrize(("mixer", "state", "matrix"), [("delta and decay near 1", 4 * 8 * 6, 4 * 8 * 8), ("add and constant decay", 4 * 8 * 6, 0)])
 def test_a_span_sends_as_many_maps_as_there_are_rounds(pool: Any, mixer: str, state: int, matrix: int) -> None:
     ((_, sent),) = over_ranks(pool, SIZE, "zigzag", [Case(lengths=(12 * SIZE,), dtype=torch.float32, **MIXERS[mixer])])
     owners = [*range(SIZE), *reversed(range(SIZE - 1))]  # the last rank's two spans touch and are one
