@@ -24,7 +24,7 @@ def test_reference_is_the_sum_over_earlier_tokens():
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
 @pytest.mark.parametrize("with_state", [True, False])
 def test_against_reference_with_gradients(lengths, width, with_state):
     x, weight, state = inputs(lengths, width)

@@ -26,7 +26,7 @@ def compare(lengths, width, channels, tolerance, dtype=torch.float32, activation
 
 @runs
 @pytest.mark.parametrize("lengths", [[130], [1, 2, 0, 3, 4, 5, 70]], ids=str)
-@pytest.mark.parametrize(("width", "channels", "activation"), [(4, 70, "silu"), (2, 6, None), (1, 6, "silu")])
+@pytest.mark.parametrize(("width", "channels", "activation"), [(4, 70, "silu"), (2, 6, None), (1, 6, "silu"), (3, 6, None), (8, 20, "silu")])
 def test_against_the_reference(lengths, width, channels, activation):
     compare(lengths, width, channels, 1e-6, activation=activation)
 
