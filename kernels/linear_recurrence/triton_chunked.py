@@ -333,8 +333,7 @@ class _Recurrence(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, initial: Tensor, bounds: tuple[int, ...], scale: float
     ) -> tuple[Tensor, Tensor]:
-        axes = 0 if decay is None else decay.ndim - 1
-        shapes = Shapes(v.shape[1], v.shape[1] // k.shape[1], k.shape[2], v.shape[2], axes, beta is not None, v.dtype == torch.float32)
+        shapes = Shapes.of(k, v, decay, beta)
         chunks = chunks_of(bounds, shapes.blocks, v.device)
         made = _prepared(q, k, v, decay, beta, chunks, shapes)
         states, final, _ = _passed(k, initial, chunks, shapes, made)
@@ -351,6 +350,25 @@ class _Recurrence(torch.autograd.Function):
         args = *inputs, (scores, solve, firsts), do, dfinal, ctx.chunks, ctx.shapes, ctx.scale
         found = (_delta_gradients if ctx.shapes.delta else _gradients)(*args)
         return *found, None, None
+
+
+def _identity(state: Tensor) -> Tensor:
+    """[N, H, K, K] beside a state [N, H, K, V]"""
+    segments, heads, width, _ = state.shape
+    return torch.eye(width, device=state.device).expand(segments, heads, -1, -1).contiguous()
+
+
+def _with_map(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor, initial: Tensor, bounds: tuple[int, ...], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The delta rule without gradients, and M: what is prepared serves both, and beside it M is one more pass of states, without an output."""
+    shapes = Shapes.of(k, v, decay, beta)
+    chunks = chunks_of(bounds, shapes.blocks, v.device)
+    made = _prepared(q, k, v, decay, beta, chunks, shapes)
+    nothing = v.new_zeros(*v.shape[:2], k.shape[2])
+    matrix = _passed(k, _identity(initial), chunks, shapes._replace(value=k.shape[2]), made._replace(u=nothing))[1]
+    states, final, _ = _passed(k, initial, chunks, shapes, made)
+    return _read(q, k, made.u, decay, states, chunks, shapes, made, scale, later=False), final, matrix
 
 
 def _wider(x: Tensor, more: int) -> Tensor:
@@ -380,12 +398,16 @@ def linear_recurrence(
     start = zeros
     if initial_state is not None:
         start = (F.pad(initial_state, (0, values, 0, keys)) if keys or values else initial_state).float().contiguous()
-    output, final = _Recurrence.apply(q, k, v, decay, beta, start, cuts, scale)
     maps = None
+    if with_map and beta is not None and not torch.is_grad_enabled():
+        output, final, matrix = _with_map(q, k, v, decay, beta, start, cuts, scale)
+    else:
+        output, final = _Recurrence.apply(q, k, v, decay, beta, start, cuts, scale)
+        matrix = None
     if with_map:  # M is where the identity ends with nothing to store, E where zeros end.
-        identity = torch.eye(width + keys, device=v.device).expand(segments, heads, -1, -1).contiguous()
-        nothing = v.new_zeros(len(v), heads, width + keys)
-        matrix = _Recurrence.apply(k, k, nothing, decay, beta, identity, cuts, 1.0)[1]
+        if matrix is None:
+            nothing = v.new_zeros(len(v), heads, width + keys)
+            matrix = _Recurrence.apply(k, k, nothing, decay, beta, _identity(start), cuts, 1.0)[1]
         end_of_zeros = final if initial_state is None else _Recurrence.apply(k, k, v, decay, beta, zeros, cuts, 1.0)[1]
         maps = matrix[..., :width, :width], end_of_zeros[..., :width, :value]
     return output[..., :value], final[..., :width, :value], maps

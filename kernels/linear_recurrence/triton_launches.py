@@ -102,6 +102,12 @@ class Shapes(NamedTuple):
     delta: bool
     exact: bool  # float32 inputs
 
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> "Shapes":
+        heads, width = v.shape[1:]
+        axes = 0 if decay is None else decay.ndim - 1
+        return cls(heads, heads // k.shape[1], k.shape[2], width, axes, beta is not None, v.dtype == torch.float32)
+
     @property
     def numbers(self) -> tuple[int, int, int, int]:
         return self.heads, self.group, self.key, self.value
