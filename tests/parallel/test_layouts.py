@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ltrain.parallel.context.layout import ContextLayout
 from tests.parallel.parity import (
     MICRO_BATCHES,
     Layout,
@@ -172,3 +173,6 @@ def test_micro_batches_cross_the_cuts() -> None:
     assert any(len(b.cu_seqlens) == 2 for b in batches)
     assert any(1 in b.cu_seqlens.diff() for b in batches)
     assert all(int(b.positions[0]) == 17 for b in batches)
+    for kind, batch in (("contiguous", batches[1]), ("zigzag", batches[2])):
+        shares = [ContextLayout(len(batch.labels), rank, 2, kind).take(batch.labels) for rank in range(2)]
+        assert [bool((share >= 0).any()) for share in shares] == [False, True], kind
