@@ -233,17 +233,25 @@ def _add_config(sub: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     """A whole number of at least 1; 30e6 is one too."""
-    value = int(float(text)) if float(text).is_integer() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return value
+    value = _number(text)
+    if not (value.is_integer() and value >= 1):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1: write it out, for example 131072 or 30e6")
+    return int(value)
+
+
+def _number(text: str) -> float:
+    """NaN for what is none, which every comparison refuses."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
+    value = _number(text)
+    if not (value.is_integer() and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0: write 0, 1, 2, for example")
+    return int(value)
 
 
 def _lengths(text: str) -> list[int]:
@@ -255,16 +263,16 @@ def _names(text: str) -> list[str]:
 
 
 def _rate(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0: write 50 or 0.5, for example")
     return value
 
 
 def _temperature(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0: write 0 or 0.8, for example")
     return value
 
 

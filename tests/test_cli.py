@@ -123,3 +123,22 @@ def test_ctrl_c_is_quiet() -> None:
 def test_a_closed_pipe_is_quiet() -> None:
     done = subprocess.run(["bash", "-c", f"{sys.executable} -m ltrain config schema | true; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
     assert done.stderr == "" and done.stdout.strip() in ("0", "141")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["extend", "runs/x", "--to", "128k", "--budget-tokens", "1e6"],
+            "--to: 128k is not a whole number of at least 1: write it out, for example 131072",
+        ),
+        (["eval", "runs/x", "--lengths", "4096,8k"], "--lengths: 8k is not a whole number of at least 1"),
+        (["launch", "local", QUICKSTART, "--ranks", "2", "--max-restarts", "-1"], "--max-restarts: -1 is not a whole number of at least 0"),
+        (["launch", "slurm", QUICKSTART, "--nodes", "1", "--gpus-per-node", "all"], "--gpus-per-node: all is not a whole number of at least 0"),
+        (["generate", "runs/x", "--prompt", "a", "--temperature", "hot"], "--temperature: hot is not a number of at least 0"),
+    ],
+)
+def test_a_number_that_is_none_is_told_with_what_to_write(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    assert f"error: argument {message}" in capsys.readouterr().err
