@@ -8,7 +8,7 @@
 """
 
 from ltrain.checkpoint.collectives import CheckpointError, Collectives, DamagedError, LocalCollectives
-from ltrain.checkpoint.folder import clean, newest
+from ltrain.checkpoint.folder import clean, last_stage, newest
 from ltrain.checkpoint.load import Checkpoint, newest_whole
 from ltrain.checkpoint.save import Entry, Plan, plan, save, write
 from ltrain.checkpoint.saver import Saved, Saver
@@ -24,6 +24,7 @@ __all__ = [
     "Saved",
     "Saver",
     "clean",
+    "last_stage",
     "newest",
     "newest_whole",
     "plan",

@@ -43,6 +43,12 @@ def newest(root: Path | str) -> Path | None:
     return next(reversed(steps(Path(root)).values()), None)
 
 
+def last_stage(run: Path) -> Path:
+    """The folder of the last stage (`NN-NAME`) that has saved in the folder of a run with stages; any other folder itself."""
+    saved = (path.parent for path in sorted(run.glob("[0-9][0-9]-*/checkpoints"), reverse=True) if newest(path))
+    return next(saved, run)
+
+
 @contextmanager
 def locked(root: Path) -> Iterator[bool]:
     """Hold the folder's lock; False where another process holds it. The system releases it when its holder dies."""

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,9 +94,11 @@ def main(request: Request) -> Report:
     for task in request.tasks:
         if task not in NEEDLE_TASKS:
             raise ConfigError(f"--tasks {task} is not known: choose from {', '.join(NEEDLE_TASKS)}")
-    folder = find(request.checkpoint)
-    config = configure(request, folder)
-    with Checkpoint(folder) as checkpoint, joined(config) as mesh:
+    config = configure(request, find(request.checkpoint))
+    with ExitStack() as open_files:
+        mesh = open_files.enter_context(joined(config))
+        folder = find(request.checkpoint, mesh)
+        checkpoint = open_files.enter_context(Checkpoint(folder))
         stage = mesh.agree(lambda: read_stage(config, checkpoint, mesh))
         dataset = mesh.agree(lambda: build(config.data, config.seed, Tokenizer.load(folder)))
         out = Path(request.out) if request.out else folder.parent.parent / "eval" / folder.name

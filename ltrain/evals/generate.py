@@ -1,12 +1,15 @@
 """Continue prompts with a trained model: one prefill of all of them as a packed stream, then token by token."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ltrain.checkpoint import Checkpoint, newest
+from ltrain.checkpoint import Checkpoint, Collectives, LocalCollectives, last_stage, newest, newest_whole
+from ltrain.checkpoint.collectives import gather
+from ltrain.checkpoint.index import INDEX
 from ltrain.checkpoint.parameters import fill
 from ltrain.config import Config
 from ltrain.config import load as load_config
@@ -77,13 +80,25 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Te
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
 
 
-def find(path: str | Path) -> Path:
-    """The checkpoint's folder: `path` itself, or the newest of the run at `path`."""
-    path = Path(path)
-    if (path / "index.json").is_file():
+def find(path: str | Path, collectives: Collectives | None = None) -> Path:
+    """The checkpoint's folder: `path` itself, or the newest of the run at `path`, of its last stage where it has some.
+
+    collectives: of the ranks, which share the reading of all files, so that a damaged newest one falls back to the one before, loudly; None:
+    no file is read, for a caller that only plans. Raises CheckpointError where `path` itself is damaged, or all of the run's are.
+    """
+    path = last_stage(Path(path))
+    if (path / INDEX).is_file():
+        if collectives:
+            part, parts = collectives.rank, collectives.size
+            gather(collectives, lambda: Checkpoint(path).verify(part, parts))
         return path
     for root in (path / "checkpoints", path):
-        found = newest(root) if root.is_dir() else None
+        if not root.is_dir() or (found := newest(root)) is None:
+            continue
+        if collectives:
+            found, warnings = newest_whole(root, collectives)
+            for warning in warnings if collectives.rank == 0 else ():
+                print(f"warning: {warning}; taking {found.name if found else 'none'}", file=sys.stderr)
         if found is not None:
             return found
     raise ValueError(f"{path} is neither a checkpoint (a folder with index.json) nor a run with a finished checkpoint: name one of the two")
@@ -99,7 +114,7 @@ def load(path: str | Path, device: str = "") -> tuple[Stack, "Tokenizer", Config
     """
     from ltrain.data.tokenizer import Tokenizer
 
-    folder = find(path)
+    folder = find(path, LocalCollectives())
     config = load_config(folder / "config.yaml")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"))
     dtype = torch.bfloat16 if place.type == "cuda" and config.precision == "bf16" else torch.float32

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltrain.checkpoint import Checkpoint, folder
+from ltrain.checkpoint import Checkpoint, LocalCollectives, folder
 from ltrain.checkpoint.parameters import fill
 from ltrain.checkpoint.shard import sync_folder, write_file
 from ltrain.config import Config, resolve_layers, to_yaml, validate
@@ -107,7 +107,7 @@ def export_checkpoint(
     out = Path(hf_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty: name a new folder for the model")
-    path = find(checkpoint)
+    path = find(checkpoint, LocalCollectives())
     config = load_config(path / "config.yaml")
     if config.model.mtp.depth:
         log(f"left out what predicts {config.model.mtp.depth} more tokens (model.mtp), which transformers' models have not")
@@ -275,7 +275,7 @@ def load_pretrained(path: Path | str, device: torch.device | str = "cpu", dtype:
         return stack.eval()
     from ltrain.evals.generate import find
 
-    path = find(path)
+    path = find(path, LocalCollectives())
     with Checkpoint(path) as saved:
         stack = whole_model(load_config(path / "config.yaml").model, saved.shape("embed.weight", "param")[0], device, dtype)
         for name, param in stack.named_parameters():

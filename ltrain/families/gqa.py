@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltrain.checkpoint import Checkpoint, folder
+from ltrain.checkpoint import Checkpoint, LocalCollectives, folder
 from ltrain.config import Config, resolve_layers, to_yaml, validate
 from ltrain.config import load as load_config
 from ltrain.families import folder as hugging_face
@@ -34,7 +34,7 @@ def pool_heads(path: Path | str, kv_heads: int, out: Path | str = "") -> Path:
             vocab = config.model.vocab
             config.data.tokenizer.kind = "file"
         else:
-            source = open_files.enter_context(Checkpoint(find(path)))
+            source = open_files.enter_context(Checkpoint(find(path, LocalCollectives())))
             config = load_config(source.path / "config.yaml")
             vocab = source.shape("embed.weight", "param")[0]
         out = Path(out) if out else Path(path).with_name(f"{Path(path).name}-kv{kv_heads}")

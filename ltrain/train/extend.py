@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ltrain import families, schema
-from ltrain.checkpoint import Checkpoint
+from ltrain.checkpoint import Checkpoint, last_stage
 from ltrain.config import COMMAND_LINE, Config, ConfigError, load, parse, resolve_layers, to_dict
 from ltrain.model.options import RopeOptions
 from ltrain.pattern import ropes
@@ -140,9 +140,7 @@ def _located(folder: Path, run_dir: Path) -> tuple[Path, Path]:
     """(what run.init names, the checkpoint in it)."""
     from ltrain.evals.generate import find
 
-    stages = sorted(path.parent for path in folder.glob("[0-9][0-9]-*/checkpoints"))
-    if stages:  # a run with stages: from the last one
-        folder = stages[-1]
+    folder = last_stage(folder)
     if (folder / "config.json").is_file():
         folder = locate(folder, run_dir / "init")
     return folder, find(folder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltrain.checkpoint import Checkpoint, clean, newest, newest_whole
+from ltrain.checkpoint import Checkpoint, clean, last_stage, newest, newest_whole
 from ltrain.checkpoint.index import INDEX
 from ltrain.config import Config, ConfigError, load
 from ltrain.families.folder import carried_files
@@ -99,7 +99,9 @@ def _from_weights(config: Config, mesh: Mesh, say: Callable[[str], None]) -> Sta
 
 
 def locate(given: Path, imported: Path) -> Path:
-    """The checkpoint that `given` names, or a folder of checkpoints; the folder of a Hugging Face model is first converted into `imported`."""
+    """The checkpoint that `given` names, or a folder of checkpoints (of a run with stages, its last one's); the folder of a Hugging Face model is
+    first converted into `imported`."""
+    given = last_stage(given)
     if (given / INDEX).is_file() or (given / "checkpoints").is_dir() or newest(given):
         return given
     if not (given / "config.json").is_file():

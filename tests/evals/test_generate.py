@@ -1,9 +1,11 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import ltrain
 from ltrain.checkpoint import Entry, LocalCollectives, save
 from ltrain.checkpoint.parameters import entries
 from ltrain.config import Config, to_yaml
@@ -13,6 +15,7 @@ from ltrain.model.layers import LocalLayers, seed_parameters
 from ltrain.model.options import ModelConfig, MoEOptions
 from ltrain.model.sequence import Sequence
 from ltrain.model.stack import Stack
+from ltrain.train.start import locate
 
 VOCAB = 300
 
@@ -131,6 +134,32 @@ def test_a_checkpoint_gives_its_model_back(run: Path, capsys: pytest.CaptureFixt
     main(str(find(run)), "hello", 8, 0.0, 0)
     (new,) = generate(saved, [list(b"hello")], 8, vocab=257, eos=256)
     assert capsys.readouterr().out == tokenizer.decode([*b"hello", *new]) + "\n"
+
+
+def test_a_damaged_checkpoint_is_not_read(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    older = find(run)
+    newer = shutil.copytree(older, older.with_name("step-00000009"))
+    weights = newer / "rank-00000.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert find(run) == newer  # as long as nothing is read
+    assert find(run, LocalCollectives()) == older
+    warning = capsys.readouterr().err
+    assert "step-00000009 is damaged" in warning and "taking step-00000007" in warning and len(warning.splitlines()) == 1
+    for read in (load, ltrain.load_pretrained):
+        with pytest.raises(ValueError, match="does not match its checksum"):
+            read(newer)
+        read(run)
+        assert "step-00000009 is damaged" in capsys.readouterr().err
+
+
+def test_a_run_with_stages_is_its_last_one(run: Path, tmp_path: Path) -> None:
+    for name in ("01-short", "02-long", "03-begun/checkpoints"):
+        (tmp_path / "staged" / name).mkdir(parents=True)
+    first, second = (shutil.copytree(run / "checkpoints", tmp_path / "staged" / name / "checkpoints") for name in ("01-short", "02-long"))
+    assert find(tmp_path / "staged") == find(second) != find(first)
+    assert locate(tmp_path / "staged", tmp_path / "init") == second.parent
 
 
 def test_folders_without_a_checkpoint_are_refused(run: Path, tmp_path: Path) -> None:
