@@ -1,5 +1,6 @@
 """The verb `ltrain eval`: long-context evaluation of a checkpoint, on one device or under torchrun."""
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -12,7 +13,7 @@ import torch
 
 from ltrain.checkpoint import Checkpoint
 from ltrain.checkpoint.parameters import fill
-from ltrain.config import Config, ConfigError, resolve_layers
+from ltrain.config import Config, ConfigError, ParallelConfig, resolve_layers
 from ltrain.config import load as load_config
 from ltrain.data.dataset import build
 from ltrain.data.tokenizer import Tokenizer
@@ -44,13 +45,17 @@ class Request:
 
 
 def configure(request: Request, folder: Path) -> Config:
-    """The checkpoint's config with the evaluation that is asked for, on one rank where the command line says no other layout."""
+    """The checkpoint's config with the evaluation that is asked for: in the run's layout where the command line says none and it fits the ranks of
+    torchrun, else from one rank on, with what the command line says. Without FP8, in which no evaluation is."""
+    saved, ranks = load_config(folder / "config.yaml").parallel, int(os.environ.get("WORLD_SIZE", 1))
+    layout = [f.name for f in dataclasses.fields(ParallelConfig) if f.name not in ("context_layout", "timeout")]
+    asked = any(word.split("=")[0].strip() in (f"parallel.{name}" for name in layout) for word in request.overrides)
+    fits = ranks % (saved.tensor * saved.context * saved.pipeline) == 0 and ranks // saved.pipeline % saved.expert == 0
     words = [f"eval.needles.{name}={getattr(request, name)}" for name in ("lengths", "samples", "depths")] if request.tasks else []
-    words += [f"eval.needles.tasks=[{','.join(request.tasks)}]", "eval.needles.every=0", "engine=megatron"]
-    words += [f"parallel.{degree}=1" for degree in ("tensor", "context", "expert", "pipeline")]
+    words += [f"eval.needles.tasks=[{','.join(request.tasks)}]", "eval.needles.every=0", "engine=megatron", "fp8.recipe=none"]
+    words += [] if fits and not asked else [f"parallel.{name}={getattr(ParallelConfig(), name)}" for name in layout]
     words += [f"eval.positions={max(request.lengths)}"] if request.lengths else []
     config = load_config(folder / "config.yaml", [*(word.replace(" ", "") for word in words), *request.overrides])
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
     parallel = config.parallel
     # of training alone: whatever fits these ranks
     data_ranks = max(1, ranks // (parallel.tensor * parallel.context * parallel.pipeline))

@@ -1,5 +1,6 @@
 """The same evaluation inside training, by `ltrain eval`, and over ranks: the same numbers."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ltrain.config import Config, ConfigError, NeedleConfig, TrackingConfig, load, to_yaml
+from ltrain.config import Config, ConfigError, FP8Config, NeedleConfig, ParallelConfig, TrackingConfig, load, to_yaml
 from tests.train.runs import metrics, small
 
 NEEDLES = NeedleConfig(tasks=["passkey", "multi_key"], lengths=[768, 1024], depths=3, samples=4, every=2)
@@ -94,6 +95,27 @@ LAYOUTS = [["parallel.tensor=2", "parallel.context=2", "parallel.expert=4"], ["p
 def test_every_layout_finds_the_same(pool: Any, run: Path, tmp_path: Path, words: list[str]) -> None:
     pool(4).run(on_rank, run, tmp_path / "out", ["eval.positions=200", *words], timeout=120)
     assert not differences(read(tmp_path / "out"), read(run / "eval" / "step-000004"))
+
+
+def test_an_evaluation_has_the_runs_layout_where_it_fits_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ltrain.evals.command import Request, configure
+
+    layout = ParallelConfig(tensor=2, context=2, ulysses=2, wire="fp8", context_layout="contiguous")
+    config = small(tmp_path, parallel=layout, precision="bf16", fp8=FP8Config(recipe="delayed", bf16_first=1))
+    config.model.layers["full"] |= {"heads": 4, "kv_heads": 4}
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    alone = ParallelConfig(context_layout="contiguous")
+    for ranks, words, expected in (
+        ("1", [], alone),
+        ("2", [], alone),
+        ("4", [], layout),
+        ("8", ["parallel.timeout=60"], dataclasses.replace(layout, timeout=60)),
+        ("4", ["parallel.context=4"], dataclasses.replace(alone, context=4)),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        found = configure(Request("", words, ["passkey"], [512], 2, 2, ""), tmp_path)
+        assert found.parallel == expected, (ranks, words)
+        assert found.fp8 == FP8Config()  # evaluation is in bf16, on machines without FP8 too
 
 
 def test_another_seed_makes_other_prompts(pool: Any, run: Path, tmp_path: Path) -> None:
