@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltrain import stages
 from ltrain.checkpoint import Checkpoint, LocalCollectives, folder
 from ltrain.checkpoint.parameters import fill
 from ltrain.checkpoint.shard import sync_folder, write_file
@@ -25,7 +26,7 @@ from ltrain.families.family import Family
 from ltrain.families.source import Source, some, whole_model
 from ltrain.families.weights import Claim, Ours
 from ltrain.families.write import SHARD, Names, refuse_full, write_checkpoint
-from ltrain.model.options import ModelConfig, MTPOptions
+from ltrain.model.options import MIXERS, ModelConfig, MTPOptions
 from ltrain.model.stack import Stack
 from ltrain.schema import ConfigError
 
@@ -115,7 +116,7 @@ def export_checkpoint(
     with Checkpoint(path) as saved:
         vocab = saved.shape("embed.weight", "param")[0]
         before = saved.meta.get("source") or saved.meta.get("origin") or {}  # the config.json that the weights once came with
-        longest = length or _longest(before, dataclasses.replace(config.model, vocab=vocab)) or max(config.data.tokens, *_reach(config.model))
+        longest = length or _longest(before, dataclasses.replace(config.model, vocab=vocab)) or max(stages.length(config.data), *_reach(config.model))
         table, written = _fitting(config.model, vocab, longest, model_type, before.get("model_type", ""))
         if length and written.get(table.length) != length:
             raise ConfigError(f"--length {length} has no effect on this rope, whose length is {written.get(table.length)}: take it out")
@@ -172,18 +173,28 @@ def _reach(model: ModelConfig) -> list[int]:
 
 def _fitting(model: ModelConfig, vocab: int, length: int, model_type: str, before: str) -> tuple[Family, dict[str, Any]]:
     """The family that has this very model, and its config.json: `model_type`, or the one it came as, or the plainest."""
-    refusals = []
+    refusals: dict[str, str] = {}
     fitting: list[tuple[Family, dict[str, Any]]] = []
     for name in [model_type] if model_type else FAMILIES:
         try:
             fitting.append((family(name), family(name).to_config(model, vocab, length)))
         except ConfigError as error:
-            refusals.append(str(error))
+            refusals[name] = str(error)
     if fitting:  # the one with the fewest kinds of layers that this model has not
         return min(fitting, key=lambda f: (f[0].model_type != before, len(f[0].mixers) + len(f[0].ffns)))
+    if model_type:
+        raise ConfigError(refusals[model_type])
+    nearest = min(refusals, key=lambda name: _distance(family(name), model))
     raise ConfigError(
-        refusals[0] if len(refusals) == 1 else f"no Hugging Face family has this model ({'; '.join(refusals)}): name one and change the model"
+        f"no Hugging Face family has this model, not even {nearest}, the nearest ({refusals[nearest]}): change the model, or write --family and a "
+        "model_type of `ltrain models` to learn what another one lacks"
     )
+
+
+def _distance(table: Family, model: ModelConfig) -> int:
+    """How many mixers only one of the two has."""
+    ours = {MIXERS[spec.mixer][0] for spec in resolve_layers(model)}
+    return len(ours ^ {MIXERS[role.mixer][0] for role in table.mixers.values()})
 
 
 def _refuse_unnamed(saved: Checkpoint, table: Family, unnamed: tuple[str, ...]) -> None:

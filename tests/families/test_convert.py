@@ -60,6 +60,7 @@ def test_a_model_trained_here_loads_there(transformers: Any, tmp_path: Path) -> 
     ahead = MTPOptions(depth=1)  # which stays here
     model = ModelConfig(hidden=32, depth=2, pattern=["full"], layers={"full": kind}, ffn=MoEOptions(experts=0, inner=40), mtp=ahead)
     config = Config(model=model)
+    config.data.sequence_length = 256  # in streams of several sequences
     stack = Stack(model, 384, LocalLayers(std=0.3, depth=2))
     seed_parameters(stack, 0)
     bpe = train_bpe(["some text of words and words of text"] * 4, 300)
@@ -81,6 +82,7 @@ def test_a_model_trained_here_loads_there(transformers: Any, tmp_path: Path) -> 
     assert theirs.config.rope_parameters == {
         "rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0,
     }  # fmt: skip
+    assert theirs.config.max_position_embeddings == 256
     assert theirs.config.tie_word_embeddings and theirs.config.eos_token_id == tokenizer.eos
     tokens = torch.randint(0, 300, (250,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -306,6 +308,14 @@ def test_models_that_no_family_has_are_refused(tmp_path: Path, make: Make) -> No
     model = ModelConfig(hidden=32, depth=1, pattern=["full"], layers={"full": kind}, ffn=dense, norm="rms_zero_centred")
     with pytest.raises(ConfigError, match="no model with model.norm=rms_zero_centred"):
         family("llama").to_config(model, 96, 64)
+
+    # of all families, only the one with the same mixers says what it lacks
+    odd = Config(model=ModelConfig(hidden=32, depth=1, pattern=["full"], layers={"full": {**kind, "gate": "elementwise"}}, ffn=dense))
+    embedding = Entry("embed.weight", "param", (128, 32), (0, 0), torch.zeros(128, 32))
+    save(tmp_path / "odd", 1, [embedding], {}, LocalCollectives(), {"config.yaml": to_yaml(odd).encode()})
+    with pytest.raises(ConfigError, match=r"not even llama, the nearest \(llama has no layer like model.layers.full") as refusal:
+        export_checkpoint(tmp_path / "odd", tmp_path / "out")
+    assert "qwen" not in str(refusal.value)
 
     imported = import_checkpoint(make("qwen3_next")[1], tmp_path / "in")
     with Checkpoint(imported) as saved:
