@@ -67,12 +67,12 @@ def _prepared(
     solved: tuple[Tensor | None, ...] | None = None,
 ) -> _Prepared:
     """solved: the first three of an earlier call."""
-    count, (tokens, heads) = len(chunks.starts), v.shape[:2]
+    count, (tokens, heads, _) = chunks.block_count, v.shape
     if decay is None and beta is None:
         return _Prepared(None, None, None, None, v, None, None, None, None)
     if shapes.of_heads:
         assert decay is not None
-        shape, chunked = (tokens, heads), len(chunks.begins)
+        shape, chunked = (tokens, heads), chunks.chunk_count
         factors = [v.new_empty(x, dtype=torch.float32) for x in (shape, shape, (chunked, heads), (*shape, 2))]
         if chunked:
             grid = chunked, ceil_div(heads, HEADS)
@@ -96,13 +96,12 @@ def _prepared(
     if count:
         if shapes.decay == 2:
             options = shapes.options("sum_decays", without=("BV", "DECAY"))
-            spans = chunks.starts, chunks.stops
             forward.sum_decays[count, heads](
-                *(k, decay, *spans, firsts, middle, halves, heads, shapes.key, LEVELS), SOLVED=solved is not None, **options
+                *(k, decay, *chunks.spans, firsts, middle, halves, heads, shapes.key, LEVELS), SOLVED=solved is not None, **options
             )
         for pairs in shapes.pairs(grouped=False):
             forward.prepare[count, heads](
-                *(q, k, v, decay, beta, chunks.starts, chunks.stops, *made[:9], middle, *shapes.numbers, LEVELS),
+                *(q, k, v, decay, beta, *chunks.spans, *made[:9], middle, *shapes.numbers, LEVELS),
                 **{"DELTA": shapes.delta, "SOLVED": solved is not None, "PAIRS": pairs, **shapes.options("prepare")},
             )
     return made
@@ -113,7 +112,7 @@ def _summed(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What is there before each chunk [chunks, H, K, V], in their order or from the last one back, and after all of a segment [N, H, K, V], when
     each adds scale sum_t f_t x_t y_t^T and fades what there was; and what each leaves of it [chunks, H, K] or [chunks, H]."""
-    count, heads = len(chunks.begins), shapes.heads
+    count, heads = chunks.chunk_count, shapes.heads
     states, after = y.new_empty(count, heads, shapes.key, shapes.value), torch.empty_like(before)
     left = fade if fade is None or shapes.of_heads else fade.new_empty(count, *fade.shape[1:])
     if count:
@@ -121,8 +120,8 @@ def _summed(
         grid = count, heads, ceil_div(shapes.key, options["BK"]) * ceil_div(shapes.value, options["BV"])
         args = x, y, factors, fade, chunks.begins, chunks.ends, chunks.firsts, states, left, scale
         additive.add_chunks[grid](*args, *shapes.numbers, BACKWARD=back, **options)
-    if len(before):
-        grid = (len(before), heads, ceil_div(shapes.key * shapes.value, NUMBERS))
+    if chunks.segments:
+        grid = (chunks.segments, heads, ceil_div(shapes.key * shapes.value, NUMBERS))
         numbers = heads, shapes.key, shapes.value
         additive.accumulate[grid](states, left, chunks.bounds, before, after, *numbers, N=NUMBERS, DECAY=shapes.decay, BACKWARD=back, num_warps=4)
     return states, after, left
@@ -135,11 +134,11 @@ def _passed(k: Tensor, initial: Tensor, chunks: Chunks, shapes: Shapes, made: _P
         keys, factors = (made.writer, None) if shapes.decay == 2 else (k, made.writer)
         assert keys is not None
         return _summed(keys, made.u, factors, made.fade, initial, chunks, shapes, 1.0, back=False)
-    states = k.new_empty(len(chunks.begins), shapes.heads, shapes.key, shapes.value)
+    states = k.new_empty(chunks.chunk_count, shapes.heads, shapes.key, shapes.value)
     final = torch.empty_like(initial)
-    if len(initial):
-        options = shapes.narrow(len(initial))
-        grid = (len(initial), shapes.heads, ceil_div(shapes.value, options["BV"]))
+    if chunks.segments:
+        options = shapes.narrow(chunks.segments)
+        grid = (chunks.segments, shapes.heads, ceil_div(shapes.value, options["BV"]))
         args = k, made.w, made.u, made.writer, made.fade, chunks.cuts, chunks.bounds, initial, states, final
         forward.pass_states[grid](*args, *shapes.numbers, **options)
     return states, final, None
@@ -160,9 +159,9 @@ def _read(
     """[T, H, V]: the output, z = U; later: the gradient of U, z = dO."""
     out = torch.empty_like(z)
     if shapes.of_heads:
-        if len(chunks.starts):
+        if chunks.block_count:
             options, members = shapes.options("read of heads"), math.gcd(shapes.group, MEMBERS)
-            of_heads.read[len(chunks.starts), shapes.heads // members, ceil_div(shapes.value, options["BV"])](
+            of_heads.read[chunks.block_count, shapes.heads // members, ceil_div(shapes.value, options["BV"])](
                 *((k, q) if later else (q, k)),
                 *(z, made.sums, made.writer if later else made.reader, states, *chunks.places, out, scale),
                 *shapes.numbers,
@@ -172,11 +171,11 @@ def _read(
     rows, factors = ((made.reader, made.writer), (None, None)) if shapes.decay == 2 else ((q, k), (made.reader, made.writer))
     if later:
         rows, factors = rows[::-1], factors[::-1]
-    if len(chunks.starts):
+    if chunks.block_count:
         options = shapes.options("read")
         axes = {"BLOCKS": shapes.blocks, "KEYS": padded(shapes.key), "LATER": later, "STATES": states is not None}
         args = *rows, z, decay, made.scores, factors[0], made.fade, states, *chunks.places, out, scale
-        grid = len(chunks.starts), shapes.heads, ceil_div(shapes.value, options["BV"])
+        grid = chunks.block_count, shapes.heads, ceil_div(shapes.value, options["BV"])
         forward.read[grid](*args, *shapes.numbers, **axes, **options)
     return out
 
@@ -194,7 +193,7 @@ def _head_gradients(
 ) -> Tensor | None:
     """Of `_gradients`, without decays or with one per head, from q, k, v, dO and the states and their gradients: fills dq and dk -> ddecay"""
     (q, k, v, do), (states, dstates), (dq, dk) = inputs, through, grads
-    blocks, (tokens, heads) = len(chunks.starts), v.shape[:2]
+    blocks, (tokens, heads, _) = chunks.block_count, v.shape
     options = shapes.options("pair_gradients of heads")
     parts, grouped = ceil_div(shapes.key, options["BK"]), shapes.group > 1
     ddecay = moved = recalled = None
@@ -213,7 +212,7 @@ def _head_gradients(
         of_heads.pair_gradients[blocks, parts, heads // shapes.group](*args, scale, blocks, tokens, *shapes.numbers, LATER=later, **axes, **options)
     if ddecay is not None:
         options = shapes.options("decay_gradients of heads", without=("DECAY", "DOT"))
-        of_heads.decay_gradients[len(chunks.begins), heads](
+        of_heads.decay_gradients[chunks.chunk_count, heads](
             *(of_reads, of_writes, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, blocks, tokens),
             *(heads, shapes.key, shapes.value, parts),
             **{"GROUPED": grouped, **options},
@@ -236,7 +235,7 @@ def _gradients(
     scale: float,
 ) -> tuple[Tensor | None, ...]:
     """Where nothing is erased: dq, dk, dv, ddecay, None, dinitial"""
-    blocks, count, (tokens, heads) = len(chunks.starts), len(chunks.begins), v.shape[:2]
+    blocks, count, (tokens, heads) = chunks.block_count, chunks.chunk_count, v.shape[:2]
     made = _prepared(q, k, v, decay, beta, chunks, shapes, solved)
     states, _, left = _passed(k, initial, chunks, shapes, made)
     queries, factors = (made.reader, None) if shapes.decay == 2 else (q, made.reader)
@@ -283,14 +282,14 @@ def _delta_gradients(
     scale: float,
 ) -> tuple[Tensor | None, ...]:
     """Of the delta rule: dq, dk, dv, ddecay, dbeta, dinitial"""
-    count, (tokens, heads), spans = len(chunks.starts), v.shape[:2], chunks[:2]
+    count, (tokens, heads), spans = chunks.block_count, v.shape[:2], chunks.spans
     made = _prepared(q, k, v, decay, beta, chunks, shapes, solved)
     states, _, _ = _passed(k, initial, chunks, shapes, made)
     du = _read(q, k, do, decay, None, chunks, shapes, made, scale, later=True)
     dstates, dinitial = torch.empty_like(states), torch.empty_like(initial)
-    if len(initial):
-        options = shapes.narrow(len(initial))
-        backward.pass_gradients[len(initial), heads, ceil_div(shapes.value, options["BV"])](
+    if chunks.segments:
+        options = shapes.narrow(chunks.segments)
+        backward.pass_gradients[chunks.segments, heads, ceil_div(shapes.value, options["BV"])](
             *(q, k, made.w, made.reader, made.writer, made.fade, do, du, chunks.cuts, chunks.bounds, dfinal, dstates, dinitial, scale),
             *shapes.numbers,
             **options,

@@ -1,8 +1,10 @@
 """How the chunked recurrence is cut into chunks, and with which compile-time options the programs of `triton_kernels` are launched."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,9 +53,13 @@ LAUNCHES = {
 
 
 class Chunks(NamedTuple):
-    """On the device, int32. Of each block: its first and last + 1 token, and the chunk it is in [blocks]; of each chunk: its first and last + 1
-    token and its first block [chunks]; the tokens and the chunks of each segment, cuts and bounds [N + 1]."""
+    """How many blocks, chunks and segments there are, and on the device, int32, of each block: its first and last + 1 token, and the chunk it is in
+    [blocks]; of each chunk: its first and last + 1 token and its first block [chunks]; the tokens and the chunks of each segment, cuts and
+    bounds [N + 1]."""
 
+    block_count: int
+    chunk_count: int
+    segments: int
     starts: Tensor
     stops: Tensor
     chunks: Tensor
@@ -64,31 +70,43 @@ class Chunks(NamedTuple):
     bounds: Tensor
 
     @property
+    def spans(self) -> tuple[Tensor, ...]:
+        return self.starts, self.stops
+
+    @property
     def places(self) -> tuple[Tensor, ...]:  # for tiles.place_of
         return self.starts, self.chunks, self.begins, self.ends
 
 
-def _pieces(cuts: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pieces(cuts: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
     """Each segment in pieces of `length` tokens: first and last + 1 token and segment of each, and those of each segment [N + 1]"""
-    counts = (cuts.diff() + length - 1) // length
-    bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    segment = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    starts = cuts[segment] + (torch.arange(len(segment)) - bounds[segment]) * length
-    return starts, torch.minimum(starts + length, cuts[segment + 1]), segment, bounds
+    counts = -(-np.diff(cuts) // length)
+    bounds = np.append(0, counts.cumsum())
+    segment = np.repeat(np.arange(len(counts)), counts)
+    starts = cuts[segment] + (np.arange(len(segment)) - bounds[segment]) * length
+    return starts, np.minimum(starts + length, cuts[segment + 1]), segment, bounds
 
 
 @lru_cache(maxsize=64)  # all layers of a micro-batch share it
 def chunks_of(cuts: tuple[int, ...], blocks: int, device: torch.device) -> Chunks:
     """blocks: of a chunk, but for the last of a segment."""
-    tokens = torch.tensor(cuts, dtype=torch.int64)
+    tokens = np.array(cuts, np.int64)
     starts, stops, segment, first = _pieces(tokens, BLOCK)
     begins, ends, _, bounds = _pieces(tokens, blocks * BLOCK)
-    chunks = bounds[segment] + (torch.arange(len(segment)) - first[segment]) // blocks
-    firsts = torch.searchsorted(chunks, torch.arange(len(begins)))
+    chunks = bounds[segment] + (np.arange(len(segment)) - first[segment]) // blocks
+    firsts = np.searchsorted(chunks, np.arange(len(begins)))
     found = starts, stops, chunks, begins, ends, firsts, tokens, bounds
-    return Chunks(*(x.to(torch.int32).to(device, non_blocking=True) for x in found))
+    # one copy to the device; each begins at a multiple of 16 bytes, as tensors of their own would: Triton compiles once for all
+    places = [0, *accumulate(ceil_div(len(x), 4) * 4 for x in found)]
+    flat = np.zeros(places[-1], np.int32)
+    for place, x in zip(places, found, strict=False):
+        flat[place : place + len(x)] = x
+    on_device = torch.from_numpy(flat).to(device, non_blocking=True)
+    parts = (on_device[place : place + len(x)] for place, x in zip(places, found, strict=False))
+    return Chunks(len(starts), len(begins), len(cuts) - 1, *parts)
 
 
+@cache
 def padded(width: int) -> int:
     return max(16, power_of_two(width))
 
@@ -126,6 +144,7 @@ class Shapes(NamedTuple):
         """PAIRS of each launch of a program; grouped: of all value heads of a key head, whose chunks may differ."""
         return (1, 2) if self.decay == 2 and not (grouped and self.group > 1) else (0,)
 
+    @cache  # noqa: B019, there are few shapes, and made anew these would take half as long as a launch
     def options(self, program: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
         """Compile-time options, but for those that the program does not have."""
         kinds = [" grouped"] * (self.group > 1) + [" per channel"] * (self.decay == 2)
@@ -137,6 +156,7 @@ class Shapes(NamedTuple):
         sizes = {"C": BLOCK, "BK": min(key, padded(self.key)), "BV": min(value, padded(self.value)), "DECAY": self.decay}
         return {name: x for name, x in (sizes | pipeline | registers).items() if name not in without}
 
+    @lru_cache(maxsize=256)  # noqa: B019, likewise
     def narrow(self, segments: int) -> dict[str, Any]:
         """Options of the programs that go chunk by chunk. Each loads all of W, K and Q for its few columns of the state: few, so that there
         are programs for all processors, but no fewer."""
