@@ -102,8 +102,8 @@ def linear_recurrence(
         from ltrain.kernels.linear_recurrence import triton_chunked
 
         if permitted(triton_chunked.refusal(q, k, v, chunk), backend, "chunked or auto"):
-            output, final, maps = triton_chunked.linear_recurrence(q, k, v, decay, beta, bounds, scale, initial_state, return_segment_map)
-            return Result(output, final if return_final_state else None, maps)
+            args = q, k, v, decay, beta, bounds, scale, initial_state, return_final_state, return_segment_map
+            return Result(*triton_chunked.linear_recurrence(*args))
     output, final, maps = chunked.linear_recurrence(q, k, v, decay, beta, bounds, scale, initial_state, return_segment_map, chunk)
     return Result(output, final if return_final_state else None, maps)
 

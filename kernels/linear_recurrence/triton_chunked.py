@@ -21,7 +21,7 @@ from ltrain.kernels.segments import TRITON_TYPES, ceil_div, device_refusal
 # Numbers that rows are made a multiple of: 16-byte loads, and heads of 60 in bfloat16 had wrong gradients on an H200 (Triton 3.6), of 64 not.
 ALIGNED = 16
 LEVELS = BLOCK.bit_length() - 1  # see tiles.pair_spans
-ROWS = 16  # of `backward.scale_rows`
+ROWS = 16  # of `backward.sum_parts`
 HEADS = 16  # in a program of `heads.sum_decays`: the decays of a token lie together
 MEMBERS = 2  # value heads of one key head in a program of `heads.read`
 NUMBERS = 512  # of a state in a program of `additive.accumulate`
@@ -72,11 +72,11 @@ def _prepared(
         return _Prepared(None, None, None, None, v, None, None, None, None)
     if shapes.of_heads:
         assert decay is not None
-        shape, chunked = (tokens, heads), chunks.chunk_count
-        factors = [v.new_empty(x, dtype=torch.float32) for x in (shape, shape, (chunked, heads), (*shape, 2))]
-        if chunked:
-            grid = chunked, ceil_div(heads, HEADS)
-            of_heads.sum_decays[grid](decay, chunks.begins, chunks.ends, *factors, heads, C=BLOCK, HEADS=HEADS, num_warps=4)
+        shape = tokens, heads
+        factors = [v.new_empty(x, dtype=torch.float32) for x in (shape, shape, (chunks.chunk_count, heads), (*shape, 2))]
+        if count:
+            grid = chunks.chunk_count, ceil_div(heads, HEADS)
+            of_heads.sum_decays[grid](decay, chunks.begins, chunks.ends, *factors, decay.stride(0), heads, C=BLOCK, HEADS=HEADS, num_warps=4)
         return _Prepared(None, None, None, None, v, factors[0], factors[1], factors[2], None, factors[3])
     scores, solve, firsts = solved or (
         k.new_empty(tokens, heads, BLOCK) if shapes.decay == 2 else None,
@@ -107,38 +107,54 @@ def _prepared(
     return made
 
 
+def _ends(x: Tensor, chunks: Chunks, shapes: Shapes) -> Tensor:
+    """For a state of each segment [N, H, K, V]"""
+    return x.new_empty(chunks.segments, shapes.heads, shapes.key, shapes.value, dtype=torch.float32)
+
+
 def _summed(
-    x: Tensor, y: Tensor, factors: Tensor | None, fade: Tensor | None, before: Tensor, chunks: Chunks, shapes: Shapes, scale: float, back: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What is there before each chunk [chunks, H, K, V], in their order or from the last one back, and after all of a segment [N, H, K, V], when
-    each adds scale sum_t f_t x_t y_t^T and fades what there was; and what each leaves of it [chunks, H, K] or [chunks, H]."""
-    count, heads = chunks.chunk_count, shapes.heads
-    states, after = y.new_empty(count, heads, shapes.key, shapes.value), torch.empty_like(before)
+    x: Tensor,
+    y: Tensor,
+    factors: Tensor | None,
+    fade: Tensor | None,
+    before: Tensor | None,
+    chunks: Chunks,
+    shapes: Shapes,
+    scale: float,
+    back: bool,
+    ends: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What is there before each chunk [chunks, H, K, V], in their order or from the last one back, and if wanted, ends: after all of a segment
+    [N, H, K, V], when each adds scale sum_t f_t x_t y_t^T and fades what there was; and what each leaves of it [chunks, H, K] or [chunks, H]."""
+    count, heads, key, value = chunks.chunk_count, shapes.heads, shapes.key, shapes.value
+    states, after = y.new_empty(count, heads, key, value), _ends(y, chunks, shapes) if ends else None
     left = fade if fade is None or shapes.of_heads else fade.new_empty(count, *fade.shape[1:])
     if count:
         options = shapes.options("add_chunks of heads" if shapes.of_heads else "add_chunks")
-        grid = count, heads, ceil_div(shapes.key, options["BK"]) * ceil_div(shapes.value, options["BV"])
+        grid = count, heads, ceil_div(key, options["BK"]) * ceil_div(value, options["BV"])
         args = x, y, factors, fade, chunks.begins, chunks.ends, chunks.firsts, states, left, scale
         additive.add_chunks[grid](*args, *shapes.numbers, BACKWARD=back, **options)
     if chunks.segments:
-        grid = (chunks.segments, heads, ceil_div(shapes.key * shapes.value, NUMBERS))
-        numbers = heads, shapes.key, shapes.value
-        additive.accumulate[grid](states, left, chunks.bounds, before, after, *numbers, N=NUMBERS, DECAY=shapes.decay, BACKWARD=back, num_warps=4)
+        grid = chunks.segments, heads, ceil_div(key * value, NUMBERS)
+        axes = {"N": NUMBERS, "DECAY": shapes.decay, "BACKWARD": back}
+        additive.accumulate[grid](states, left, chunks.bounds, before, after, heads, key, value, num_warps=4, **axes)
     return states, after, left
 
 
-def _passed(k: Tensor, initial: Tensor, chunks: Chunks, shapes: Shapes, made: _Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The state before each chunk [chunks, H, K, V], final states [N, H, K, V], what each chunk leaves of a state where nothing is erased;
-    made.u turns from U0 to U."""
+def _passed(
+    k: Tensor, initial: Tensor | None, chunks: Chunks, shapes: Shapes, made: _Prepared, ends: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The state before each chunk [chunks, H, K, V], if wanted, ends: the final states [N, H, K, V], and what each chunk leaves of a state where
+    nothing is erased; made.u turns from U0 to U."""
     if not shapes.delta:
         keys, factors = (made.writer, None) if shapes.decay == 2 else (k, made.writer)
         assert keys is not None
-        return _summed(keys, made.u, factors, made.fade, initial, chunks, shapes, 1.0, back=False)
+        return _summed(keys, made.u, factors, made.fade, initial, chunks, shapes, 1.0, back=False, ends=ends)
     states = k.new_empty(chunks.chunk_count, shapes.heads, shapes.key, shapes.value)
-    final = torch.empty_like(initial)
+    final = _ends(k, chunks, shapes) if ends else None
     if chunks.segments:
         options = shapes.narrow(chunks.segments)
-        grid = (chunks.segments, shapes.heads, ceil_div(shapes.value, options["BV"]))
+        grid = chunks.segments, shapes.heads, ceil_div(shapes.value, options["BV"])
         args = k, made.w, made.u, made.writer, made.fade, chunks.cuts, chunks.bounds, initial, states, final
         forward.pass_states[grid](*args, *shapes.numbers, **options)
     return states, final, None
@@ -190,22 +206,24 @@ def _head_gradients(
     shapes: Shapes,
     made: _Prepared,
     scale: float,
+    moves: bool,
 ) -> Tensor | None:
-    """Of `_gradients`, without decays or with one per head, from q, k, v, dO and the states and their gradients: fills dq and dk -> ddecay"""
+    """Of `_gradients`, without decays or with one per head, from q, k, v, dO and the states and their gradients: fills dq and dk -> ddecay, if
+    wanted: moves"""
     (q, k, v, do), (states, dstates), (dq, dk) = inputs, through, grads
     blocks, (tokens, heads, _) = chunks.block_count, v.shape
     options = shapes.options("pair_gradients of heads")
     parts, grouped = ceil_div(shapes.key, options["BK"]), shapes.group > 1
-    ddecay = moved = recalled = None
-    if decay is not None:
+    ddecay = of_reads = of_writes = recalled = None
+    if moves and decay is not None:
         # Grouped, a part for each of the blocks that a token of a chunk may meet.
-        moved = v.new_empty(2, parts + (shapes.blocks if grouped else 0), tokens, heads, dtype=torch.float32)
+        slots = parts + (shapes.blocks if grouped else 0)
+        of_reads, of_writes = (v.new_empty(slots, tokens, heads, dtype=torch.float32) for _ in range(2))
         recalled = v.new_empty(parts, blocks, heads, dtype=torch.float32)
-        ddecay = torch.empty_like(decay)
+        ddecay = torch.empty_like(decay, memory_format=torch.contiguous_format)
     if not blocks:
         return ddecay
-    axes = {"KEYS": padded(shapes.key), "VALUES": padded(shapes.value), "GROUPED": grouped}
-    of_reads, of_writes = (None, None) if moved is None else moved
+    axes = {"KEYS": padded(shapes.key), "VALUES": padded(shapes.value), "GROUPED": grouped, "MOVES": ddecay is not None}
     reads = do, v, k, q, made.sums, made.reader, states, *chunks.places, dq, of_reads, recalled
     writes = v, do, q, k, made.sums, made.writer, dstates, *chunks.places, dk, of_writes, recalled
     for args, later in ((reads, False), (writes, True)):
@@ -226,24 +244,25 @@ def _gradients(
     v: Tensor,
     decay: Tensor | None,
     beta: None,
-    initial: Tensor,
+    initial: Tensor | None,
     solved: tuple[Tensor | None, ...],
     do: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     chunks: Chunks,
     shapes: Shapes,
     scale: float,
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Where nothing is erased: dq, dk, dv, ddecay, None, dinitial"""
-    blocks, count, (tokens, heads) = chunks.block_count, chunks.chunk_count, v.shape[:2]
+    """Where nothing is erased: dq, dk, dv, ddecay, None, dinitial; wanted: whether the gradients of the decays and of the initial states are"""
+    blocks, count, (tokens, heads, _) = chunks.block_count, chunks.chunk_count, v.shape
     made = _prepared(q, k, v, decay, beta, chunks, shapes, solved)
-    states, _, left = _passed(k, initial, chunks, shapes, made)
+    states, _, left = _passed(k, initial, chunks, shapes, made, ends=False)
     queries, factors = (made.reader, None) if shapes.decay == 2 else (q, made.reader)
     assert queries is not None
-    dstates, dinitial, _ = _summed(queries, do, factors, made.fade, dfinal, chunks, shapes, scale, back=True)
+    dstates, dinitial, _ = _summed(queries, do, factors, made.fade, dfinal, chunks, shapes, scale, back=True, ends=wanted[1])
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), _read(q, k, do, decay, dstates, chunks, shapes, made, scale, later=True)
     if shapes.of_heads:
-        ddecay = _head_gradients((q, k, v, do), decay, (states, dstates), left, (dq, dk), chunks, shapes, made, scale)
+        ddecay = _head_gradients((q, k, v, do), decay, (states, dstates), left, (dq, dk), chunks, shapes, made, scale, wanted[0])
         return dq, dk, dv, ddecay, None, dinitial
     assert decay is not None
     options = shapes.options("pair_gradients", without=("DECAY",))
@@ -273,20 +292,21 @@ def _delta_gradients(
     v: Tensor,
     decay: Tensor | None,
     beta: Tensor,
-    initial: Tensor,
+    initial: Tensor | None,
     solved: tuple[Tensor | None, ...],
     do: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     chunks: Chunks,
     shapes: Shapes,
     scale: float,
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Of the delta rule: dq, dk, dv, ddecay, dbeta, dinitial"""
-    count, (tokens, heads), spans = chunks.block_count, v.shape[:2], chunks.spans
+    """Of the delta rule: dq, dk, dv, ddecay, dbeta, dinitial; wanted as for `_gradients`, though ddecay is always found"""
+    count, (tokens, heads, _), spans = chunks.block_count, v.shape, chunks.spans
     made = _prepared(q, k, v, decay, beta, chunks, shapes, solved)
-    states, _, _ = _passed(k, initial, chunks, shapes, made)
+    states, _, _ = _passed(k, initial, chunks, shapes, made, ends=False)
     du = _read(q, k, do, decay, None, chunks, shapes, made, scale, later=True)
-    dstates, dinitial = torch.empty_like(states), torch.empty_like(initial)
+    dstates, dinitial = torch.empty_like(states), _ends(k, chunks, shapes) if wanted[1] else None
     if chunks.segments:
         options = shapes.narrow(chunks.segments)
         backward.pass_gradients[chunks.segments, heads, ceil_div(shapes.value, options["BV"])](
@@ -299,74 +319,83 @@ def _delta_gradients(
     options = shapes.options("key_gradients")
     pieces = ceil_div(shapes.key, options["BK"])
     on_reads, on_erases = (k.new_empty(tokens, heads, BLOCK) for _ in range(2))
-    own, direct = (v.new_empty(tokens, heads, dtype=torch.float32) for _ in range(2))
+    own = v.new_empty(tokens, heads, dtype=torch.float32)
+    of_beta = v.new_empty(1 + pieces, tokens, heads, dtype=torch.float32)
     dv = torch.empty_like(v)
-    dbeta = v.new_empty(pieces, tokens, heads, dtype=torch.float32)
     if count:
         narrow = shapes.options("score_gradients", without=("BK",))
         backward.score_gradients[count, heads](
-            *(v, u, decay, solve, do, du, *spans, on_reads, on_erases, own, dv, direct, scale, heads, shapes.value), **narrow
+            *(v, u, decay, solve, do, du, *spans, on_reads, on_erases, own, dv, of_beta, scale, heads, shapes.value), **narrow
         )
     del du
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
-    ddecay = None
-    if decay is not None:
-        ddecay = torch.empty_like(decay) if shapes.decay == 2 else v.new_empty(pieces, tokens, heads, dtype=torch.float32)
+    dq, dk, dbeta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(beta)
+    ddecay = None if decay is None else torch.empty_like(decay)
+    of_decay = v.new_empty(pieces, tokens, heads, dtype=torch.float32) if shapes.decay == 1 else None
     for pairs in shapes.pairs(grouped=True) if count else ():
         backward.key_gradients[count * pieces, heads // shapes.group](
             *(q, k, u, decay, beta, dv, firsts, fade, halves, do, on_reads, on_erases, own, states, dstates, *spans),
-            *(dq, dk, ddecay, dbeta, scale, tokens, *shapes.numbers, LEVELS),
+            *(dq, dk, ddecay if of_decay is None else of_decay, of_beta, scale, tokens, *shapes.numbers, LEVELS),
             GROUPED=shapes.group > 1,
             PAIRS=pairs,
             **options,
         )
-    if ddecay is not None and decay is not None:
-        ddecay = (ddecay.sum(0) if shapes.decay == 1 else ddecay).to(decay.dtype)
-    # torch takes three times as long for it
-    backward.scale_rows[(ceil_div(tokens * heads, ROWS),)](dv, beta, tokens * heads, shapes.value, ROWS, padded(shapes.value))
-    return dq, dk, dv, ddecay, dbeta.sum(0).add_(direct).to(beta.dtype), dinitial
+    sums = of_beta, dbeta, of_decay, None if of_decay is None else ddecay
+    backward.sum_parts[(ceil_div(tokens * heads, ROWS),)](dv, beta, *sums, tokens * heads, pieces, shapes.value, ROWS, padded(shapes.value))
+    return dq, dk, dv, ddecay, dbeta, dinitial
 
 
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, initial: Tensor, bounds: tuple[int, ...], scale: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor | None,
+        beta: Tensor | None,
+        initial: Tensor | None,
+        bounds: tuple[int, ...],
+        scale: float,
+        ends: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         shapes = Shapes.of(k, v, decay, beta)
         chunks = chunks_of(bounds, shapes.blocks, v.device)
         made = _prepared(q, k, v, decay, beta, chunks, shapes)
-        states, final, _ = _passed(k, initial, chunks, shapes, made)
+        states, final, _ = _passed(k, initial, chunks, shapes, made, ends)
         output = _read(q, k, made.u, decay, states, chunks, shapes, made, scale, later=False)
         ctx.save_for_backward(q, k, v, decay, beta, initial, *made[:3])
         ctx.chunks, ctx.shapes, ctx.scale = chunks, shapes, scale
+        ctx.set_materialize_grads(False)  # zeros for the final states would be as large as these
         return output, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         *inputs, scores, solve, firsts = ctx.saved_tensors
-        do, dfinal = (grad.contiguous() for grad in grads)
-        args = *inputs, (scores, solve, firsts), do, dfinal, ctx.chunks, ctx.shapes, ctx.scale
+        do, dfinal = (None if grad is None else grad.contiguous() for grad in grads)
+        do = torch.zeros_like(inputs[2]) if do is None else do
+        wanted = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+        args = *inputs, (scores, solve, firsts), do, dfinal, ctx.chunks, ctx.shapes, ctx.scale, wanted
         found = (_delta_gradients if ctx.shapes.delta else _gradients)(*args)
-        return *found, None, None
+        return *found, None, None, None
 
 
-def _identity(state: Tensor) -> Tensor:
-    """[N, H, K, K] beside a state [N, H, K, V]"""
-    segments, heads, width, _ = state.shape
-    return torch.eye(width, device=state.device).expand(segments, heads, -1, -1).contiguous()
+def _identity(segments: int, heads: int, k: Tensor) -> Tensor:
+    """[N, H, K, K]"""
+    return torch.eye(k.shape[2], device=k.device).expand(segments, heads, -1, -1).contiguous()
 
 
 def _with_map(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor, initial: Tensor, bounds: tuple[int, ...], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor, initial: Tensor | None, bounds: tuple[int, ...], scale: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The delta rule without gradients, and M: what is prepared serves both, and beside it M is one more pass of states, without an output."""
     shapes = Shapes.of(k, v, decay, beta)
     chunks = chunks_of(bounds, shapes.blocks, v.device)
     made = _prepared(q, k, v, decay, beta, chunks, shapes)
     nothing = v.new_zeros(*v.shape[:2], k.shape[2])
-    matrix = _passed(k, _identity(initial), chunks, shapes._replace(value=k.shape[2]), made._replace(u=nothing))[1]
-    states, final, _ = _passed(k, initial, chunks, shapes, made)
+    square = shapes._replace(value=k.shape[2])
+    matrix = _passed(k, _identity(chunks.segments, shapes.heads, k), chunks, square, made._replace(u=nothing), True)[1]
+    states, final, _ = _passed(k, initial, chunks, shapes, made, True)
     return _read(q, k, made.u, decay, states, chunks, shapes, made, scale, later=False), final, matrix
 
 
@@ -384,29 +413,35 @@ def linear_recurrence(
     bounds: list[int],
     scale: float,
     initial_state: Tensor | None,
+    with_final: bool,
     with_map: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """-> output [T, H, V], final states [N, H, K, V] float32, (M [N, H, K, K], E [N, H, K, V]) if with_map"""
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """-> output [T, H, V], final states [N, H, K, V] float32 if with_final, (M [N, H, K, K], E [N, H, K, V]) if with_map"""
     segments, heads, width, value = len(bounds) - 1, v.shape[1], k.shape[2], v.shape[2]
     cuts = tuple(bounds)
     keys, values = -width % ALIGNED, -value % ALIGNED
     q, k, v = (x.contiguous() for x in (_wider(q, keys), _wider(k, keys), _wider(v, values)))
-    decay = _wider(decay, keys) if decay is not None and decay.ndim == 3 else decay
-    decay, beta = (None if x is None else x.contiguous() for x in (decay, beta))
-    zeros = v.new_zeros(segments, heads, width + keys, value + values, dtype=torch.float32)
-    start = zeros
-    if initial_state is not None:
-        start = (F.pad(initial_state, (0, values, 0, keys)) if keys or values else initial_state).float().contiguous()
-    maps = None
+    beta = None if beta is None else beta.contiguous()
+    if decay is not None and decay.ndim == 3:
+        decay = _wider(decay, keys).contiguous()
+    elif decay is not None and (beta is not None or decay.stride(1) != 1):
+        decay = decay.contiguous()  # but for `heads.sum_decays`, which takes one row for all tokens, as constant decays have
+    start = initial_state
+    if start is not None:
+        start = (F.pad(start, (0, values, 0, keys)) if keys or values else start).float().contiguous()
+    maps = matrix = None
     if with_map and beta is not None and not torch.is_grad_enabled():
         output, final, matrix = _with_map(q, k, v, decay, beta, start, cuts, scale)
     else:
-        output, final = _Recurrence.apply(q, k, v, decay, beta, start, cuts, scale)
-        matrix = None
+        output, final = _Recurrence.apply(q, k, v, decay, beta, start, cuts, scale, with_final or (with_map and start is None))
     if with_map:  # M is where the identity ends with nothing to store, E where zeros end.
         if matrix is None:
-            nothing = v.new_zeros(len(v), heads, width + keys)
-            matrix = _Recurrence.apply(k, k, nothing, decay, beta, _identity(start), cuts, 1.0)[1]
-        end_of_zeros = final if initial_state is None else _Recurrence.apply(k, k, v, decay, beta, zeros, cuts, 1.0)[1]
+            identity, nothing = _identity(segments, heads, k), v.new_zeros(len(v), heads, k.shape[2])
+            matrix = _Recurrence.apply(k, k, nothing, decay, beta, identity, cuts, 1.0, True)[1]
+        end_of_zeros = final if start is None else _Recurrence.apply(k, k, v, decay, beta, None, cuts, 1.0, True)[1]
+        assert matrix is not None and end_of_zeros is not None  # their ends were asked for
         maps = matrix[..., :width, :width], end_of_zeros[..., :width, :value]
-    return output[..., :value], final[..., :width, :value], maps
+    final = final if with_final else None
+    if keys or values:
+        output, final = output[..., :value], None if final is None else final[..., :width, :value]
+    return output, final, maps

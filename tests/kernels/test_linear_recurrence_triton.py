@@ -49,6 +49,29 @@ MIXED = [64, 0, 65, 1, 63]
 
 
 @runs
+@pytest.mark.parametrize("delta", [True, False])
+@pytest.mark.parametrize("group", [1, 2])
+def test_what_is_neither_given_nor_wanted(group, delta):
+    """One row of decays for all tokens and no states, and no gradients of them or through the other output: the same numbers as with all of them."""
+    lengths = [70, 0, 3]
+    x = inputs(lengths, heads=1, group=group, delta=delta, dtype=torch.float32)
+    q, k, v, decay, beta, state = (None if t is None else t.detach().to(DEVICE) for t in x)
+    leaves = [t.requires_grad_() for t in (q, k, v, beta) if t is not None]
+    row, found = decay[0].expand(len(q), -1), []
+    for given in (True, False):
+        decays, start = (row.contiguous().requires_grad_(), torch.zeros_like(state).requires_grad_()) if given else (row, None)
+        args = q, k, v, decays, beta, cu(lengths)
+        whole = linear_recurrence(*args, scale=0.4, initial_state=start, return_final_state=True, return_segment_map=True, backend="triton")
+        part = linear_recurrence(*args, scale=0.4, initial_state=start, return_final_state=given, backend="triton")
+        losses = part.output.square().sum(), whole.final_state.square().sum()
+        if given:
+            losses = losses[0] + 0 * part.final_state.sum(), losses[1] + 0 * whole.output.sum()
+        grads = [grad for loss in losses for grad in torch.autograd.grad(loss, leaves)]
+        found.append([whole.output, whole.final_state, *whole.segment_map, part.output, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@runs
 @pytest.mark.parametrize(("decay", "delta"), BOTH)
 def test_updates_and_decays(decay, delta):
     compare([65, 2], 1e-5, heads=1, group=2, width=16, value_width=16, decay=decay, delta=delta)

@@ -139,12 +139,15 @@ def accumulate(
     BACKWARD: tl.constexpr,
 ):
     """Grid (segments, H, K V / N): turns states [chunks, H, K, V] from what each chunk adds to what is there before it, in the order of the
-    chunks or from the last one back; initial and final [N, H, K, V] stand before and after all of a segment."""
+    chunks or from the last one back; initial (None: zeros) and final (None: not wanted) [N, H, K, V] stand before and after all of a segment."""
     segment, h = tl.program_id(0), tl.program_id(1)
     place = tl.program_id(2) * N + tl.arange(0, N)
     inside = place < K * V
     whole = (segment * H + h).to(tl.int64) * K * V
-    state = tl.load(initial + whole + place, mask=inside, other=0.0)
+    if initial is None:
+        state = tl.zeros((N,), dtype=tl.float32)
+    else:
+        state = tl.load(initial + whole + place, mask=inside, other=0.0)
     a = tl.load(bounds + segment)
     count = tl.load(bounds + segment + 1) - a
     step = 1
@@ -168,7 +171,8 @@ def accumulate(
         add_a, add_b, add_c, add_d = next_a, next_b, next_c, next_d
         leave_a, leave_b, leave_c, leave_d = remain_a, remain_b, remain_c, remain_d
         a += 4 * step
-    tl.store(final + whole + place, state, mask=inside)
+    if final is not None:
+        tl.store(final + whole + place, state, mask=inside)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     signs_from_middle,
     split,
     state_at,
+    state_or_zeros,
     state_transposed,
     sums,
     tile,
@@ -56,11 +57,10 @@ def pass_gradients(
     DECAY: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Of the delta rule. Grid (segments, H, V / BV) -> dstates [chunks, H, K, V] after each chunk, dinitial [N, H, K, V]; adds to du what comes
-    from there."""
+    """Of the delta rule. Grid (segments, H, V / BV) -> dstates [chunks, H, K, V] after each chunk, dinitial [N, H, K, V] (None: not wanted);
+    adds to du what comes from there. dfinal [N, H, K, V], None: zeros."""
     segment, h, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
-    at, exists = state_at(dfinal, segment * H + h, K, V, BK, BV, 0, offset)
-    state = tl.load(at, mask=exists, other=0.0)
+    state = state_or_zeros(dfinal, segment * H + h, K, V, BK, BV, offset)
     rows = tl.arange(0, C)
     begin, end = tl.load(cuts + segment).to(tl.int64), tl.load(cuts + segment + 1).to(tl.int64)
     count = tl.load(bounds + segment + 1) - tl.load(bounds + segment)
@@ -90,8 +90,9 @@ def pass_gradients(
             following = fade_of(fade, chunk - 1, place > 0, h, H, K, DECAY, BK, 0)
         state += tl.dot(query, out, input_precision=DOT) * scale
         state -= tl.dot(tile_transposed(w, t, inside, h, H, K, BK, 0), write, input_precision=DOT)
-    at, exists = state_at(dinitial, segment * H + h, K, V, BK, BV, 0, offset)
-    tl.store(at, state, mask=exists)
+    if dinitial is not None:
+        at, exists = state_at(dinitial, segment * H + h, K, V, BK, BV, 0, offset)
+        tl.store(at, state, mask=exists)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -108,7 +109,7 @@ def score_gradients(
     on_erases,
     own,
     wide,
-    dbeta,
+    of_beta,
     scale,
     H,
     V,
@@ -118,7 +119,8 @@ def score_gradients(
     DOT: tl.constexpr,
 ):
     """Grid (chunks, H) -> for i < t, of scale q_t . k_i: on_reads, and of -beta_t k_t . k_i: on_erases [T, H, C] (per channel, of what all channels
-    add up to), the decay of a head in them; of q_t . k_t: own [T, H]; wide = D [T, H, V]; the part of dbeta [T, H] that comes through values."""
+    add up to), the decay of a head in them; of q_t . k_t: own [T, H]; wide = D [T, H, V]; the part of dbeta that comes through values: the first
+    of of_beta [.., T, H]."""
     h = tl.program_id(1)
     t, inside = rows_of(starts, stops, tl.program_id(0), C)
     reads = tl.zeros((C, C), dtype=tl.float32)
@@ -137,7 +139,7 @@ def score_gradients(
     fades = fade_between(sums(decay, t, inside, h, H, DECAY, C), C, True)
     put(on_reads, reads * fades, t, inside, h, H, C, C, 0)
     put(on_erases, erases * fades, t, inside, h, H, C, C, 0)
-    tl.store(dbeta + t * H + h, db, mask=inside)
+    tl.store(of_beta + t * H + h, db, mask=inside)
 
 
 @triton.jit
@@ -177,7 +179,7 @@ def _of_head(
     states,
     dstates,
     ddecay,
-    dbeta,
+    of_beta,
     scale,
     T,
     H,
@@ -197,7 +199,7 @@ def _of_head(
     PAIRS: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """What value head h adds to dQ and dK [C, BK]; stores its ddecay and dbeta."""
+    """What value head h adds to dQ and dK [C, BK]; stores its ddecay and part of dbeta."""
     here = part * BK
     rows = tl.arange(0, C)
     dtype = k.dtype.element_ty
@@ -270,7 +272,7 @@ def _of_head(
         reading += of_read
         erasing -= of_erase
         storing += of_store
-    tl.store(dbeta + (part * T + t) * H + h, tl.sum(erasing * key, 1), mask=inside)
+    tl.store(of_beta + ((part + 1) * T + t) * H + h, tl.sum(erasing * key, 1), mask=inside)
     erasing *= b[:, None]
     of_decay = reading * query - storing * key + erasing * key  # of g_t
     # g_t is the sum of the decays up to t: a decay has the gradients of all sums from its own on.
@@ -306,7 +308,7 @@ def key_gradients(
     dq,
     dk,
     ddecay,
-    dbeta,
+    of_beta,
     scale,
     T,
     H,
@@ -323,7 +325,7 @@ def key_gradients(
     DOT: tl.constexpr,
 ):
     """Grid (chunks * K / BK, H / G) -> dq, dk [T, H / G, K]; ddecay [T, H, K], or per head what the channels of this program add to it,
-    [K / BK, T, H]; likewise dbeta [K / BK, T, H]."""
+    [K / BK, T, H]; likewise of_beta [1 + K / BK, T, H], but for the first of them."""
     parts = tl.cdiv(K, BK)
     chunk, part, source = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1)
     here = part * BK
@@ -352,7 +354,7 @@ def key_gradients(
                 states,
                 dstates,
                 ddecay,
-                dbeta,
+                of_beta,
                 scale,
                 T,
                 H,
@@ -392,7 +394,7 @@ def key_gradients(
             states,
             dstates,
             ddecay,
-            dbeta,
+            of_beta,
             scale,
             T,
             H,
@@ -416,12 +418,29 @@ def key_gradients(
     put(dk, dkey, t, inside, source, H // G, K, BK, here)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def scale_rows(x, factors, rows, V: tl.constexpr, ROWS: tl.constexpr, BV: tl.constexpr):
-    """x [rows, V] times factors [rows], in place."""
+@triton.jit
+def _total(part, rows, parts, exists, ROWS: tl.constexpr):
+    """Of so many parts, `rows` numbers from one to the next -> [ROWS]"""
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    for _ in range(parts):
+        total += tl.load(part, mask=exists, other=0.0)
+        part += rows
+    return total
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
+def sum_parts(dv, beta, of_beta, dbeta, of_decay, ddecay, rows, parts, V: tl.constexpr, ROWS: tl.constexpr, BV: tl.constexpr):
+    """dv [rows, V] times beta [rows], in place; dbeta [rows] of of_beta [1 + parts, rows], and if decays are per head, ddecay [rows] of
+    of_decay [parts, rows]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = row < rows
     columns = tl.arange(0, BV)
-    inside = (row < rows)[:, None] & (columns < V)[None, :]
-    at = x + row[:, None] * V + columns[None, :]
-    scaled = tl.load(at, mask=inside).to(tl.float32) * tl.load(factors + row, mask=row < rows).to(tl.float32)[:, None]
-    tl.store(at, scaled.to(x.dtype.element_ty), mask=inside)
+    inside = exists[:, None] & (columns < V)[None, :]
+    at = dv + row[:, None] * V + columns[None, :]
+    scaled = tl.load(at, mask=inside).to(tl.float32) * tl.load(beta + row, mask=exists).to(tl.float32)[:, None]
+    tl.store(at, scaled.to(dv.dtype.element_ty), mask=inside)
+    through_values = tl.load(of_beta + row, mask=exists, other=0.0)
+    total = _total(of_beta + rows + row, rows, parts, exists, ROWS) + through_values
+    tl.store(dbeta + row, total.to(dbeta.dtype.element_ty), mask=exists)
+    if ddecay is not None:
+        tl.store(ddecay + row, _total(of_decay + row, rows, parts, exists, ROWS).to(ddecay.dtype.element_ty), mask=exists)

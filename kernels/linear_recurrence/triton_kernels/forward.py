@@ -38,6 +38,7 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     signs_from_middle,
     split,
     state_at,
+    state_or_zeros,
     sums,
     sums_of_halves,
     tile,
@@ -283,11 +284,10 @@ def pass_states(
 ):
     """Of the delta rule. Grid (segments, H, V / BV) -> states [chunks, H, K, V] before each chunk, final [N, H, K, V]; turns u from U0 to U.
 
-    cuts [N + 1]: the tokens, bounds [N + 1]: the chunks of each segment; initial [N, H, K, V].
+    cuts [N + 1]: the tokens, bounds [N + 1]: the chunks of each segment; initial [N, H, K, V], None: zeros; final None: not wanted.
     """
     segment, h, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
-    at, exists = state_at(initial, segment * H + h, K, V, BK, BV, 0, offset)
-    state = tl.load(at, mask=exists, other=0.0)
+    state = state_or_zeros(initial, segment * H + h, K, V, BK, BV, offset)
     rows = tl.arange(0, C)
     begin, end = tl.load(cuts + segment).to(tl.int64), tl.load(cuts + segment + 1).to(tl.int64)
     first, stop = tl.load(bounds + segment), tl.load(bounds + segment + 1)
@@ -313,8 +313,9 @@ def pass_states(
             state *= following
             following = fade_of(fade, chunk + 1, chunk + 1 < stop, h, H, K, DECAY, BK, 0)
         state += tl.dot(key, write, input_precision=DOT)
-    at, exists = state_at(final, segment * H + h, K, V, BK, BV, 0, offset)
-    tl.store(at, state, mask=exists)
+    if final is not None:
+        at, exists = state_at(final, segment * H + h, K, V, BK, BV, 0, offset)
+        tl.store(at, state, mask=exists)
 
 
 @triton.jit(do_not_specialize=COUNTS)

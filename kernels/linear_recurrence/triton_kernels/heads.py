@@ -27,10 +27,10 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def sum_decays(decay, begins, ends, reader, writer, left, sums, H, C: tl.constexpr, HEADS: tl.constexpr):
-    """Grid (chunks, H / HEADS): of decay [T, H], with g summed from the start of each chunk, sums [T, H, 2] float32: g, and what float32 loses of
-    it; reader = e^{g_t} and writer = e^{g_last - g_t} [T, H], left = e^{g_last} [chunks, H]."""
+@triton.jit(do_not_specialize=[*COUNTS, "step"])
+def sum_decays(decay, begins, ends, reader, writer, left, sums, step, H, C: tl.constexpr, HEADS: tl.constexpr):
+    """Grid (chunks, H / HEADS): of decay [T, H], `step` numbers from one token to the next, with g summed from the start of each chunk, sums
+    [T, H, 2] float32: g, and what float32 loses of it; reader = e^{g_t} and writer = e^{g_last - g_t} [T, H], left = e^{g_last} [chunks, H]."""
     chunk = tl.program_id(0)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     begin, end = tl.load(begins + chunk).to(tl.int64), tl.load(ends + chunk).to(tl.int64)
@@ -39,14 +39,14 @@ def sum_decays(decay, begins, ends, reader, writer, left, sums, H, C: tl.constex
     for start in range(begin, end, C):
         t = start + rows
         exists = (t < end)[:, None] & (heads < H)[None, :]
-        last += tl.sum(tl.load(decay + t[:, None] * H + heads[None, :], mask=exists, other=0.0).to(tl.float64), 0)
+        last += tl.sum(tl.load(decay + t[:, None] * step + heads[None, :], mask=exists, other=0.0).to(tl.float64), 0)
     tl.store(left + chunk * H + heads, tl.exp(last.to(tl.float32)), mask=heads < H)
     before = tl.zeros((HEADS,), dtype=tl.float64)
     for start in range(begin, end, C):
         t = start + rows
         exists = (t < end)[:, None] & (heads < H)[None, :]
         at = t[:, None] * H + heads[None, :]
-        x = tl.load(decay + at, mask=exists, other=0.0).to(tl.float64)
+        x = tl.load(decay + t[:, None] * step + heads[None, :], mask=exists, other=0.0).to(tl.float64)
         g = tl.cumsum(x, 0) + before[None, :]
         before += tl.sum(x, 0)
         high = g.to(tl.float32)
@@ -238,11 +238,12 @@ def pair_gradients(
     DECAY: tl.constexpr,
     LATER: tl.constexpr,
     GROUPED: tl.constexpr,
+    MOVES: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Grid (blocks, K / BK, H / G) -> out [T, H / G, K]: dQ, or LATER dK, of x and y [T, H, V] and z [T, H / G, K]; itself [T, H / G, K]: q or k.
 
-    And of decays per head, for `decay_gradients`: moved = q_t dq_t or k_t dk_t [parts, T, H] but for what a token has of itself, and, not LATER,
+    And for `decay_gradients`, where MOVES: moved = q_t dq_t or k_t dk_t [parts, T, H] but for what a token has of itself, and, not LATER,
     what of it comes from the state before the chunk, summed over the block: recalled [K / BK, blocks, H]. moved comes in K / BK parts, where
     GROUPED only of what comes through the state, and one for each block from the own one on: what the value heads of a key head have from
     another block meets its keys as a sum, and what each of them moves is found from the scores, sum_i (Q K^T)_ti (fade * dO V^T)_ti.
@@ -260,6 +261,7 @@ def pair_gradients(
     if DECAY == HEAD:
         sums += begin * H * 2
         factors += begin * H
+    if MOVES:
         moved += begin * H
     step = -1
     if LATER:
@@ -269,7 +271,7 @@ def pair_gradients(
         for member in range(G):
             h = source * G + member
             of_state = _through_state(x, states, factors, chunk, t, inside, h, scale, H, K, V, here, C, BK, BV, BV == VALUES, DECAY, LATER, DOT)
-            if DECAY == HEAD:
+            if MOVES:
                 moves = tl.sum(of_state * tile(itself, t, inside, source, H // G, K, BK, here), 1)
                 tl.store(moved + (part.to(tl.int64) * T + t) * H + h, moves, mask=inside)
                 if not LATER:
@@ -278,7 +280,7 @@ def pair_gradients(
         for n in range(count + 1):
             others = t + step * n * C
             exist = (others >= 0) & (others < length)
-            if DECAY == HEAD:
+            if MOVES:
                 scores = products_of_rows(itself, z, t, inside, others, exist, source, H // G, K, C, BK, BK == KEYS, DOT)
                 scores = tl.where(t[:, None] == others[None, :], 0.0, scores)
             near = tl.zeros((C, C), dtype=tl.float32)
@@ -289,13 +291,13 @@ def pair_gradients(
                 high_there, low_there = _sums(sums, others, exist, h, H, DECAY)
                 of_head *= _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY, LATER, False)
                 near += of_head
-                if DECAY == HEAD:
+                if MOVES:
                     slot = moved + ((tl.num_programs(1) + n).to(tl.int64) * T + t) * H + h
                     tl.store(slot, tl.sum(of_head * scores, 1), mask=inside & (part == 0))
             total += tl.dot(near.to(dtype), tile(z, others, exist, source, H // G, K, BK, here), input_precision=DOT)
     else:
         total = _through_state(x, states, factors, chunk, t, inside, source, scale, H, K, V, here, C, BK, BV, False, DECAY, LATER, DOT)
-        if DECAY == HEAD and not LATER:
+        if MOVES and not LATER:
             own = tile(itself, t, inside, source, H, K, BK, here)
             tl.store(recalled + (part * blocks + block) * H + source, tl.sum(tl.sum(total * own, 1), 0))
         if BV == VALUES:
@@ -312,9 +314,10 @@ def pair_gradients(
             high_there, low_there = _sums(sums, others, exist, source, H, DECAY)
             near *= _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY, LATER, DECAY == HEAD)
             total += tl.dot(near.to(dtype), tile(z, others, exist, source, H, K, BK, here), input_precision=DOT)
-        if DECAY == HEAD:
+        if MOVES:
             moves = tl.sum(total * tile(itself, t, inside, source, H, K, BK, here), 1)
             tl.store(moved + (part.to(tl.int64) * T + t) * H + source, moves, mask=inside)
+        if DECAY == HEAD:
             alone = tl.zeros((C,), dtype=tl.float32)
             for column in tl.range(0, V, BV, num_stages=1):
                 ours = tile(x, t, inside, source, H, V, BV, column).to(tl.float32)

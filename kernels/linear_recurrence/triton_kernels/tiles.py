@@ -64,6 +64,17 @@ def state_at(x, index, K, V, BK: tl.constexpr, BV: tl.constexpr, row, column):
 
 
 @triton.jit
+def state_or_zeros(x, index, K, V, BK: tl.constexpr, BV: tl.constexpr, column):
+    """x[index, :, column : column + BV] of [states, K, V], zeros for None -> [BK, BV]"""
+    if x is None:
+        state = tl.zeros((BK, BV), dtype=tl.float32)
+    else:
+        at, exists = state_at(x, index, K, V, BK, BV, 0, column)
+        state = tl.load(at, mask=exists, other=0.0)
+    return state
+
+
+@triton.jit
 def state_transposed(x, index, K, V, BK: tl.constexpr, BV: tl.constexpr, row, column):
     """x[index, row : row + BK, column : column + BV]^T -> [BV, BK]"""
     rows, columns = row + tl.arange(0, BK), column + tl.arange(0, BV)
