@@ -109,7 +109,7 @@ def _pairs_backend(name: str, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]
 
 
 def forward_pairs(
-    q: Tensor, k: Tensor, v: Tensor, pairs: Sequence[Pair], *, scale: float, score: Score = PLAIN, backend: str = "auto"
+    q: Tensor, k: Tensor, v: Tensor, pairs: Sequence[Pair], *, scale: float, score: Score = PLAIN, backend: str = "auto", wide: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Attention of query rows over the key rows that `pairs` give them.
 
@@ -123,6 +123,7 @@ def forward_pairs(
         scale: what scores are multiplied with, usually D ** -0.5.
         score: what becomes of scores before the softmax; distances are those of the pairs.
         backend: auto | reference | blockwise | te | cudnn | flash | triton.
+        wide: whether more than one other part is to be merged with out; otherwise it comes in the type in which the backend has it.
 
     Returns:
         out [Tq, H, Dv] and lse [Tq, H], the natural log of the sum of exponentials of scaled scores, in float32 or wider.
@@ -135,7 +136,7 @@ def forward_pairs(
     chosen = _pairs_backend(backend, q, k, v, kept, scale, score)
     with torch.no_grad():
         out, lse = chosen.forward_pairs(q, k, v, kept, scale, *(() if score.plain else (score,)))
-    return out.to(accumulator(q.dtype)), lse
+    return out.to(accumulator(q.dtype)) if wide else out, lse
 
 
 def backward_pairs(
@@ -150,6 +151,7 @@ def backward_pairs(
     scale: float,
     score: Score = PLAIN,
     backend: str = "auto",
+    wide: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What `pairs` contribute to the gradients of attention over these and possibly many other keys.
 
@@ -157,6 +159,7 @@ def backward_pairs(
         dout: gradient of the final output, [Tq, H, Dv].
         q, k, v, pairs, scale, score, backend: as for `forward_pairs`.
         out, lse: the final ones, merged over every pair of every step, so that exp(score - lse) is the final probability.
+        wide: whether more than one other part is to be added to the gradients; otherwise they come in the type in which the backend has them.
 
     Returns:
         dq [Tq, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] and, where the score has one, dbias [H, buckets], in float32 or wider, to be summed
@@ -176,17 +179,17 @@ def backward_pairs(
             dq, dk, dv = chosen.backward_pairs(dout, q, k, v, out, lse, kept, scale)
         else:
             dq, dk, dv, dbias = chosen.backward_scores(dout, q, k, v, out, lse, kept, scale, score)
-    wide = accumulator(q.dtype)
-    return dq.to(wide), dk.to(wide), dv.to(wide), dbias
+    dtype = accumulator(q.dtype)
+    return *((dq.to(dtype), dk.to(dtype), dv.to(dtype)) if wide else (dq, dk, dv)), dbias
 
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the same keys and, for each head, one more that has the score sinks [H] and no value (gpt-oss; OpenAI 2025).
 
-    out [T, H, Dv] and lse [T, H], over all keys.
+    out [T, H, Dv] and lse [T, H], over all keys; both in float32 or wider.
     """
     total = torch.logaddexp(lse, sinks.to(lse))
-    return out * (lse - total).exp().unsqueeze(-1).to(out), total
+    return out * (lse - total).exp().unsqueeze(-1), total
 
 
 def sinks_gradient(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ lengthened to a few lengths per power of two, other keys are cut to one, and onl
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ from ltrain.kernels.attention import by_pair, te
 from ltrain.kernels.attention.merging import merge_into
 from ltrain.kernels.attention.pairs import Pair
 
-LEAST = 8192  # rows and keys of a pair, and twice as many where Transformer Engine takes those between: faster, for many pairs at once
+LEAST = 8192  # rows and keys of a pair
+ALONE = 16384  # and where Transformer Engine has kernels for many pairs at once, which up to here are as fast
 LENGTHS = 16  # of a power of two: at most 1/16 of the rows are added
 WIDEST = 128  # head that both passes take
 
@@ -35,12 +35,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
     if q.shape[2] != v.shape[2] or q.shape[2] > WIDEST or q.shape[2] % 8:
         return f"takes keys and values of one width, a multiple of 8 up to {WIDEST}, not {q.shape[2]} and {v.shape[2]}"
     if not _parted(tuple(pairs))[0]:
-        return f"takes pairs of at least {_least()} queries and keys, of which there are none"
+        return f"takes pairs of at least {LEAST} queries and keys, of which there are none"
     return None
-
-
-def _least() -> int:
-    return LEAST if isinstance(te.engine(), str) else 2 * LEAST
 
 
 def _step(rows: int) -> int:
@@ -56,7 +52,7 @@ def rounded(rows: int) -> int:
 
 def _cut(pair: Pair) -> Iterator[Pair]:
     """Queries can be added to a rectangle, keys not: the last of these become one of their own."""
-    rest = pair.k_len % _step(pair.k_len) if not pair.causal and min(pair.q_len, pair.k_len) >= _least() else 0
+    rest = pair.k_len % _step(pair.k_len) if not pair.causal and min(pair.q_len, pair.k_len) >= LEAST else 0
     yield pair._replace(k_len=pair.k_len - rest)
     if rest:
         yield pair._replace(k_start=pair.k_start + pair.k_len - rest, k_len=rest)
@@ -68,19 +64,17 @@ def _parted(pairs: tuple[Pair, ...]) -> tuple[list[Pair], list[Pair]]:
     found: tuple[list[Pair], list[Pair]] = [], []
     for pair in by_pair.squares(list(pairs)):
         for part in _cut(pair):
-            found[min(part.q_len, part.k_len) < _least()].append(part)
+            found[min(part.q_len, part.k_len) < LEAST].append(part)
     return found
 
 
 def worthwhile(pairs: list[Pair]) -> bool:
-    """Whether most of the scores are in pairs for cuDNN."""
-    long, short = (sum(pair.q_len * pair.k_len / (2 if pair.causal else 1) for pair in some) for some in _parted(tuple(pairs)))
-    return long > short
-
-
-def _for_others(q: Tensor, k: Tensor, v: Tensor, scale: float, pairs: list[Pair]) -> Any:
-    """The backend for the pairs that are too short."""
-    return te if te.refusal(q, k, v, pairs) is None else te.for_others(q, k, v, scale, pairs)
+    """Whether most of the scores are in pairs for cuDNN; all of them, where Transformer Engine would take the others with these."""
+    long, short = _parted(tuple(pairs))
+    if not isinstance(te.engine(), str):
+        return not short and all(min(pair.q_len, pair.k_len) >= ALONE for pair in long)
+    scores = [sum(pair.q_len * pair.k_len / (2 if pair.causal else 1) for pair in some) for some in (long, short)]
+    return scores[0] > scores[1]
 
 
 def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float) -> tuple[Tensor, Tensor]:
@@ -93,7 +87,7 @@ def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: flo
     out, lse = by_pair.forward(q, k, v, long, attend, rounded)
     if short:
         out = out.float()
-        merge_into(out, lse, *_for_others(q, k, v, scale, short).forward_pairs(q, k, v, short, scale))
+        merge_into(out, lse, *te.for_others(q, k, v, scale, short).forward_pairs(q, k, v, short, scale))
     return out, lse
 
 
@@ -115,7 +109,7 @@ def backward_pairs(
     dout, out = dout.to(q.dtype).contiguous(), out.to(q.dtype).contiguous()
     grads = by_pair.backward(dout, q, k, v, out, lse, long, differentiate, rounded)
     if short:
-        others = _for_others(q, k, v, scale, short).backward_pairs(dout, q, k, v, out, lse, short, scale)
+        others = te.for_others(q, k, v, scale, short).backward_pairs(dout, q, k, v, out, lse, short, scale)
         dq, dk, dv = (grad.float() for grad in grads)
         for total, other in zip((dq, dk, dv), others, strict=True):
             total += other

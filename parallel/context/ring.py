@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltrain.kernels.attention import Mask, Pair, Score, backward_pairs, forward_pairs, merge_into, seen, sinks_gradient, with_sinks
+from ltrain.kernels.segments import accumulator
 from ltrain.model.sequence import Tape
 from ltrain.parallel.context import wire
 from ltrain.parallel.context.balance import joined
@@ -72,6 +73,12 @@ class Ring(NamedTuple):
     local: list[Pair]  # inside this rank
     stages: list[Stage]  # none, where this rank has nothing to do for others or with theirs; else all, so that two ranks post in the same order
     alone: bool  # no segment of this rank has to do with another one
+
+    @property
+    def many(self) -> bool:
+        """Whether more than one part is added to this rank's own: then sums are wider than the inputs, which one part needs not."""
+        steps = [step for stage in self.stages for step in stage.steps]
+        return max(sum(bool(step.reads.pairs) for step in steps), sum(bool(step.sent) for step in steps)) > 1 or len(self.stages) > 1
 
 
 class Links(NamedTuple):
@@ -296,7 +303,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     steps = _arriving(plan, carried, links)
     next(steps, None)
-    out, lse = forward_pairs(q, k, v, plan.local, scale=scale, score=score)  # [T, H, Dv], [T, H]
+    out, lse = forward_pairs(q, k, v, plan.local, scale=scale, score=score, wide=plan.many)  # [T, H, Dv], [T, H]
     for _, step, arrived in steps:
         if not step.reads.pairs:
             continue
@@ -330,12 +337,12 @@ def _backward(
     """Gradients of q, k and v; of what was carried (k and v themselves: among the first), of the weight and of the bias."""
     steps = _arriving(plan, carried, links)
     next(steps, None)
-    dq, dk, dv, dbias = backward_pairs(dout, q, k, v, out, lse, plan.local, scale=scale, score=score)
+    dq, dk, dv, dbias = backward_pairs(dout, q, k, v, out, lse, plan.local, scale=scale, score=score, wide=plan.many)
     expanded = expansion.weight is not None
     of = expansion.of or carried
     own = [x.new_zeros(x.shape, dtype=dk.dtype) for x in of] if expanded else [dk, dv]
     # K and V come home in float32 or wider; what they were made of, as its own products gave it
-    home = Home(own, plan, of[0].dtype if expanded else dk.dtype, links)
+    home = Home(own, plan, of[0].dtype if expanded else accumulator(k.dtype), links)
     dweight = None
     for stage, step, arrived in steps:
         found: list[Tensor] = []

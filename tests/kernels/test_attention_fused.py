@@ -44,15 +44,14 @@ def test_few_lengths_have_plans():
 
 
 def test_cudnn_is_for_streams_whose_scores_are_in_long_documents(monkeypatch):
-    monkeypatch.setattr(cudnn, "_least", lambda: 8192)
+    monkeypatch.setattr(te, "engine", lambda: "needs Transformer Engine")
     document = [Pair(0, 9000, 0, 9000, True)]
     short = [Pair(9000 + 2000 * n, 2000, 9000 + 2000 * n, 2000, True) for n in range(25)]
     assert cudnn.worthwhile(document + short[:20]) and not cudnn.worthwhile(document + short)
     assert not cudnn.worthwhile([Pair(0, 8191, 0, 8191, True)]) and not cudnn.worthwhile([])
 
 
-def test_keys_of_rectangles_are_cut_where_there_is_a_plan(monkeypatch):
-    monkeypatch.setattr(cudnn, "_least", lambda: 8192)
+def test_keys_of_rectangles_are_cut_where_there_is_a_plan():
     square, small, rectangle = Pair(0, 9000, 0, 9000, True), Pair(0, 9000, 9000, 8191, False), Pair(0, 9000, 9000, 12700, False)
     assert cudnn._parted((square, small, rectangle)) == (
         [square, rectangle._replace(k_len=12288)],
@@ -61,10 +60,8 @@ def test_keys_of_rectangles_are_cut_where_there_is_a_plan(monkeypatch):
     assert cudnn._parted((Pair(0, 9000, 0, 16384, False),)) == ([Pair(0, 9000, 0, 16384, False)], [])
 
 
-def test_calls_share_no_rows(monkeypatch):
+def test_calls_share_no_rows():
     """Two pairs of a call with the same keys would write the same gradients over each other."""
-    monkeypatch.setattr(te, "LEAST", 3)
-    monkeypatch.setattr(te, "LIMIT", 2)
     draw = random.Random(0)
     for _ in range(50):
         pairs = []
@@ -75,29 +72,26 @@ def test_calls_share_no_rows(monkeypatch):
         calls, rest = te._parted(tuple(pairs))
         squares = [part for pair in pairs for part in ([pair] if pair.window else by_pair.squares([pair]))]
         assert sorted([p for call in calls for p in call.pairs] + rest) == sorted(squares)
-        assert all((p.window and (p.gap or not p.causal or p.q_len < p.k_len)) or min(p.q_len, p.k_len) < 3 for p in rest)
+        assert all(p.window and (p.gap or not p.causal or p.q_len < p.k_len) for p in rest)
         for call in calls:
             assert {(p.causal, p.window) for p in call.pairs} == {call.kind}
-            assert len(call.pairs) == 1 or len(call.pairs) * (call.queries.stop - call.queries.start) <= 2 * 128
             for start, length in (("q_start", "q_len"), ("k_start", "k_len")):
                 ranges = sorted((getattr(p, start), getattr(p, start) + getattr(p, length)) for p in call.pairs)
                 assert all(stop <= begin for (_, stop), (begin, _) in zip(ranges, ranges[1:], strict=False))
 
 
-def test_cudnn_leaves_lengths_between_to_transformer_engine(monkeypatch):
-    document = (Pair(0, 9000, 0, 9000, True),)
-    for found, parts in (("needs Transformer Engine", ([*document], [])), (object(), ([], [*document]))):
+def test_where_transformer_engine_is_cudnn_has_very_long_documents_alone(monkeypatch):
+    long, short, between = Pair(0, 20480, 0, 20480, True), Pair(20480, 100, 20480, 100, True), Pair(0, 9216, 0, 9216, True)
+    for found, expected in (("needs Transformer Engine", [True, True, True]), (object(), [True, False, False])):
         monkeypatch.setattr(te, "engine", lambda found=found: found)
-        cudnn._parted.cache_clear()
-        assert cudnn._parted(document) == parts
-    cudnn._parted.cache_clear()
+        assert [cudnn.worthwhile(pairs) for pairs in ([long], [long, short], [between])] == expected
 
 
 def test_documents_of_a_stream_are_one_call():
-    pairs = [Pair(a, 2000, a, 2000, True) for a in (0, 2000, 4000)]
-    short = Pair(6000, 100, 6000, 100, True)
-    assert te._parted((*pairs, short)) == ([te.Call(te.Kind(True, 0), tuple(pairs))], [short])
-    assert te.worthwhile([*pairs, short]) and not te.worthwhile([short])
+    pairs = [Pair(a, 2000, a, 2000, True) for a in (0, 2000, 4000)] + [Pair(6000, 100, 6000, 100, True)]
+    window = Pair(6100, 60, 0, 60, False, 90, 80)
+    assert te._parted((*pairs, window)) == ([te.Call(te.Kind(True, 0), tuple(pairs))], [window])
+    assert te.worthwhile([*pairs, window]) and not te.worthwhile(pairs[3:]) and not te.worthwhile([window])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -114,10 +108,7 @@ def test_documents_of_a_stream_are_one_call():
 )
 def test_fused_on_cuda(backend, heads, kv_heads, width, value_width, monkeypatch):
     """Packed calls (cuDNN: one for each long pair) against float64 on the same bfloat16 numbers: whole streams, and pairs that overlap."""
-    if backend == "te":
-        monkeypatch.setattr(te, "LEAST", 6)
-        te._parted.cache_clear()
-    monkeypatch.setattr(cudnn, "_least", lambda: 6)
+    monkeypatch.setattr(cudnn, "LEAST", 6)
     monkeypatch.setattr(cudnn, "LENGTHS", 2)
     torch.full((1 << 24,), torch.nan, device="cuda")  # what memory holds where a kernel leaves it as it is
     inputs = [x.detach().cuda().requires_grad_() for x in tensors(70, heads, kv_heads, width, value_width, torch.bfloat16)]
@@ -156,7 +147,7 @@ def test_fused_on_cuda(backend, heads, kv_heads, width, value_width, monkeypatch
 @pytest.mark.parametrize("mask", [Mask(window=100), Mask(window=700), Mask(window=300, anchors=4), Mask(chunk=512)])
 def test_windows_on_cuda(mask):
     """Through Transformer Engine, with sinks, and parts of it through our own kernels: lengths on, before and behind what it takes."""
-    lengths = [700, te.LEAST - 1, 3, te.LEAST, 0, 1500]
+    lengths = [700, 127, 3, 128, 0, 1500]
     inputs = [x.detach().cuda().requires_grad_() for x in (*tensors(sum(lengths), 8, 2, 64, 64, torch.bfloat16), torch.randn(8))]
     wide = [x.detach().double().requires_grad_() for x in inputs]
     found = []

@@ -40,7 +40,7 @@ def merge(
     out += (token * out_token + head * out_head)[:, None] + columns[None, :]
     part += (token * part_token + head * part_head)[:, None] + columns[None, :]
     # where nothing was found before, out is not read either: it may hold anything
-    before = tl.load(out, mask=at & (ours > -float("inf"))[:, None], other=0.0)
+    before = tl.load(out, mask=at & (ours > -float("inf"))[:, None], other=0.0).to(tl.float32)
     after = tl.load(part, mask=at, other=0.0).to(tl.float32)
     tl.store(out, before * (weight / total)[:, None] + after * (other / total)[:, None], mask=at)
     tl.store(lse, top + tl.log(total), mask=found)
