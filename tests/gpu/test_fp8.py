@@ -129,8 +129,8 @@ def model() -> ModelConfig:
     )
 
 
-def run_config(recipe: str, recompute: str = "none", **options: int) -> Config:
-    made = config(Layout(recompute=recompute), "bf16", model())
+def run_config(recipe: str, recompute: str = "none", layout: Layout | None = None, **options: int) -> Config:
+    made = config(layout or Layout(recompute=recompute), "bf16", model())
     made.fp8 = FP8Config(recipe=recipe, **options)
     return made
 
@@ -163,6 +163,40 @@ def test_recomputation_changes_nothing(gpus: Pools, recipe: str, recompute: str)
     print(recipe, recompute, error, name, again["losses"], kept["losses"])
     assert error < 1e-3, f"{name} is off by {error:.1e}"
     assert again["losses"] == pytest.approx(kept["losses"], rel=1e-4)
+
+
+def scales(made: Config) -> dict[str, Any]:
+    """Losses of three steps with delayed scaling; then of each module the scales of its inputs, weights and gradients and the largest values seen."""
+    from ltrain.parallel.mesh import Mesh
+
+    mesh = Mesh(made.parallel, torch.device("cuda", torch.cuda.current_device()))
+    try:
+        engine, losses, found = prepared_engine(made, mesh), [], {}
+        for step in range(3):
+            batches = step_batches(step)
+            labels = sum(int((b.labels >= 0).sum()) for b in batches)
+            losses.append(engine.forward_backward(batches, labels, MICRO_BATCHES)["loss"])
+            engine.step(1e-3)
+        for name, module in engine.stack.named_modules():
+            for side in ("scaling_fwd", "scaling_bwd"):
+                if meta := getattr(module, "fp8_meta", {}).get(side):
+                    found[f"{name} {side}"] = meta.scale.cpu(), meta.amax_history.amax(0).cpu()
+        return {"losses": [float(loss) for loss in losses], "scales": found}
+    finally:
+        mesh.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(context=2), Layout(context=2, context_layout="balanced")], ids=str)
+def test_ranks_that_share_a_tensor_share_its_scale(gpus: Pools, layout: Layout) -> None:
+    """Each rank sees a part of an input, a gradient or a weight; the largest value of the whole is that of one rank with all of it."""
+    (alone,) = gpus(1).run(scales, run_config("delayed"), timeout=300)
+    both = gpus(2).run(scales, run_config("delayed", layout=layout), timeout=300)
+    assert both[0]["losses"] == pytest.approx(alone["losses"], rel=1e-2)
+    assert alone["scales"] and both[0]["scales"].keys() == both[1]["scales"].keys() == alone["scales"].keys()
+    for name, (scale, largest) in both[0]["scales"].items():
+        assert torch.equal(scale, both[1]["scales"][name][0]), name
+        torch.testing.assert_close(largest, alone["scales"][name][1], rtol=0.3, atol=0.0, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def first_gradients(passes: int) -> dict[str, float]:
