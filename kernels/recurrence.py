@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ltrain.kernels import elementwise_recurrence
-from ltrain.kernels.linear_recurrence import linear_recurrence
+from ltrain.kernels.linear_recurrence import linear_recurrence, segment_map, state_gradient
 from ltrain.kernels.linear_recurrence.generalised import generalised_delta
 from ltrain.kernels.segments import accumulator
 
@@ -79,6 +79,13 @@ class Recurrence(ABC):
         final = self.run(self.alone, final=True)[1]
         assert final is not None
         return self.product() if begun else None, final[0].to(self.wide)
+
+    def state_gradient(self, dout: Tensor) -> Tensor:
+        """Of all tokens as one segment: the gradient of the state before them, from dout [T, ...] of the outputs alone."""
+        with torch.enable_grad():
+            state = self.values.new_zeros(1, *self.state_shape, dtype=self.wide).requires_grad_()
+            out, _ = self.run(self.alone, state)
+        return torch.autograd.grad(out, state, dout)[0][0]
 
     def product(self) -> Tensor:
         """M of all tokens, where it multiplies number by number."""
@@ -150,12 +157,12 @@ class Linear(_Matrices):
         return linear_recurrence(*args, scale=self.scale, initial_state=initial, return_final_state=final)[:2]
 
     def ends(self, begun: bool) -> tuple[Tensor | None, Tensor]:
-        part = dataclasses.replace(self, q=self.k)  # no output is wanted
-        if not begun or self.beta is None:
-            return Recurrence.ends(part, begun)
-        found = linear_recurrence(part.q, part.k, part.v, part.decay, part.beta, part.alone, scale=1.0, return_segment_map=True).segment_map
-        assert found is not None
-        return found[0][0].to(self.wide), found[1][0].to(self.wide)
+        dense = begun and self.beta is not None
+        m, e = segment_map(self.k, self.v, self.decay, self.beta, with_map=dense)
+        return m if dense or not begun else self.product(), e
+
+    def state_gradient(self, dout: Tensor) -> Tensor:
+        return state_gradient(self.q, self.k, self.v, self.decay, self.beta, dout, scale=self.scale)
 
     def product(self) -> Tensor:
         same = self.power(self.tokens)

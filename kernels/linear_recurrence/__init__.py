@@ -10,14 +10,15 @@ keys and values of up to 256 channels); `auto` takes triton wherever it runs, ch
 Source: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" and "Gated Delta Networks".
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ltrain.kernels.linear_recurrence import chunked, reference
 from ltrain.kernels.segments import accumulator, boundaries, choose, permitted, wants_triton
 
-__all__ = ["Result", "linear_recurrence", "step"]
+__all__ = ["Result", "linear_recurrence", "segment_map", "state_gradient", "step"]
 
 
 class Result(NamedTuple):
@@ -106,6 +107,67 @@ def linear_recurrence(
             return Result(*triton_chunked.linear_recurrence(*args))
     output, final, maps = chunked.linear_recurrence(q, k, v, decay, beta, bounds, scale, initial_state, return_segment_map, chunk)
     return Result(output, final if return_final_state else None, maps)
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """The module of its programs where `auto` takes them, or None."""
+    if not wants_triton("auto", v):
+        return None
+    from ltrain.kernels.linear_recurrence import triton_chunked
+
+    return triton_chunked if triton_chunked.refusal(q, k, v, triton_chunked.BLOCK) is None else None
+
+
+def segment_map(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, *, with_map: bool) -> tuple[Tensor | None, Tensor]:
+    """What one segment makes of the state S before it: M S + E. What context ranks send; without gradient, and without outputs where these cost.
+
+    Args:
+        k, v, decay, beta: as for `linear_recurrence`, of the segment's tokens.
+        with_map: whether to return M.
+
+    Returns:
+        M [H, K, K] or None, and E [H, K, V], in float32 or wider.
+
+    Raises:
+        ValueError: shapes or types do not fit.
+    """
+    _check(k, k, v, decay, beta)
+    if (kernels := _triton(k, k, v)) is not None:
+        found: tuple[Tensor | None, Tensor] = kernels.segment_map(k, v, decay, beta, with_map)
+        return found
+    cu_seqlens = torch.tensor([0, len(v)], dtype=torch.int32)
+    with torch.no_grad():
+        _, final, maps = linear_recurrence(k, k, v, decay, beta, cu_seqlens, scale=1.0, return_final_state=not with_map, return_segment_map=with_map)
+    if maps is not None:
+        return maps[0][0], maps[1][0]
+    assert final is not None  # it was asked for
+    return None, final[0]
+
+
+def state_gradient(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, dout: Tensor, *, scale: float) -> Tensor:
+    """The gradient of the state before one segment from the gradient of its outputs alone, which is the same for each such state.
+
+    Args:
+        q, k, v, decay, beta, scale: as for `linear_recurrence`, of the segment's tokens.
+        dout: [T, H, V].
+
+    Returns:
+        [H, K, V] in float32 or wider.
+
+    Raises:
+        ValueError: shapes or types do not fit.
+    """
+    _check(q, k, v, decay, beta)
+    if (kernels := _triton(q, k, v)) is not None:
+        found: Tensor = kernels.state_gradient(q, k, v, decay, beta, dout, scale)
+        return found
+    state = v.new_zeros(1, v.shape[1], k.shape[2], v.shape[2], dtype=accumulator(v.dtype)).requires_grad_()
+    q, k, v = (x.detach() for x in (q, k, v))
+    decay, beta = (None if x is None else x.detach() for x in (decay, beta))
+    with torch.enable_grad():
+        alone = torch.tensor([0, len(v)], dtype=torch.int32)
+        out = linear_recurrence(q, k, v, decay, beta, alone, scale=scale, initial_state=state).output
+    return torch.autograd.grad(out, state, dout)[0][0]
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:

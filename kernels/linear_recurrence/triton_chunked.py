@@ -196,6 +196,36 @@ def _read(
     return out
 
 
+def _passed_back(
+    q: Tensor,
+    k: Tensor,
+    do: Tensor,
+    du: Tensor | None,
+    dfinal: Tensor | None,
+    chunks: Chunks,
+    shapes: Shapes,
+    made: _Prepared,
+    scale: float,
+    ends: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the state after each chunk [chunks, H, K, V] and, if wanted, ends: of that before each segment [N, H, K, V]; du: of U, of the
+    delta rule, which it completes."""
+    if not shapes.delta:
+        queries, factors = (made.reader, None) if shapes.decay == 2 else (q, made.reader)
+        assert queries is not None
+        return _summed(queries, do, factors, made.fade, dfinal, chunks, shapes, scale, back=True, ends=ends)[:2]
+    dstates = k.new_empty(chunks.chunk_count, shapes.heads, shapes.key, shapes.value)
+    dinitial = _ends(k, chunks, shapes) if ends else None
+    if chunks.segments:
+        options = shapes.narrow(chunks.segments)
+        backward.pass_gradients[chunks.segments, shapes.heads, ceil_div(shapes.value, options["BV"])](
+            *(q, k, made.w, made.reader, made.writer, made.fade, do, du, chunks.cuts, chunks.bounds, dfinal, dstates, dinitial, scale),
+            *shapes.numbers,
+            **options,
+        )
+    return dstates, dinitial
+
+
 def _head_gradients(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     decay: Tensor | None,
@@ -257,9 +287,7 @@ def _gradients(
     blocks, count, (tokens, heads, _) = chunks.block_count, chunks.chunk_count, v.shape
     made = _prepared(q, k, v, decay, beta, chunks, shapes, solved)
     states, _, left = _passed(k, initial, chunks, shapes, made, ends=False)
-    queries, factors = (made.reader, None) if shapes.decay == 2 else (q, made.reader)
-    assert queries is not None
-    dstates, dinitial, _ = _summed(queries, do, factors, made.fade, dfinal, chunks, shapes, scale, back=True, ends=wanted[1])
+    dstates, dinitial = _passed_back(q, k, do, None, dfinal, chunks, shapes, made, scale, wanted[1])
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), _read(q, k, do, decay, dstates, chunks, shapes, made, scale, later=True)
     if shapes.of_heads:
         ddecay = _head_gradients((q, k, v, do), decay, (states, dstates), left, (dq, dk), chunks, shapes, made, scale, wanted[0])
@@ -306,14 +334,7 @@ def _delta_gradients(
     made = _prepared(q, k, v, decay, beta, chunks, shapes, solved)
     states, _, _ = _passed(k, initial, chunks, shapes, made, ends=False)
     du = _read(q, k, do, decay, None, chunks, shapes, made, scale, later=True)
-    dstates, dinitial = torch.empty_like(states), _ends(k, chunks, shapes) if wanted[1] else None
-    if chunks.segments:
-        options = shapes.narrow(chunks.segments)
-        backward.pass_gradients[chunks.segments, heads, ceil_div(shapes.value, options["BV"])](
-            *(q, k, made.w, made.reader, made.writer, made.fade, do, du, chunks.cuts, chunks.bounds, dfinal, dstates, dinitial, scale),
-            *shapes.numbers,
-            **options,
-        )
+    dstates, dinitial = _passed_back(q, k, do, du, dfinal, chunks, shapes, made, scale, wanted[1])
     u, solve, firsts, fade, halves = made.u, made.solve, made.firsts, made.fade, made.halves
     del made  # W and the faded queries and keys are as large as the inputs
     options = shapes.options("key_gradients")
@@ -385,23 +406,62 @@ def _identity(segments: int, heads: int, k: Tensor) -> Tensor:
     return torch.eye(k.shape[2], device=k.device).expand(segments, heads, -1, -1).contiguous()
 
 
-def _with_map(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor, initial: Tensor | None, bounds: tuple[int, ...], scale: float
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The delta rule without gradients, and M: what is prepared serves both, and beside it M is one more pass of states, without an output."""
-    shapes = Shapes.of(k, v, decay, beta)
-    chunks = chunks_of(bounds, shapes.blocks, v.device)
-    made = _prepared(q, k, v, decay, beta, chunks, shapes)
-    nothing = v.new_zeros(*v.shape[:2], k.shape[2])
-    square = shapes._replace(value=k.shape[2])
-    matrix = _passed(k, _identity(chunks.segments, shapes.heads, k), chunks, square, made._replace(u=nothing), True)[1]
-    states, final, _ = _passed(k, initial, chunks, shapes, made, True)
-    return _read(q, k, made.u, decay, states, chunks, shapes, made, scale, later=False), final, matrix
-
-
 def _wider(x: Tensor, more: int) -> Tensor:
     """x [..., D] with so many zeros behind each row"""
     return F.pad(x, (0, more)) if more else x
+
+
+class _Laid(NamedTuple):
+    """Inputs as the programs take them"""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None
+    beta: Tensor | None
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> "_Laid":
+        keys, values = -k.shape[2] % ALIGNED, -v.shape[2] % ALIGNED
+        if decay is not None and decay.ndim == 3:
+            decay = _wider(decay, keys).contiguous()
+        elif decay is not None and (beta is not None or decay.stride(1) != 1):
+            decay = decay.contiguous()  # but for `heads.sum_decays`, which takes one row for all tokens, as constant decays have
+        q, k, v = (x.contiguous() for x in (_wider(q, keys), _wider(k, keys), _wider(v, values)))
+        return cls(q, k, v, decay, None if beta is None else beta.contiguous())
+
+    @property
+    def alone(self) -> tuple[Shapes, Chunks]:
+        """Of all tokens as one segment"""
+        shapes = Shapes.of(self.k, self.v, self.decay, self.beta)
+        return shapes, chunks_of((0, len(self.v)), shapes.blocks, self.v.device)
+
+
+@torch.no_grad()
+def segment_map(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, with_map: bool) -> tuple[Tensor | None, Tensor]:
+    """-> M [H, K, K] if with_map, E [H, K, V]: what chunks prepare serves both, each is one pass of states, and no output is made."""
+    laid, width, value = _Laid.of(k, k, v, decay, beta), k.shape[2], v.shape[2]
+    shapes, chunks = laid.alone
+    made, matrix = _prepared(*laid, chunks, shapes), None
+    if with_map:
+        nothing, square = v.new_zeros(*v.shape[:2], shapes.key), shapes._replace(value=shapes.key)
+        matrix = _passed(laid.k, _identity(1, shapes.heads, laid.k), chunks, square, made._replace(u=nothing), True)[1]
+    final = _passed(laid.k, None, chunks, shapes, made, True)[1]
+    assert final is not None  # it was asked for
+    return None if matrix is None else matrix[0, :, :width, :width], final[0, :, :width, :value]
+
+
+@torch.no_grad()
+def state_gradient(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, do: Tensor, scale: float) -> Tensor:
+    """do [T, H, V] -> [H, K, V]: one pass of gradients of states, and of nothing else."""
+    laid, width, value = _Laid.of(q, k, v, decay, beta), k.shape[2], v.shape[2]
+    do = _wider(do, laid.v.shape[2] - value).contiguous()
+    shapes, chunks = laid.alone
+    made = _prepared(*laid, chunks, shapes)
+    du = _read(laid.q, laid.k, do, laid.decay, None, chunks, shapes, made, scale, later=True) if shapes.delta else None
+    dinitial = _passed_back(laid.q, laid.k, do, du, None, chunks, shapes, made, scale, True)[1]
+    assert dinitial is not None  # it was asked for
+    return dinitial[0, :, :width, :value]
 
 
 def linear_recurrence(
@@ -419,27 +479,17 @@ def linear_recurrence(
     """-> output [T, H, V], final states [N, H, K, V] float32 if with_final, (M [N, H, K, K], E [N, H, K, V]) if with_map"""
     segments, heads, width, value = len(bounds) - 1, v.shape[1], k.shape[2], v.shape[2]
     cuts = tuple(bounds)
-    keys, values = -width % ALIGNED, -value % ALIGNED
-    q, k, v = (x.contiguous() for x in (_wider(q, keys), _wider(k, keys), _wider(v, values)))
-    beta = None if beta is None else beta.contiguous()
-    if decay is not None and decay.ndim == 3:
-        decay = _wider(decay, keys).contiguous()
-    elif decay is not None and (beta is not None or decay.stride(1) != 1):
-        decay = decay.contiguous()  # but for `heads.sum_decays`, which takes one row for all tokens, as constant decays have
+    q, k, v, decay, beta = _Laid.of(q, k, v, decay, beta)
+    keys, values = k.shape[2] - width, v.shape[2] - value
     start = initial_state
     if start is not None:
         start = (F.pad(start, (0, values, 0, keys)) if keys or values else start).float().contiguous()
-    maps = matrix = None
-    if with_map and beta is not None and not torch.is_grad_enabled():
-        output, final, matrix = _with_map(q, k, v, decay, beta, start, cuts, scale)
-    else:
-        output, final = _Recurrence.apply(q, k, v, decay, beta, start, cuts, scale, with_final or (with_map and start is None))
+    output, final = _Recurrence.apply(q, k, v, decay, beta, start, cuts, scale, with_final or (with_map and start is None))
+    maps = None
     if with_map:  # M is where the identity ends with nothing to store, E where zeros end.
-        if matrix is None:
-            identity, nothing = _identity(segments, heads, k), v.new_zeros(len(v), heads, k.shape[2])
-            matrix = _Recurrence.apply(k, k, nothing, decay, beta, identity, cuts, 1.0, True)[1]
+        identity, nothing = _identity(segments, heads, k), v.new_zeros(len(v), heads, k.shape[2])
+        matrix = _Recurrence.apply(k, k, nothing, decay, beta, identity, cuts, 1.0, True)[1]
         end_of_zeros = final if start is None else _Recurrence.apply(k, k, v, decay, beta, None, cuts, 1.0, True)[1]
-        assert matrix is not None and end_of_zeros is not None  # their ends were asked for
         maps = matrix[..., :width, :width], end_of_zeros[..., :width, :value]
     final = final if with_final else None
     if keys or values:

@@ -7,8 +7,8 @@ start from, then runs the kernel once over all its tokens.
 
 The backward runs the other way. With dE the gradient of a segment's incoming state when nothing flows into its outgoing
 one, dS_in = M^T dS_out + dE. Given S_in and dS_out the local backward is exact, so M needs no gradient of its own (the
-scheme of Sun et al. 2024, LASP, and of Yang et al. 2024 for the delta rule). Kernel passes beside the one over all
-tokens: forward, one over the tails; backward, a forward and a state-only backward over the heads.
+scheme of Sun et al. 2024, LASP, and of Yang et al. 2024 for the delta rule). Beside the kernels over all tokens there
+are only passes of states: forward, those of the tails and of their M; backward, that of the heads' gradients.
 """
 
 from typing import Any, NamedTuple
@@ -189,16 +189,8 @@ def _of(inputs: Recurrence, segment: Segment) -> Recurrence:
 
 def _state_gradients(inputs: Recurrence, dy: Tensor, spans: list[Span]) -> dict[int, Tensor]:
     """dE of each span's head: the gradient of its incoming state from its own outputs."""
-    gradients = {}
-    for span in spans:
-        assert span.head is not None
-        part = _of(inputs, span.head)
-        with torch.enable_grad():
-            state = part.values.new_zeros(1, *inputs.state_shape, dtype=inputs.wide).requires_grad_()
-            y, _ = part.run(part.alone, state)
-        a, b = span.head.rows
-        gradients[span.number] = torch.autograd.grad(y, state, dy[a:b])[0][0]
-    return gradients
+    heads = {span.number: span.head for span in spans if span.head is not None}
+    return {number: _of(inputs, head).state_gradient(dy[slice(*head.rows)]) for number, head in heads.items()}
 
 
 def _swapped(sends: dict[int, list[Map]], receives: dict[int, list[tuple[int, int]]], inputs: Recurrence, messages: Messages) -> dict[int, Map]:

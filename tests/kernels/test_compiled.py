@@ -60,3 +60,17 @@ def test_program_of_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     with compiling(monkeypatch) as found:
         merging.launch(torch.zeros(70, 3, 128), torch.zeros(70, 3), torch.zeros(70, 3, 128, dtype=torch.bfloat16), torch.zeros(70, 3))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("decay", [None, (200, 2), (200, 2, 128)], ids=["none", "head", "channel"])
+@pytest.mark.parametrize("delta", [True, False])
+def test_programs_of_what_context_ranks_exchange(decay: tuple[int, ...] | None, delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ltrain.kernels.linear_recurrence import triton_chunked
+    from tests.kernels.compiled import compiling
+
+    k, v = (torch.zeros(200, 2, 128, dtype=torch.bfloat16) for _ in range(2))
+    faded, beta = None if decay is None else torch.zeros(decay), torch.zeros(200, 2) if delta else None
+    with compiling(monkeypatch) as found:
+        triton_chunked.segment_map(k, v, faded, beta, delta)
+        triton_chunked.state_gradient(k, k, v, faded, beta, v, 1.0)
+    assert found

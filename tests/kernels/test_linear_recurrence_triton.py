@@ -165,32 +165,6 @@ def test_segment_map(decay, delta):
 
 
 @runs
-@pytest.mark.parametrize("decay", ["none", "head", "channel"])
-def test_a_segment_map_without_gradients_is_one_more_pass_of_states(decay, monkeypatch):
-    from ltrain.kernels.linear_recurrence import triton_chunked
-
-    calls = dict.fromkeys(("_prepared", "_passed", "_read"), 0)
-    for name in calls:
-
-        def counted(*args, name=name, run=getattr(triton_chunked, name), **kwargs):  # noqa: B008
-            calls[name] += 1
-            return run(*args, **kwargs)
-
-        monkeypatch.setattr(triton_chunked, name, counted)
-    x = [None if t is None else t.detach().float().to(DEVICE) for t in inputs([65, 3, 0], heads=1, group=2, width=20, value_width=24, decay=decay)]
-    for state in (None, x[5]):
-        found = []
-        for learns in (True, False):
-            calls |= dict.fromkeys(calls, 0)
-            with torch.set_grad_enabled(learns):
-                found.append(linear_recurrence(*x[:5], cu([65, 3, 0]), scale=0.4, initial_state=state, return_segment_map=True, backend="triton"))
-        assert torch.equal(found[0].output, found[1].output)
-        for one, other in zip(found[0].segment_map, found[1].segment_map, strict=True):
-            assert torch.equal(one, other)
-        assert state is not None or calls == {"_prepared": 1, "_passed": 2, "_read": 1}
-
-
-@runs
 def test_repeated_keys():
     """The system (I + A) is then as far from the identity as it gets: powers of A would overflow."""
     x = inputs([130], heads=1, width=16, value_width=16, decay="none", dtype=torch.float64)
