@@ -1,7 +1,7 @@
-"""Log decays per channel from what a layer projects, as linear recurrences take them.
+"""Log decays per channel from what a layer projects, as linear recurrences take them, and values times a step per head (Mamba-2).
 
-Kinds: softplus: -e^A_log softplus(a + bias) (Mamba-2, Kimi Delta Attention); bounded: -bound sigmoid(e^A_log (a + bias)) (Kimi's safe gate);
-sigmoid: ln sigmoid(a + bias) / 16 (GLA, Yang et al. 2023). Backends: `reference` (torch) and `triton` (on a GPU: one pass each way); `auto`
+Kinds of decays: softplus: -e^A_log softplus(a + bias) (Mamba-2, Kimi Delta Attention); bounded: -bound sigmoid(e^A_log (a + bias)) (Kimi's safe
+gate); sigmoid: ln sigmoid(a + bias) / 16 (GLA, Yang et al. 2023). Backends: `reference` (torch) and `triton` (on a GPU: one pass each way); `auto`
 takes triton wherever it runs.
 """
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ltrain.kernels.segments import choose, permitted, wants_triton
 
-__all__ = ["KINDS", "channel_decay"]
+__all__ = ["KINDS", "channel_decay", "scaled"]
 
 KINDS = ("softplus", "bounded", "sigmoid")
 SIGMOID_SHARE = 1 / 16
@@ -51,3 +51,20 @@ def channel_decay(a: Tensor, A_log: Tensor | None, bias: Tensor, heads: int, kin
         return F.logsigmoid(a) * SIGMOID_SHARE
     rate = A_log.to(bias.dtype).exp().unsqueeze(-1)
     return -bound * (rate * a).sigmoid() if kind == "bounded" else -rate * F.softplus(a)
+
+
+def scaled(x: Tensor, factors: Tensor, *, backend: str = "auto") -> Tensor:
+    """x [T, H, D] times factors [T, H], which may be wider; in x's type. Differentiable in both.
+
+    Raises:
+        ValueError: shapes or backend do not fit.
+    """
+    if x.ndim != 3 or factors.shape != x.shape[:2]:
+        raise ValueError(f"x is [T, H, D] and factors [T, H], but have shapes {list(x.shape)} and {list(factors.shape)}")
+    choose(backend, ("reference", "triton"))
+    if x.numel() and wants_triton(backend, x):
+        from ltrain.kernels.gates import triton_gates
+
+        if permitted(triton_gates.scaled_refusal(x, factors), backend, "reference or auto"):
+            return triton_gates.scaled(x, factors)
+    return (x * factors.unsqueeze(-1)).to(x.dtype)

@@ -1,4 +1,7 @@
-"""The programs of decays per channel: a [T, W], W = H K, of which rows are `stride` apart; rate [H] = e^A_log, bias [W]."""
+"""The programs of decays per channel, and of values times a step.
+
+Of decays: a [T, W], W = H K, of which rows are `stride` apart; rate [H] = e^A_log, bias [W].
+"""
 
 import triton
 import triton.language as tl
@@ -66,3 +69,33 @@ def decay_gradients(a, rate, bias, grad, da, parts, tokens, stride, W, K, bound,
         tl.store(da + t[:, None] * W + c[None, :], dx.to(da.dtype.element_ty), mask=there)
     tl.store(parts + program.to(tl.int64) * W + c, of_bias, mask=c < W)
     tl.store(parts + (programs + program).to(tl.int64) * W + c, of_rate, mask=c < W)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def scale(
+    x,
+    factors,
+    other,
+    y,
+    dots,
+    rows,
+    H,
+    x_token,
+    x_head,
+    other_token,
+    other_head,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    ROWS: tl.constexpr,
+    DOTTED: tl.constexpr,
+):
+    """Grid (T H / ROWS) -> y [T, H, D] = x [T, H, D] x factors [T, H]; DOTTED: dots [T, H], the sums of x times other [T, H, D]. rows: T H."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head, c = row // H, row % H, tl.arange(0, BD)
+    there = (row < rows)[:, None] & (c < D)[None, :]
+    number = tl.load(x + (token * x_token + head * x_head)[:, None] + c[None, :], mask=there, other=0.0).to(tl.float32)
+    factor = tl.load(factors + row, mask=row < rows, other=0.0).to(tl.float32)
+    tl.store(y + row[:, None] * D + c[None, :], number * factor[:, None], mask=there)
+    if DOTTED:
+        by = tl.load(other + (token * other_token + head * other_head)[:, None] + c[None, :], mask=there, other=0.0).to(tl.float32)
+        tl.store(dots + row, tl.sum(number * by, 1), mask=row < rows)

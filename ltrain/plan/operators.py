@@ -13,7 +13,7 @@ from ltrain.kernels.attention import FULL, Mask, attention
 from ltrain.kernels.cross_entropy import linear_cross_entropy_sum
 from ltrain.kernels.elementwise_recurrence import scan, selective_scan
 from ltrain.kernels.experts import grouped_linear
-from ltrain.kernels.gates import channel_decay
+from ltrain.kernels.gates import channel_decay, scaled
 from ltrain.kernels.glu import Gating, gated_halves
 from ltrain.kernels.linear_recurrence import linear_recurrence
 from ltrain.kernels.norm import gated_rms_norm, l2_norm, rms_norm
@@ -145,7 +145,7 @@ def _mamba2(s: Sizes) -> Operator:
         return {"x": draw(tokens, heads, width), "step": step, "rate": draw(heads, dtype=torch.float32).exp(), "B": b, "C": c}
 
     def run(x: Inputs, backend: str) -> Tensor:
-        values = (x["x"] * x["step"].unsqueeze(-1)).to(x["x"].dtype)
+        values = scaled(x["x"], x["step"], backend="reference" if backend == "reference" else "auto")
         return linear_recurrence(x["C"], x["B"], values, -x["step"] * x["rate"], None, _alone(values), scale=1.0, backend=backend).output
 
     return Operator("linear_recurrence", inputs, run, lambda n: n * heads * _recurrence_flops(states, width, False))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ltrain.kernels.gates import channel_decay
+from ltrain.kernels.gates import channel_decay, scaled
 from ltrain.kernels.norm import gated_rms_norm, l2_norm, l2_normed_parts
 from tests.kernels.interpreter import DEVICE, INTERPRETED, on_gpu, runs
 
@@ -19,6 +19,7 @@ def small_programs(monkeypatch):
         monkeypatch.setattr(triton_norm, "PROGRAMS", 3)  # each goes over several blocks
         monkeypatch.setattr(triton_gates, "COLUMNS", 32)
         monkeypatch.setattr(triton_gates, "PROGRAMS", 6)
+        monkeypatch.setattr(triton_gates, "NUMBERS", 64)
 
 
 def compare(run, inputs: list[torch.Tensor], tolerance: float, strided: int = 0) -> None:
@@ -89,9 +90,17 @@ def test_channel_decay(tokens, heads, width, kind):
 
 
 @runs
+@pytest.mark.parametrize(("tokens", "heads", "width"), [*CASES, (6, 5, 1)])
+def test_scaled(tokens, heads, width):
+    x, factors = drawn((tokens, heads, width), (tokens, heads))
+    compare(lambda x, factors, backend: scaled(x, factors, backend=backend), [x, factors], 2e-6, strided=1)
+
+
+@runs
 def test_half_precision_and_refusals():
     x, weight, z = drawn((9, 2, 24), (24,), (9, 2, 24), dtype=torch.bfloat16)
     compare(lambda x, backend: l2_norm(x, backend=backend), [x], 1e-2)
+    compare(lambda x, factors, backend: scaled(x, factors, backend=backend), [x, *drawn((9, 2))], 1e-2)
     compare(lambda x, w, z, backend: gated_rms_norm(x, w, z, 1e-5, "silu", backend=backend), [x, weight, z], 1e-2)
     with pytest.raises(ValueError, match="backend='triton' .* one type, not torch.bfloat16, torch.float32"):
         gated_rms_norm(x.to(DEVICE), weight.to(DEVICE), z.to(DEVICE).float(), 1e-5, "silu", backend="triton")
@@ -107,6 +116,7 @@ def test_larger_ones_on_the_gpu(dtype, tolerance):
     for tokens, heads, width in ((3000, 16, 128), (1000, 5, 96), (40, 3, 1000), (20000, 2, 64)):
         x, weight, z = drawn((tokens, heads, width), (width,), (tokens, heads, width), dtype=dtype)
         compare(lambda x, backend: l2_norm(x, backend=backend), [x], tolerance, strided=1)
+        compare(lambda x, factors, backend: scaled(x, factors, backend=backend), [x, *drawn((tokens, heads))], tolerance, strided=1)
         compare(lambda x, w, z, backend: gated_rms_norm(x, w, z, 1e-5, "silu", backend=backend), [x, weight, z], tolerance, strided=1)
 
         def parts(x, backend, heads=heads, width=width):

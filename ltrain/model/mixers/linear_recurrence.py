@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ltrain.kernels import linear_recurrence as kernels
 from ltrain.kernels import short_conv
+from ltrain.kernels.gates import scaled
 from ltrain.kernels.norm import l2_norm, l2_normed_parts
 from ltrain.kernels.recurrence import Linear
 from ltrain.kernels.rope import rotate
@@ -134,7 +135,7 @@ class LinearRecurrence(Mixer):
         decay, beta, step = self._rates(v, *rates)
         skip = v if o.skip else None
         if o.step and step is not None:
-            v = (v * step.unsqueeze(-1)).to(v.dtype)
+            v = scaled(v, step)
         if o.normaliser:
             v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
         return q, k, v, decay, beta, skip
