@@ -379,11 +379,6 @@ def _check_layout(config: "Config", specs: list[LayerSpec]) -> None:
         )
     if model.depth < parallel.pipeline:
         raise ConfigError(f"parallel.pipeline={parallel.pipeline} is more than model.depth={model.depth} layers: write at most {model.depth}")
-    halves = 2 if parallel.context > 1 and parallel.context_layout == "zigzag" else 1
-    parts = parallel.tensor * parallel.context * halves
-    if data.tokens % parts:
-        of = f"parallel.tensor={parallel.tensor} x parallel.context={parallel.context}{' x 2 (zigzag)' if halves == 2 else ''}"
-        raise ConfigError(f"data.tokens={data.tokens} does not divide by {of}: write {math.ceil(data.tokens / parts) * parts}")
     if config.train.tokens_per_step % data.tokens:
         step = math.ceil(config.train.tokens_per_step / data.tokens) * data.tokens
         raise ConfigError(f"train.tokens_per_step={config.train.tokens_per_step} is not a multiple of data.tokens={data.tokens}: write {step}")
@@ -453,7 +448,7 @@ def _check_engine(config: "Config") -> None:
 
 
 def _check_fp8(config: "Config") -> None:
-    fp8, parallel = config.fp8, config.parallel
+    fp8 = config.fp8
     if fp8.recipe == "none":
         return
     asked = f"fp8.recipe={fp8.recipe}"
@@ -466,11 +461,6 @@ def _check_fp8(config: "Config") -> None:
     if fp8.bf16_first + fp8.bf16_last >= config.model.depth:
         left = f"fp8.bf16_first={fp8.bf16_first} and fp8.bf16_last={fp8.bf16_last}"
         raise ConfigError(f"{left} leave none of {config.model.depth} layers to {asked}: write smaller numbers, or fp8.recipe=none")
-    unit = 16 * parallel.tensor * parallel.context
-    if config.data.tokens % unit:
-        of = f"16 x parallel.tensor={parallel.tensor} x context={parallel.context}"
-        whole = math.ceil(config.data.tokens / unit) * unit
-        raise ConfigError(f"data.tokens={config.data.tokens} does not divide by {of}, the rows of FP8 products: write {whole}")
 
 
 def _check_ranks(config: "Config", specs: list[LayerSpec], world_size: int) -> None:

@@ -14,6 +14,11 @@ from ltrain.model.stack import Stack
 SIDE = 16  # what every side of an FP8 matrix product must be a multiple of
 
 
+def rows_multiple(config: Config) -> int:
+    """What each rank's rows of a product must be a multiple of in training."""
+    return 1 if config.fp8.recipe == "none" else SIDE
+
+
 def half_layers(config: Config) -> frozenset[int]:
     """The layers whose matrix products stay in bfloat16."""
     depth = config.model.depth

@@ -65,8 +65,10 @@ class Stage(nn.Module):
         labels: labelled tokens of the global batch, and micro_batches: micro-batches of it; the loss is already divided
         by them, so gradients add up over micro-batches and ranks. Returns sums for the log beside it.
         """
+        batch = self.layout.fill(batch)
         tokens, positions, targets = self._brought(batch, batch.tokens, batch.positions, batch.labels)
-        seq = Sequence(batch.cu_seqlens, positions, exchange=self.exchange, aux_weight=1.0 / micro_batches)
+        counted = self.layout.of(batch.cu_seqlens).counted(*self.exchange.tensor)
+        seq = Sequence(batch.cu_seqlens, positions, exchange=self.exchange, aux_weight=1.0 / micro_batches, counted=counted)
         if self.mesh.first_stage:
             x = tokens
         else:

@@ -222,8 +222,6 @@ PARALLEL, BRANCHES = "model.pattern=[parallel] model.layers.parallel", "model.la
         ("train.steps=5 train.warmup_steps=6", "longer than train.steps"),
         ("precision=fp64 device=cuda", "device=cpu"),
         ("data.tokens=2048 train.tokens_per_step=3000", "write 4096"),
-        ("data.tokens=2050 train.tokens_per_step=4100 parallel.context=2", "x 2 (zigzag): write 2052"),
-        ("data.tokens=2049 train.tokens_per_step=2049 parallel.tensor=2", "parallel.tensor=2"),
         ("eval.tokens=1000 data.tokens=2048", "less than one micro-batch"),
         ("parallel.tensor=8", "is not a multiple of parallel.tensor=8"),
         ("model.hidden=193 parallel.tensor=2", "model.hidden=193"),

@@ -54,10 +54,12 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         """x [T, hidden] -> [T, hidden]"""
-        weights, indices = self.router(x, seq)
-        y = x if self.latent_down is None else self.latent_down(x)
+        tokens = x if seq.counted is None else x[: seq.counted.rows]  # a tail is sent to no expert
+        weights, indices = self.router(tokens, seq)
+        y = tokens if self.latent_down is None else self.latent_down(tokens)
         y = self.experts(y, weights, indices)
         y = y if self.latent_up is None else self.latent_up(y)
+        y = y if seq.counted is None else F.pad(y, (0, 0, 0, len(x) - len(y)))
         if self.shared is None:
             return y
         shared = self.shared(x, seq)

@@ -111,8 +111,7 @@ class Router(nn.Module):
             self.load += routed.loads
         if o.aux_loss == 0:
             return None
-        tokens = max(int(seq.cu_seqlens[-1]), 1)  # of the micro-batch: the counts of all its ranks add up to top_k for each
-        return seq.exchange.sum(routed.loads).to(routed.shares.dtype) * (o.aux_loss * o.experts / (o.top_k * tokens**2))
+        return seq.exchange.sum(routed.loads).to(routed.shares.dtype) * (o.aux_loss * o.experts / (o.top_k * seq.tokens**2))
 
     def _choices(self, scores: Tensor) -> Tensor:
         """What is chosen by [T, E]: scores with the bias, and -inf in groups that are not among a token's best."""

@@ -240,6 +240,14 @@ class Memory:
         return cls(states, torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32))
 
 
+class Counted(NamedTuple):
+    """Where a tail fills the stream up (`ltrain.parallel.context.layout`): the tokens before it, which alone count in losses and statistics."""
+
+    stream: int  # of the whole stream
+    here: int  # of this context rank's tokens, the first ones
+    rows: int  # of this tensor rank's share of these, the first ones
+
+
 class Tape:
     """What a recomputed block must not compute twice: routing decisions and the results of exchanges.
 
@@ -287,7 +295,17 @@ class Sequence:
     metrics: dict[str, Tensor] = field(default_factory=dict)  # detached scalars, by name
     shared: dict[str, Any] = field(default_factory=dict)  # tensors that later layers read (shared K/V, top-k...)
     memory: Memory | None = None  # what cross-attention reads, in a forward or a prefill; None: no document has any
+    counted: Counted | None = None  # None: all tokens do
     room: int = 0  # tokens that decoding will add to each document: prefill makes caches that much longer
+
+    @property
+    def tokens(self) -> int:
+        """What a mean over the whole stream divides by."""
+        return max(int(self.cu_seqlens[-1]) if self.counted is None else self.counted.stream, 1)
+
+    def counted_parts(self) -> list[Part]:
+        """As `Exchange.parts`, without the tail's."""
+        return [part for part in self.exchange.parts(self) if self.counted is None or part.start < self.counted.here]
 
     def note(self, name: str, value: Tensor) -> None:
         """Add a layer's scalar to what the log shows under this name."""

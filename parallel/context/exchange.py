@@ -68,7 +68,7 @@ class ContextExchange:
     def resized(self, tokens: int) -> "ContextExchange":
         """The same ranks, and the same count of bytes, for streams of another length."""
         other = copy.copy(self)
-        other.layout, other._plans = replace(self.layout, tokens=tokens), Cache(PLANS_KEPT)
+        other.layout, other._plans = replace(self.layout, tokens=tokens, tail=0), Cache(PLANS_KEPT)
         return other
 
     def silent(self) -> "ContextExchange":
@@ -291,4 +291,5 @@ class ContextExchange:
 
     def sequence(self, cu_seqlens: Tensor, positions: Tensor) -> Sequence:
         """This rank's `Sequence` of a micro-batch: cu_seqlens [documents + 1] and positions [tokens] of the whole stream."""
-        return Sequence(cu_seqlens, self.layout.of(cu_seqlens).take(positions), exchange=self)
+        layout = self.layout.of(cu_seqlens)
+        return Sequence(cu_seqlens, layout.take(positions), exchange=self, counted=layout.counted(*self.tensor))

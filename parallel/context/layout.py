@@ -10,11 +10,15 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from math import lcm
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ltrain.data.packing import NO_LABEL, MicroBatch
+from ltrain.model.sequence import Counted
 from ltrain.parallel.context.balance import CAUSAL, Balance, Cost, Spans, balance
 from ltrain.parallel.context.cache import Cache
 
@@ -68,7 +72,10 @@ class ContextLayout:
     the last rank's two spans touch and are one. balanced: the spans follow the documents of each stream, for equal work by
     `cost` (see `ltrain.parallel.context.balance`); `of` gives the layout of one stream.
 
-    Raises ValueError where the stream does not divide into equal spans or the kind is unknown.
+    A stream that does not divide into equal spans is filled up by a masked tail, which `filled` finds and `fill` adds: a document of its own, so that
+    nothing else attends to it, without labels, and left out of every mean and statistic (`counted`).
+
+    Raises ValueError where `tokens` does not divide into equal spans or the kind is unknown.
     """
 
     tokens: int
@@ -77,6 +84,7 @@ class ContextLayout:
     kind: str = "zigzag"
     cost: Cost = CAUSAL
     chosen: tuple[Spans, ...] | None = None  # of each rank, where they follow the documents
+    tail: int = 0  # of `tokens`, the last ones, which fill the stream up
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -85,9 +93,16 @@ class ContextLayout:
             raise ValueError(f"context rank {self.rank} is outside parallel.context={self.size}: give a rank from 0 to {self.size - 1}")
         if self.tokens % self.parts:
             raise ValueError(
-                f"data.tokens={self.tokens} does not cut into {self.parts} equal spans for parallel.context={self.size} "
-                f"({self.kind}): write a multiple of {self.parts}"
+                f"a stream of {self.tokens} tokens does not cut into {self.parts} equal spans for parallel.context={self.size} "
+                f"({self.kind}): give a multiple of {self.parts}, or use ContextLayout.filled"
             )
+
+    @classmethod
+    def filled(cls, tokens: int, rank: int = 0, size: int = 1, kind: str = "zigzag", cost: Cost = CAUSAL, multiple: int = 1) -> "ContextLayout":
+        """For streams of `tokens` tokens, with the shortest tail that gives each rank as many, a multiple of `multiple`."""
+        empty = cls(0, rank, size, kind, cost)
+        tail = -tokens % (size * lcm(empty.parts // size, multiple))
+        return replace(empty, tokens=tokens + tail, tail=tail)
 
     @property
     def parts(self) -> int:
@@ -118,6 +133,28 @@ class ContextLayout:
             raise ValueError(f"the stream has {x.shape[0]} tokens but its layout is for {self.tokens}: give the whole micro-batch")
         parts = [x[start:stop] for start, stop in self.spans()]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def fill(self, batch: MicroBatch) -> MicroBatch:
+        """batch of tokens - tail tokens -> of `tokens`: the tail is a document of zeros without labels."""
+        if not self.tail:
+            return batch
+        if batch.cu_seqlens[-1] + self.tail != self.tokens:
+            raise ValueError(f"the stream has {batch.cu_seqlens[-1]} tokens but its layout fills up {self.tokens - self.tail}: give it data.tokens")
+        return replace(
+            batch,
+            tokens=F.pad(batch.tokens, (0, self.tail)),
+            labels=F.pad(batch.labels, (0, self.tail), value=NO_LABEL),
+            positions=torch.cat((batch.positions, torch.arange(self.tail))),
+            cu_seqlens=F.pad(batch.cu_seqlens, (0, 1), value=self.tokens),
+        )
+
+    def counted(self, tensor_rank: int = 0, tensor_size: int = 1) -> Counted | None:
+        """What is not the tail, in the layout of one stream, whose spans each rank holds in order: of its tokens the tail's are the last."""
+        if not self.tail:
+            return None
+        end, share = self.tokens - self.tail, self.local_tokens // tensor_size
+        here = sum(max(min(stop, end) - start, 0) for start, stop in self.spans())
+        return Counted(end, here, min(max(here - tensor_rank * share, 0), share))
 
     def of(self, cu_seqlens: Tensor) -> "ContextLayout":
         """The layout of one stream, cu_seqlens [documents + 1] int32 on the host: this one, where it does not follow the documents."""

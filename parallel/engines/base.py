@@ -6,6 +6,7 @@ weight, moments and gradient this rank holds; loading, saving and comparing foll
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 
 from ltrain.checkpoint import Checkpoint, Entry
 from ltrain.checkpoint.parameters import entries, fill
-from ltrain.config import Config
+from ltrain.config import Config, ConfigError
 from ltrain.data.packing import MicroBatch
 from ltrain.model.layers import LocalLayers, layout_of, seed_parameters
 from ltrain.model.router import update_biases
 from ltrain.model.stack import Stack
 from ltrain.parallel.context.balance import CAUSAL, Cost
 from ltrain.parallel.context.layout import ContextLayout
+from ltrain.parallel.fp8 import rows_multiple
 from ltrain.parallel.layers import build_layers
 from ltrain.parallel.mesh import Mesh
 from ltrain.parallel.pipeline import Stage, cut, stage_config
@@ -38,7 +40,13 @@ def build_stage(config: Config, vocab: int, mesh: Mesh) -> Stage:
     stack = Stack(model, vocab, layers, start=start, stop=stop, recompute=config.train.recompute)
     kind, size = config.parallel.context_layout, mesh.context.size()
     cost = document_cost(config, vocab) if kind == "balanced" and size > 1 else CAUSAL
-    layout = ContextLayout(config.data.tokens, mesh.context.rank(), size, kind, cost)
+    multiple = mesh.tensor.size() * rows_multiple(config)
+    layout = ContextLayout.filled(config.data.tokens, mesh.context.rank(), size, kind, cost, multiple)
+    if 0 < model.learned_positions < layout.tail:
+        raise ConfigError(
+            f"data.tokens={config.data.tokens} is filled up to {layout.tokens} and model.learned_positions={model.learned_positions} are too few for "
+            f"what fills it: write data.tokens={layout.tokens}"
+        )
     return Stage(stack, layout, mesh, stage_config(model.hidden * model.streams.count, model.depth, mesh, dtype), layers.autocast)
 
 
@@ -140,8 +148,13 @@ class Engine(ABC):
         """Forward once more, noting the root mean square of each layer's output: where a number stopped being finite."""
         found: dict[str, float] = {}
 
-        def note(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-            return lambda _, __, y: found.__setitem__(f"layer {name}", float(y.detach().float().square().mean().sqrt()))
+        def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            def hook(_: nn.Module, inputs: Any, y: Tensor) -> None:
+                counted = inputs[1].counted
+                y = y.detach().float()[: None if counted is None else counted.rows]
+                found[f"layer {name}"] = float(y.square().sum().div(max(y.numel(), 1)).sqrt())
+
+            return hook
 
         hooks = [block.register_forward_hook(note(name)) for name, block in self.stack.blocks()]
         rows: list[tuple[MicroBatch, dict[str, float]]] = []

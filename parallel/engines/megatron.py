@@ -113,7 +113,7 @@ class MegatronEngine(Engine):
             data_iterator=iter(batches),
             model=[self.model],
             num_microbatches=len(batches),
-            seq_length=self.config.data.tokens,
+            seq_length=self.layout.tokens,
             micro_batch_size=1,
             forward_only=forward_only,
         )

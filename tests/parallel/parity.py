@@ -47,7 +47,7 @@ class Layout:
         return "-".join(parts + more + ([self.recompute] if self.recompute != "none" else []) + ([] if self.tie else ["untied"])) or "data"
 
 
-def config(layout: Layout, precision: str, model: ModelConfig | None = None) -> Config:
+def config(layout: Layout, precision: str, model: ModelConfig | None = None, tokens: int = TOKENS) -> Config:
     model = model or ModelConfig(
         hidden=32,
         depth=4,
@@ -65,9 +65,9 @@ def config(layout: Layout, precision: str, model: ModelConfig | None = None) -> 
         layout.tensor, layout.context, layout.expert, layout.pipeline, layout.context_layout, layout.ulysses, layout.inner_ring
     )
     out.train = TrainConfig(
-        steps=10, tokens_per_step=TOKENS * MICRO_BATCHES, lr=1e-3, min_lr=1e-4, warmup_steps=3, clip=0.5, eps=1e-6, recompute=layout.recompute
+        steps=10, tokens_per_step=tokens * MICRO_BATCHES, lr=1e-3, min_lr=1e-4, warmup_steps=3, clip=0.5, eps=1e-6, recompute=layout.recompute
     )
-    out.data.tokens = TOKENS
+    out.data.tokens = tokens
     return out
 
 
@@ -108,13 +108,13 @@ def config_of_blocks(layout: Layout, precision: str) -> Config:
     return config(layout, precision, model)
 
 
-def micro_batch(index: int) -> MicroBatch:
-    """Documents of 1 token, over several ranks' cuts, and one that continues an earlier stream (positions from 17)."""
+def micro_batch(index: int, tokens: int = TOKENS) -> MicroBatch:
+    """Documents of 1 token, over several ranks' cuts, and one that continues an earlier stream (positions from 17). tokens: the first ones."""
     lengths = [[37, 1, 2, 24], [64], [15, 1, 33, 15], [1, 16, 47]][index % 4]
-    tokens = np.random.default_rng(index).integers(0, VOCAB, TOKENS).astype(np.int32)
+    ids = np.random.default_rng(index).integers(0, VOCAB, TOKENS).astype(np.int32)[:tokens]
     starts = np.array([17 if i == 0 else 0 for i in range(len(lengths))], dtype=np.int64)
-    cu = np.cumsum([0, *lengths], dtype=np.int32)
-    batch = MicroBatch.of(Stream(tokens, cu, starts, ["d"] * len(lengths), 0, (Cursor(),)), index)
+    cu = np.cumsum([0, *lengths], dtype=np.int32).clip(max=tokens)
+    batch = MicroBatch.of(Stream(ids, cu, starts, ["d"] * len(lengths), 0, (Cursor(),)), index)
     # the first of two context ranks has no label: of the second stream in two spans, of the third in zigzag
     unlabelled = {1: [slice(0, 32)], 2: [slice(0, 16), slice(48, 64)]}.get(index, [])
     for part in unlabelled:
@@ -122,8 +122,8 @@ def micro_batch(index: int) -> MicroBatch:
     return batch
 
 
-def step_batches(step: int) -> list[MicroBatch]:
-    return [micro_batch(step * MICRO_BATCHES + i) for i in range(MICRO_BATCHES)]
+def step_batches(step: int, tokens: int = TOKENS) -> list[MicroBatch]:
+    return [micro_batch(step * MICRO_BATCHES + i, tokens) for i in range(MICRO_BATCHES)]
 
 
 @torch.no_grad()
@@ -161,6 +161,7 @@ class Reference:
             eps=train.eps,
         )
         self.further = 0.0  # of the last backward: the mean cross entropy of what is predicted further ahead
+        self.aux = 0.0  # of the last backward: what balances the routers, mean over its micro-batches
         self.margin = float("inf")  # the narrowest choice of an expert so far
         for router in self.stack.routers().values():
             router.register_forward_hook(lambda r, inputs, _: self._note(r.margin(inputs[0])))
@@ -171,7 +172,7 @@ class Reference:
     def backward(self, batches: list[MicroBatch]) -> float:
         self.optimizer.zero_grad()
         labels = sum(int((b.labels >= 0).sum()) for b in batches)
-        total = self.further = 0.0
+        total = self.further = self.aux = 0.0
         for batch in batches:
             seq = Sequence(batch.cu_seqlens, batch.positions, aux_weight=1 / len(batches))
             hidden = self.stack(batch.tokens, seq)
@@ -185,6 +186,7 @@ class Reference:
                 loss = loss + mtp.weight * ahead_loss
                 self.further += float(ahead_loss.detach()) / labels
             (loss / labels).backward()
+            self.aux += float(seq.metrics.get("aux_loss", 0.0)) / len(batches)
             total += float(ce.detach())
         return total / labels
 
@@ -233,18 +235,20 @@ def on_ranks(config: Config, steps: int, device: str = "cpu") -> dict[str, Any]:
     mesh = Mesh(config.parallel, torch.device(device, dist.get_rank()) if device == "cuda" else torch.device("cpu"))
     try:
         engine = prepared_engine(config, mesh)
-        out: dict[str, Any] = {"losses": [], "further": [], "index": [], "norms": [], "held": {}}
+        out: dict[str, Any] = {"losses": [], "further": [], "index": [], "aux": [], "norms": [], "held": {}}
         for name, shape in engine.shapes.items():
             out["held"][name] = shape.numel()
         for step in range(max(steps, 1)):
-            batches = step_batches(step)
+            batches = step_batches(step, config.data.tokens)
             labels = sum(int((b.labels >= 0).sum()) for b in batches)
             mine = batches[mesh.data.rank() :: mesh.data.size()]
             means = engine.forward_backward(mine, labels, MICRO_BATCHES)
             out["losses"].append(means["loss"])
             out["further"].append(means.get("mtp_loss", 0.0))
             out["index"].append(means.get("index_loss", 0.0))
+            out["aux"].append(means["aux_loss"])
             if step == 0:
+                out["loads"] = {name: router.load.clone() for name, router in engine.stack.routers().items()}
                 out["gradients"] = [(e.name, e.shape, e.start, e.tensor.cpu().clone()) for e in engine.gradients()]
             if steps:
                 out["norms"].append(engine.step(learning_rate(step, config.train)))

@@ -1,15 +1,20 @@
 """The loss of an index is logged as one rank would have it, whatever the layout."""
 
+from functools import cache
+
 import pytest
+from torch import Tensor
 
 from ltrain.config import ModelConfig
 from ltrain.model.options import MoEOptions
-from tests.parallel.parity import Layout, config, on_ranks
+from tests.parallel.parity import TOKENS, Layout, assemble, config, on_ranks, worst
 
-LAYOUTS = [(1, Layout()), (2, Layout(tensor=2)), (2, Layout(context=2)), (2, Layout(pipeline=2, recompute="full")), (4, Layout(tensor=2, context=2))]
+LAYOUTS = [(2, Layout(tensor=2)), (2, Layout(context=2)), (2, Layout(pipeline=2, recompute="full")), (4, Layout(tensor=2, context=2))]
 
 
-def index_losses(pool, world: int, layout: Layout) -> list[float]:
+@cache
+def index_losses(pool, world: int, layout: Layout, tokens: int = TOKENS) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses, and whole gradients, in which those of the indexers come from these alone."""
     model = ModelConfig(
         hidden=32,
         depth=2,
@@ -43,13 +48,16 @@ def index_losses(pool, world: int, layout: Layout) -> list[float]:
         ffn=MoEOptions(experts=0, inner=32),
         init_std=0.05,
     )
-    results = pool(world).run(on_ranks, config(layout, "fp64", model), 0, timeout=240)
+    results = pool(world).run(on_ranks, config(layout, "fp64", model, tokens), 0, timeout=240)
     assert all(result["index"] == results[0]["index"] for result in results)
-    return results[0]["index"]
+    return results[0]["index"], assemble(results)
 
 
-@pytest.mark.parametrize(("world", "layout"), LAYOUTS[1:], ids=str)
-def test_every_layout_logs_the_loss_of_one_rank(pool, world, layout):
-    found, expected = index_losses(pool, world, layout), index_losses(pool, *LAYOUTS[0])
+@pytest.mark.parametrize("tokens", [TOKENS, 49], ids=["whole", "with a tail"])
+@pytest.mark.parametrize(("world", "layout"), LAYOUTS, ids=str)
+def test_every_layout_has_the_loss_of_one_rank(pool, world, layout, tokens):
+    (found, gradients), (expected, whole) = index_losses(pool, world, layout, tokens), index_losses(pool, 1, Layout(), tokens)
     assert min(expected) > 0.1
     assert found == pytest.approx(expected, rel=1e-9)
+    error, name = worst(gradients, whole)
+    assert error < 1e-9, f"{name} is off by {error:.1e}"

@@ -79,7 +79,7 @@ class BlockIndexAttention(Attention):
         if not trains:
             return y
         detached = q.detach(), k.detach()
-        loss = kernels.index_loss(*detached, index, indices, parts, scale=self.scale, block=o.block_size, kv_heads=o.kv_heads)
+        loss = kernels.index_loss(*detached, index, indices, seq.counted_parts(), scale=self.scale, block=o.block_size, kv_heads=o.kv_heads)
         return attach_index_loss(y, loss, o.index_loss_weight, seq)
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:

@@ -21,7 +21,7 @@ SELECTION = "selection"  # in Sequence.shared: what later layers see too
 
 def attach_index_loss(y: Tensor, loss: Tensor, weight: float, seq: Sequence) -> Tensor:
     """y, which carries an index's loss, the sum over this rank's queries, from now on; its share of the mean over the stream is noted for the log."""
-    mean = loss * (weight / max(int(seq.cu_seqlens[-1]), 1))
+    mean = loss * (weight / seq.tokens)
     seq.note("index_loss", mean)
     return attach_loss(y, mean, seq.aux_weight)
 

@@ -113,7 +113,7 @@ class MLA(Mixer):
             def loss_over_all(index: Index) -> Tensor:
                 with torch.no_grad():
                     seen = k if seq.exchange.whole else self._expand(seq.exchange.gather(carried.rows(), seq), self._weight)[0]
-                return index_loss(q.detach(), seen.detach(), index, seq.exchange.parts(seq), scale=self.scale, heads=o.heads)
+                return index_loss(q.detach(), seen.detach(), index, seq.counted_parts(), scale=self.scale, heads=o.heads)
 
             return seq.exchange.attention(q, k, v, seq, scale=self.scale, latent=carried), loss_over_all
         rows = seq.exchange.gather(carried.rows(), seq)
@@ -121,7 +121,9 @@ class MLA(Mixer):
         y, lse = latent_attention(q, rows, indices, width=o.kv_rank, scale=self.scale)
 
         def loss_over_few(index: Index) -> Tensor:
-            return latent_index_loss(q.detach(), rows.detach(), lse.detach(), index, indices, scale=self.scale, heads=o.heads)
+            n = None if seq.counted is None else seq.counted.here
+            of_counted = index[0][:n], index[1], index[2][:n]
+            return latent_index_loss(q.detach()[:n], rows.detach(), lse.detach()[:n], of_counted, indices[:n], scale=self.scale, heads=o.heads)
 
         return self._values(y), loss_over_few
 
