@@ -9,9 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ltrain.kernels.attention import Mask, attention
 from ltrain.kernels.elementwise_recurrence import scan, selective_scan
+from ltrain.kernels.gates import channel_decay, scaled
 from ltrain.kernels.glu import Gating, gated_halves
 from ltrain.kernels.linear_recurrence import linear_recurrence
+from ltrain.kernels.norm import l2_norm
 from ltrain.kernels.rope import rotate
 from ltrain.kernels.routing import combine, permutation, spread
 from ltrain.kernels.short_conv import short_conv
@@ -84,11 +87,11 @@ def needs(gib: int) -> pytest.MarkDecorator:
 LARGE = [pytest.param(name, marks=needs(120)) for name in ("delta", "head", "channel")]
 
 
-@pytest.mark.parametrize("name", [*LARGE, "conv", "scan", "mamba", "rope", "glu", "routing"])
+@pytest.mark.parametrize("name", [*LARGE, "conv", "scan", "mamba", "rope", "glu", "routing", "attention", "norm", "decays", "scaled"])
 def test_addresses_past_two_to_the_31(name: str) -> None:
     """A stream of a little more than 2^31 numbers: what its last document gives alone, it gives there, to the bit.
 
-    Chunks of the selective scan are cut wherever documents begin in them: its last document is cut elsewhere, and rounded there.
+    Chunks of the selective scan and tiles of attention are cut wherever documents begin in them: the last one is cut elsewhere, and rounded there.
     """
     wanted = 2**31 + (1 << 24)
     if name in ("delta", "head", "channel"):
@@ -120,6 +123,18 @@ def test_addresses_past_two_to_the_31(name: str) -> None:
         pairs = far(lambda cu, x: rotate(x, angles.cos()[-len(x) :], angles.sin()[-len(x) :], backend="triton"), drawn(wanted // 2048, 16, 128))
     elif name == "glu":
         pairs = far(lambda cu, x: gated_halves(x, Gating(), backend="triton"), drawn(wanted // 4096, 4096))
+    elif name == "attention":
+        tokens = wanted // 2048
+        sizes = drawn(tokens, 16, 128), drawn(tokens, 4, 128), drawn(tokens, 4, 128)
+        pairs = far(lambda cu, q, k, v: attention(q, k, v, cu, scale=0.1, mask=Mask(window=512), backend="triton"), *sizes)
+    elif name == "norm":
+        pairs = far(lambda cu, x: l2_norm(x, backend="triton"), drawn(wanted // 2048, 16, 128))
+    elif name == "decays":
+        A_log, bias = drawn(16).float(), drawn(2048).float()
+        pairs = far(lambda cu, a: channel_decay(a, A_log, bias, 16, "softplus", backend="triton"), drawn(wanted // 2048, 2048))
+    elif name == "scaled":
+        tokens = wanted // 2048
+        pairs = far(lambda cu, x, factors: scaled(x, factors, backend="triton"), drawn(tokens, 16, 128), drawn(tokens, 16).float())
     else:
         tokens = wanted // 4096  # each to two experts
         indices = torch.rand(tokens, 8, device="cuda").topk(2, dim=-1).indices
@@ -131,7 +146,7 @@ def test_addresses_past_two_to_the_31(name: str) -> None:
         pairs = far(routed, drawn(tokens, 2048), drawn(tokens, 2).sigmoid_())
     for at_the_end, alone in pairs:
         assert alone.isfinite().all() and alone.ne(0).any()
-        if name == "mamba":
+        if name in ("mamba", "attention"):
             assert (at_the_end - alone).float().norm() < 0.01 * alone.float().norm()
         else:
             assert torch.equal(at_the_end, alone)
