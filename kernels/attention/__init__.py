@@ -126,7 +126,7 @@ def forward_pairs(
         wide: whether more than one other part is to be merged with out; otherwise it comes in the type in which the backend has it.
 
     Returns:
-        out [Tq, H, Dv] and lse [Tq, H], the natural log of the sum of exponentials of scaled scores, in float32 or wider.
+        out [Tq, H, Dv], in float32 or wider where `wide`, and lse [Tq, H], the natural log of the sum of exponentials of scaled scores, always so.
 
     Raises:
         ValueError: shapes, types, pairs or backend do not fit.
@@ -162,8 +162,8 @@ def backward_pairs(
         wide: whether more than one other part is to be added to the gradients; otherwise they come in the type in which the backend has them.
 
     Returns:
-        dq [Tq, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] and, where the score has one, dbias [H, buckets], in float32 or wider, to be summed
-        over the steps.
+        dq [Tq, H, D], dk [Tk, Hk, D], dv [Tk, Hk, Dv] and, where the score has one, dbias [H, buckets], in float32 or wider (the first three where
+        `wide`), to be summed over the steps.
 
     Raises:
         ValueError: shapes, types, pairs or backend do not fit.

@@ -5,6 +5,7 @@ A call has pairs of one kind whose rows are all different; a ring's pieces, whic
 Its backward takes the log-sum-exp over all keys, which is what lets a ring hand it one piece at a time. Source: transformer_engine's fused_attn.
 """
 
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -21,6 +22,8 @@ from ltrain.kernels.segments import accumulator, wants_triton
 # Rows of the pairs on average, from which it is worth its while. Forwards and backwards on one H200, 16/4 heads x 128, it takes 0.92 of
 # the time of our own kernels in documents of 512 tokens, 0.76 in those of 4096 and 0.72 to 0.78 with a window of 4096.
 LEAST = 512
+UTILS = "transformer_engine.pytorch.attention.dot_product_attention.utils"
+OLDEST = 90600  # version of cuDNN: before, and on GPUs of capability 12.0, the log-sum-exps of packed documents are laid out otherwise
 
 
 @cache
@@ -29,7 +32,9 @@ def engine() -> Any:
     if find_spec("transformer_engine") is None:
         return "needs Transformer Engine, which is not installed"
     try:
-        import_module("transformer_engine.pytorch")  # which finds the libraries that the next one loads
+        import_module("transformer_engine.pytorch")  # which finds the libraries that the next ones load
+        if not hasattr(import_module(UTILS), "FusedAttentionParams"):
+            return "needs Transformer Engine 2.20 or newer"
         return import_module("transformer_engine.pytorch.cpp_extensions.fused_attn")
     except (ImportError, OSError, AssertionError, RuntimeError) as error:
         return f"needs Transformer Engine, which does not load ({str(error).partition('.')[0]})"
@@ -51,17 +56,26 @@ class Kind(NamedTuple):
         return self.window - 1 if self.window else -1, 0 if self.causal else -1
 
 
+def _queries(pairs: Sequence[Pair]) -> slice:
+    """The rows that theirs lie in."""
+    return slice(min(p.q_start for p in pairs), max(p.q_start + p.q_len for p in pairs))
+
+
+def _keys(pairs: Sequence[Pair]) -> slice:
+    return slice(min(p.k_start for p in pairs), max(p.k_start + p.k_len for p in pairs))
+
+
 class Call(NamedTuple):
     kind: Kind
     pairs: tuple[Pair, ...]  # no row of queries or of keys is in two
 
     @property
     def queries(self) -> slice:
-        return slice(min(p.q_start for p in self.pairs), max(p.q_start + p.q_len for p in self.pairs))
+        return _queries(self.pairs)
 
     @property
     def keys(self) -> slice:
-        return slice(min(p.k_start for p in self.pairs), max(p.k_start + p.k_len for p in self.pairs))
+        return _keys(self.pairs)
 
 
 class Places(NamedTuple):
@@ -78,11 +92,11 @@ class Places(NamedTuple):
 def _kind(pair: Pair) -> Kind | None:
     """None: there is no kernel, which for causal masks and windows takes squares on the diagonal. (One for the ends of rectangles works through
     hidden blocks, too: in the backward twice as long.)"""
-    square = pair.causal and pair.q_len == pair.k_len and not pair.gap
+    square = pair.causal and pair.q_len == pair.k_len and not (pair.window and pair.gap)
     return Kind(pair.causal, pair.window) if square or not pair.causal and not pair.window else None
 
 
-@lru_cache(maxsize=64)  # all layers of a micro-batch with the same mask have the same
+@lru_cache(maxsize=256)  # all layers of a micro-batch with the same mask have the same
 def _parted(pairs: tuple[Pair, ...]) -> tuple[list[Call], list[Pair]]:
     """Calls, and the pairs that are for others."""
     calls: list[tuple[Kind, list[Pair]]] = []
@@ -103,7 +117,7 @@ def _parted(pairs: tuple[Pair, ...]) -> tuple[list[Call], list[Pair]]:
     return [Call(kind, tuple(some)) for kind, some in calls], rest
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _places(call: Call, device: torch.device) -> Places:
     q_bounds, k_bounds = [0], [0]
     for pair in call.pairs:
@@ -127,7 +141,7 @@ def _places(call: Call, device: torch.device) -> Places:
 def _lacks(kind: Kind, dtype: torch.dtype, heads: int, kv_heads: int, width: int, value_width: int, device: torch.device) -> str | None:
     """Why Transformer Engine has no kernel for these, or None."""
     module = engine()
-    fields = import_module("transformer_engine.pytorch.attention.dot_product_attention.utils").FusedAttentionParams
+    fields = import_module(UTILS).FusedAttentionParams
     te_type = next(number for number, torch_type in module.TORCH_DType.items() if torch_type == dtype)
     tokens = 4096
     thd, layout = module.QKVFormat["thd"], module.QKVLayout["thd_thd_thd"]
@@ -164,8 +178,9 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
     """Why these cannot go through Transformer Engine, or None."""
     if q.device.type != "cuda":
         return f"runs on CUDA, not on {q.device.type}"
-    if torch.version.hip or torch.cuda.get_device_capability(q.device) < (9, 0):
-        return "is for GPUs from Hopper on"
+    capability = torch.cuda.get_device_capability(q.device)
+    if torch.version.hip or capability < (9, 0) or capability[0] == 12 or (torch.backends.cudnn.version() or 0) < OLDEST:
+        return "is for GPUs from Hopper on, but for those of capability 12.0, with cuDNN 9.6"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 or bfloat16, not {q.dtype}"
     if isinstance(lacking := engine(), str):
@@ -225,32 +240,36 @@ def for_others(q: Tensor, k: Tensor, v: Tensor, scale: float, pairs: list[Pair])
 
 def _span(pairs: list[Pair]) -> tuple[slice, slice, list[Pair]]:
     """The queries and the keys that they lie in, and them in rows of these."""
-    whole = Call(Kind(False, 0), tuple(pairs))
-    return whole.queries, whole.keys, [pair.moved(-whole.queries.start, -whole.keys.start) for pair in pairs]
+    queries, keys = _queries(pairs), _keys(pairs)
+    return queries, keys, [pair.moved(-queries.start, -keys.start) for pair in pairs]
+
+
+def _parts(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Of each call its queries, what it finds for these [rows, H, Dv], and the log-sum-exps [rows, H]."""
+    calls, rest = _parted(tuple(pairs))
+    for call in calls:
+        places, rows, keys = _places(call, q.device), call.queries, call.keys
+        part, (part_lse, *_) = engine().fused_attn_fwd(
+            is_training=True, q=q[rows], k=k[keys], v=v[keys], rng_gen=_generator(q.device), **_options(call, places, q, scale)
+        )
+        assert part_lse.shape == (*part.shape[:2], 1), "Transformer Engine lays its log-sum-exps out in another way"
+        part_lse = part_lse.squeeze(-1)
+        if places.covered is not None:
+            part_lse = part_lse.masked_fill(~places.covered.unsqueeze(1), -torch.inf)
+        yield rows, part, part_lse
+    if rest:
+        rows, keys, moved = _span(rest)
+        yield rows, *for_others(q, k, v, scale, rest).forward_pairs(q[rows], k[keys], v[keys], moved, scale)
 
 
 def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float) -> tuple[Tensor, Tensor]:
     """out may come back in q's type, where no piece had to be merged."""
     calls, rest = _parted(tuple(pairs))
     q, k, v = (x.contiguous() for x in (q, k, v))
-    parts: list[tuple[slice, Tensor, Tensor]] = []
-    for call in calls:
-        places = _places(call, q.device)
-        rows, keys = call.queries, call.keys
-        # of the pairs' rows, and zero between them; [rows, H, 1]
-        part, (part_lse, *_) = engine().fused_attn_fwd(
-            is_training=True, q=q[rows], k=k[keys], v=v[keys], rng_gen=_generator(q.device), **_options(call, places, q, scale)
-        )
-        part_lse = part_lse.squeeze(-1)
-        if places.covered is not None:
-            part_lse = part_lse.masked_fill(~places.covered.unsqueeze(1), -torch.inf)
-        parts.append((rows, part, part_lse))
-    if rest:
-        rows, keys, moved = _span(rest)
-        backend = for_others(q, k, v, scale, rest)
-        parts.append((rows, *backend.forward_pairs(q[rows], k[keys], v[keys], moved, scale)))
-    if len(parts) == 1 and parts[0][0] == slice(0, len(q)):
-        return parts[0][1], parts[0][2]
+    parts = _parts(q, k, v, pairs, scale)
+    if len(calls) + bool(rest) == 1 and _queries(pairs) == slice(0, len(q)):
+        _, out, lse = next(parts)
+        return out, lse
     wide = accumulator(q.dtype)
     out = torch.zeros(*q.shape[:2], v.shape[2], dtype=wide, device=q.device)
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=wide)

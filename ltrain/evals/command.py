@@ -99,10 +99,15 @@ def main(request: Request) -> Report:
     for task in request.tasks:
         if task not in NEEDLE_TASKS:
             raise ConfigError(f"--tasks {task} is not known: choose from {', '.join(NEEDLE_TASKS)}")
-    config = configure(request, find(request.checkpoint))
+    planned = find(request.checkpoint)
+    config = configure(request, planned)
     with ExitStack() as open_files:
         mesh = open_files.enter_context(joined(config))
         folder = find(request.checkpoint, mesh)
+        if folder != planned:  # which is damaged
+            asked, config = config, mesh.agree(lambda: configure(request, folder))
+            if (config.parallel, config.device) != (asked.parallel, asked.device):
+                raise ConfigError(f"{planned} is damaged and {folder.name} before it has another layout: write ltrain eval {folder}")
         checkpoint = open_files.enter_context(Checkpoint(folder))
         stage = mesh.agree(lambda: read_stage(config, checkpoint, mesh))
         dataset = mesh.agree(lambda: build(config.data, config.seed, Tokenizer.load(folder)))

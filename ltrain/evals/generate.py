@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ltrain.checkpoint import Checkpoint, Collectives, LocalCollectives, last_stage, newest, newest_whole
-from ltrain.checkpoint.collectives import gather
+from ltrain.checkpoint.collectives import first, gather
 from ltrain.checkpoint.index import INDEX
 from ltrain.checkpoint.parameters import fill
 from ltrain.config import Config
@@ -86,21 +86,29 @@ def find(path: str | Path, collectives: Collectives | None = None) -> Path:
     collectives: of the ranks, which share the reading of all files, so that a damaged newest one falls back to the one before, loudly; None:
     no file is read, for a caller that only plans. Raises CheckpointError where `path` itself is damaged, or all of the run's are.
     """
-    path = last_stage(Path(path))
-    if (path / INDEX).is_file():
+    place = first(collectives or LocalCollectives(), lambda: _locate(Path(path)))  # ranks may see files of a network at different times
+    if (place / INDEX).is_file():
         if collectives:
             part, parts = collectives.rank, collectives.size
-            gather(collectives, lambda: Checkpoint(path).verify(part, parts))
+            gather(collectives, lambda: Checkpoint(place).verify(part, parts))
+        return place
+    found = newest(place)
+    if collectives:
+        found, warnings = newest_whole(place, collectives)
+        for warning in warnings if collectives.rank == 0 else ():
+            print(f"warning: {warning}; taking {found.name if found else 'none'}", file=sys.stderr)
+    assert found is not None  # _locate saw one
+    return found
+
+
+def _locate(path: Path) -> Path:
+    """A checkpoint, or a folder that has some."""
+    path = last_stage(path)
+    if (path / INDEX).is_file():
         return path
-    for root in (path / "checkpoints", path):
-        if not root.is_dir() or (found := newest(root)) is None:
-            continue
-        if collectives:
-            found, warnings = newest_whole(root, collectives)
-            for warning in warnings if collectives.rank == 0 else ():
-                print(f"warning: {warning}; taking {found.name if found else 'none'}", file=sys.stderr)
-        if found is not None:
-            return found
+    for place in (path / "checkpoints", path):
+        if place.is_dir() and newest(place) is not None:
+            return place
     raise ValueError(f"{path} is neither a checkpoint (a folder with index.json) nor a run with a finished checkpoint: name one of the two")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,20 @@ def test_the_verb_finds_the_same(run: Path, tmp_path: Path) -> None:
     assert re.search(r"^passkey +768 +4 ", done.stdout, re.MULTILINE) and "of " in done.stderr
     about = json.loads((tmp_path / "out" / "needles.json").read_text())
     assert about["checkpoint"].endswith("step-00000004") and about["command"].startswith("ltrain eval ") and about["device"] and about["seed"] == 0
+
+
+def test_the_config_of_a_damaged_checkpoint_is_not_used(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "checkpoints", tmp_path / "run/checkpoints")
+    older, newest = sorted((tmp_path / "run/checkpoints").glob("step-*"))[-2:]
+    text = (newest / "config.yaml").read_text()
+    for change, complaint in ((("depth: 2", "depth: 1"), ""), (("_layout: zigzag", "_layout: contiguous"), f"write ltrain eval {older}")):
+        assert change[0] in text
+        (newest / "config.yaml").write_text(text.replace(*change, 1))
+        done = ltrain("eval", str(tmp_path / "run"), *WORDS, "eval.positions=200", "--out", str(tmp_path / "out"))
+        assert "is damaged" in done.stderr, done.stderr
+        assert (done.returncode, complaint in done.stderr) == (2 if complaint else 0, True), done.stderr
+    in_training = json.loads((run / "eval" / "step-000002" / "needles.json").read_text())
+    assert not differences(read(tmp_path / "out")["tasks"], in_training["tasks"])
 
 
 def on_rank(checkpoint: Path, out: Path, words: list[str]) -> None:

@@ -103,21 +103,31 @@ def test_half_precision(mask):
 
 
 @runs
-@pytest.mark.parametrize(("heads", "width", "part_type"), [(3, 20, torch.bfloat16), (2, 64, torch.float32), (1, 130, torch.float16)])
-def test_parts_are_merged_in_place(heads, width, part_type):
+@pytest.mark.parametrize(
+    ("heads", "width", "part_type", "out_type"),
+    [
+        (3, 20, torch.bfloat16, torch.float32),
+        (2, 64, torch.float32, torch.float32),
+        (1, 130, torch.float16, torch.float16),
+        (2, 16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_parts_are_merged_in_place(heads, width, part_type, out_type):
     """Rows that either side, both or neither has, of a part whose heads come first; rows that it does not have stay as they are."""
     g = torch.Generator().manual_seed(0)
     out, part = (torch.randn(70, heads, width, generator=g) for _ in range(2))
     lse, part_lse = (torch.randn(70, heads, generator=g) * 9 for _ in range(2))
     lse[:20], part_lse[10:30], out[10:20] = -torch.inf, -torch.inf, 0.0
-    part = part.to(part_type)
+    part, out = part.to(part_type), out.to(out_type)
+    part_lse[50] = torch.nan  # as of keys that are not numbers
     expected = merge(out.double(), lse.double(), part.double(), part_lse.double())
     expected[0][10:30] = out[10:30].double()
     out[:10] = torch.nan  # nothing has been written there yet
     out, lse = out.to(DEVICE), lse.to(DEVICE)
     merging.launch(out, lse, part.transpose(0, 1).contiguous().to(DEVICE).transpose(0, 1), part_lse.T.contiguous().to(DEVICE).T)
-    torch.testing.assert_close(out.cpu().double(), expected[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(lse.cpu().double(), expected[1], rtol=1e-5, atol=1e-5)
+    rounding = 1e-5 if out_type == torch.float32 else 2 * torch.finfo(out_type).eps
+    torch.testing.assert_close(out.cpu().double(), expected[0], rtol=rounding, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(lse.cpu().double(), expected[1], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 PAIRS = {

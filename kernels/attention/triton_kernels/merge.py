@@ -30,7 +30,7 @@ def merge(
     inside = row < rows
     lse += token * lse_token + head * lse_head
     theirs = tl.load(part_lse + token * part_lse_token + head * part_lse_head, mask=inside, other=-float("inf")).to(tl.float32)
-    found = theirs > -float("inf")
+    found = theirs != -float("inf")  # what is not a number goes on
     ours = tl.load(lse, mask=found, other=0.0)
     top = tl.maximum(ours, tl.where(found, theirs, 0.0))
     weight, other = tl.exp(ours - top), tl.exp(theirs - top)
@@ -40,7 +40,7 @@ def merge(
     out += (token * out_token + head * out_head)[:, None] + columns[None, :]
     part += (token * part_token + head * part_head)[:, None] + columns[None, :]
     # where nothing was found before, out is not read either: it may hold anything
-    before = tl.load(out, mask=at & (ours > -float("inf"))[:, None], other=0.0).to(tl.float32)
+    before = tl.load(out, mask=at & (ours != -float("inf"))[:, None], other=0.0).to(tl.float32)
     after = tl.load(part, mask=at, other=0.0).to(tl.float32)
     tl.store(out, before * (weight / total)[:, None] + after * (other / total)[:, None], mask=at)
     tl.store(lse, top + tl.log(total), mask=found)
