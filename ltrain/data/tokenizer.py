@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ END = "<|endoftext|>"  # GPT-2's name for it
 KINDS = ("bpe", "bytes", "file")
 SAMPLE_CHARACTERS = 32 << 20  # of text that BPE is trained on: more moves few merges and costs time on every new data set
 PIECE_CHARACTERS = 1 << 16  # in which long documents are encoded
+THREADS = 4  # for a text of several pieces; `tokenizers` works without Python's lock
 PLACE = re.compile(r"\S\n(?=\S)")
 PIECES = ("The magic number is", " 1234", ".\n", "x = ", '"ab"')
 RECIPE = 2  # counted up when the training below changes, so that no cached tokenizer of an older recipe is taken
@@ -75,9 +77,17 @@ class Tokenizer:
         return [*self.encode(text), self.eos]
 
     def document_ids(self, text: str) -> NDArray[np.int32]:
-        """`encode_document` as an array. A long text is encoded in pieces, so that it takes little more memory than its ids."""
-        pieces = cut(text) if len(text) > PIECE_CHARACTERS and self.piecewise else [text]
-        return np.concatenate([np.array(ids, dtype=np.int32) for ids in (*map(self.encode, pieces), [self.eos])])
+        """`encode_document` as an array. A long text is encoded in pieces, so that it takes little more memory than its ids, and by several threads,
+        so that those who wait for the one document do not wait long."""
+
+        def encode(piece: str) -> NDArray[np.int32]:
+            return np.array(self.encode(piece), dtype=np.int32)
+
+        end = np.array([self.eos], dtype=np.int32)
+        if len(text) <= PIECE_CHARACTERS or not self.piecewise:
+            return np.concatenate([encode(text), end])
+        with ThreadPoolExecutor(THREADS) as threads:
+            return np.concatenate([*threads.map(encode, cut(text)), end])
 
     @cached_property
     def piecewise(self) -> bool:
