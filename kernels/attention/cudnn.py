@@ -26,12 +26,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
     """Why these cannot go through cuDNN, or None."""
     if any(pair.window for pair in pairs):
         return "has no windows"
-    if q.device.type != "cuda":
-        return f"runs on CUDA, not on {q.device.type}"
-    if torch.version.hip or torch.cuda.get_device_capability(q.device) < (9, 0):
-        return "is for GPUs from Hopper on"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"takes float16 or bfloat16, not {q.dtype}"
+    if why := te.cudnn_refusal(q):
+        return why
     if q.shape[2] != v.shape[2] or q.shape[2] > WIDEST or q.shape[2] % 8:
         return f"takes keys and values of one width, a multiple of 8 up to {WIDEST}, not {q.shape[2]} and {v.shape[2]}"
     if not _parted(tuple(pairs))[0]:

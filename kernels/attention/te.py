@@ -174,15 +174,21 @@ def _lacks(kind: Kind, dtype: torch.dtype, heads: int, kv_heads: int, width: int
     return f"has no kernel for {heads} heads of {width} and {kv_heads} of {value_width} ({str(why).strip().rstrip('.') or 'no reason given'})"
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
-    """Why these cannot go through Transformer Engine, or None."""
+def cudnn_refusal(q: Tensor) -> str | None:
+    """Why cuDNN's kernels take no such queries, whoever calls them, or None."""
     if q.device.type != "cuda":
         return f"runs on CUDA, not on {q.device.type}"
-    capability = torch.cuda.get_device_capability(q.device)
-    if torch.version.hip or capability < (9, 0) or capability[0] == 12 or (torch.backends.cudnn.version() or 0) < OLDEST:
-        return "is for GPUs from Hopper on, but for those of capability 12.0, with cuDNN 9.6"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"takes float16 or bfloat16, not {q.dtype}"
+    if torch.version.hip or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return "is for GPUs from Hopper on"
+    return None if q.dtype in (torch.float16, torch.bfloat16) else f"takes float16 or bfloat16, not {q.dtype}"
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
+    """Why these cannot go through Transformer Engine, or None."""
+    if why := cudnn_refusal(q):
+        return why
+    if torch.cuda.get_device_capability(q.device)[0] == 12 or (torch.backends.cudnn.version() or 0) < OLDEST:
+        return "is for GPUs of another capability than 12.0, with cuDNN 9.6 or newer"
     if isinstance(lacking := engine(), str):
         return lacking
     calls = _parted(tuple(pairs))[0]
@@ -244,9 +250,8 @@ def _span(pairs: list[Pair]) -> tuple[slice, slice, list[Pair]]:
     return queries, keys, [pair.moved(-queries.start, -keys.start) for pair in pairs]
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _parts(q: Tensor, k: Tensor, v: Tensor, calls: list[Call], rest: list[Pair], scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Of each call its queries, what it finds for these [rows, H, Dv], and the log-sum-exps [rows, H]."""
-    calls, rest = _parted(tuple(pairs))
     for call in calls:
         places, rows, keys = _places(call, q.device), call.queries, call.keys
         part, (part_lse, *_) = engine().fused_attn_fwd(
@@ -266,7 +271,7 @@ def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: flo
     """out may come back in q's type, where no piece had to be merged."""
     calls, rest = _parted(tuple(pairs))
     q, k, v = (x.contiguous() for x in (q, k, v))
-    parts = _parts(q, k, v, pairs, scale)
+    parts = _parts(q, k, v, calls, rest, scale)
     if len(calls) + bool(rest) == 1 and _queries(pairs) == slice(0, len(q)):
         _, out, lse = next(parts)
         return out, lse
@@ -278,22 +283,12 @@ def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: flo
     return out, lse
 
 
-def backward_pairs(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse: over all keys. -> dq, dk, dv in float32 or wider, or in q's type, where one call is all there is."""
-    calls, rest = _parted(tuple(pairs))
-    dout, q, k, v, out = (x.to(q.dtype).contiguous() for x in (dout, q, k, v, out))
-    lse = lse.float().contiguous()
+def _gradients(
+    inputs: tuple[Tensor, ...], lse: Tensor, calls: list[Call], rest: list[Pair], scale: float
+) -> Iterator[tuple[slice, slice, tuple[Tensor, Tensor, Tensor]]]:
+    """inputs: dout, q, k, v and out. Of each call its queries and keys, and what it adds to dq, dk and dv there."""
+    dout, q, k, v, out = inputs
     state = torch.zeros(2, dtype=torch.int64, device=q.device)  # of the generator, for a dropout that there is not
-    sums: list[Tensor] = []
-
-    def add(rows: slice, keys: slice, parts: tuple[Tensor, Tensor, Tensor]) -> None:
-        if not sums:
-            sums.extend(torch.zeros_like(x, dtype=accumulator(q.dtype)) for x in (q, k, v))
-        for total, of, part in zip(sums, (rows, keys, keys), parts, strict=True):
-            total[of] += part
-
     for call in calls:
         rows, keys = call.queries, call.keys
         dq, dk, dv, *_ = engine().fused_attn_bwd(
@@ -307,13 +302,24 @@ def backward_pairs(
             dqkv_layout="thd_thd_thd",
             **_options(call, _places(call, q.device), q, scale),
         )
-        if len(calls) == 1 and not rest and (rows, keys) == (slice(0, len(q)), slice(0, len(k))):
-            return dq, dk, dv
-        add(rows, keys, (dq, dk, dv))
+        yield rows, keys, (dq, dk, dv)
     if rest:
         rows, keys, moved = _span(rest)
         backend = for_others(q, k, v, scale, rest)
-        add(rows, keys, backend.backward_pairs(dout[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], moved, scale)[:3])
-    if not sums:
-        sums.extend(torch.zeros_like(x, dtype=accumulator(q.dtype)) for x in (q, k, v))
-    return sums[0], sums[1], sums[2]
+        yield rows, keys, backend.backward_pairs(dout[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], moved, scale)
+
+
+def backward_pairs(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse: over all keys. -> dq, dk, dv in float32 or wider, or in q's type, where one call is all there is."""
+    calls, rest = _parted(tuple(pairs))
+    inputs = tuple(x.to(q.dtype).contiguous() for x in (dout, q, k, v, out))
+    parts = _gradients(inputs, lse.float().contiguous(), calls, rest, scale)
+    if len(calls) + bool(rest) == 1 and (_queries(pairs), _keys(pairs)) == (slice(0, len(q)), slice(0, len(k))):
+        return next(parts)[2]
+    dq, dk, dv = (torch.zeros(x.shape, dtype=accumulator(q.dtype), device=x.device) for x in (q, k, v))
+    for rows, keys, part in parts:
+        for total, of, found in zip((dq, dk, dv), (rows, keys, keys), part, strict=True):
+            total[of] += found
+    return dq, dk, dv
