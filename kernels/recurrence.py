@@ -91,9 +91,14 @@ class Recurrence(ABC):
         """M of all tokens, where it multiplies number by number."""
         return self.values.new_empty(0, dtype=self.wide)
 
-    def power(self, tokens: int) -> Tensor | None:
-        """M of any so many tokens, where it is the same whatever these are: then it need not travel. None: it is not."""
-        return None
+    @property
+    def steady(self) -> bool:
+        """Whether any so many tokens have the same M, whatever they are, which `power` gives: then it need not travel."""
+        return False
+
+    def power(self, tokens: int) -> Tensor:
+        """M of so many tokens, of a steady one."""
+        raise AssertionError(f"M of {type(self).__name__} is not told by the number of tokens")
 
     def join(self, m: Tensor, state: Tensor, e: Tensor, *, transpose: bool = False) -> Tensor:
         """M S + E, or M^T S + E."""
@@ -162,16 +167,21 @@ class Linear(_Matrices):
         return m if dense or not begun else self.product(), e
 
     def state_gradient(self, dout: Tensor) -> Tensor:
-        return state_gradient(self.q, self.k, self.v, self.decay, self.beta, dout, scale=self.scale)
+        found = state_gradient(self.q, self.k, self.v, self.decay, self.beta, dout, scale=self.scale)
+        return super().state_gradient(dout) if found is None else found
 
     def product(self) -> Tensor:
-        same = self.power(self.tokens)
-        if same is not None:
-            return same
+        if self.steady:
+            return self.power(self.tokens)
         return self.v.new_empty(0, dtype=self.wide) if self.decay is None else self.decay.sum(0, dtype=self.wide).exp()
 
-    def power(self, tokens: int) -> Tensor | None:
-        return None if self.constant is None or self.beta is not None else (tokens * self.constant.to(self.wide)).exp()
+    @property
+    def steady(self) -> bool:
+        return self.constant is not None and self.beta is None
+
+    def power(self, tokens: int) -> Tensor:
+        assert self.constant is not None  # it is steady
+        return (tokens * self.constant.to(self.wide)).exp()
 
 
 @dataclass(frozen=True)

@@ -144,30 +144,23 @@ def segment_map(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None,
     return None, final[0]
 
 
-def state_gradient(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, dout: Tensor, *, scale: float) -> Tensor:
-    """The gradient of the state before one segment from the gradient of its outputs alone, which is the same for each such state.
+def state_gradient(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, dout: Tensor, *, scale: float) -> Tensor | None:
+    """The gradient of the state before one segment from the gradient of its outputs alone, which is the same for each such state, in one pass.
 
     Args:
         q, k, v, decay, beta, scale: as for `linear_recurrence`, of the segment's tokens.
         dout: [T, H, V].
 
     Returns:
-        [H, K, V] in float32 or wider.
+        [H, K, V] in float32; None where only `linear_recurrence` has it, as the gradient of its initial_state.
 
     Raises:
         ValueError: shapes or types do not fit.
     """
     _check(q, k, v, decay, beta)
-    if (kernels := _triton(q, k, v)) is not None:
-        found: Tensor = kernels.state_gradient(q, k, v, decay, beta, dout, scale)
-        return found
-    state = v.new_zeros(1, v.shape[1], k.shape[2], v.shape[2], dtype=accumulator(v.dtype)).requires_grad_()
-    q, k, v = (x.detach() for x in (q, k, v))
-    decay, beta = (None if x is None else x.detach() for x in (decay, beta))
-    with torch.enable_grad():
-        alone = torch.tensor([0, len(v)], dtype=torch.int32)
-        out = linear_recurrence(q, k, v, decay, beta, alone, scale=scale, initial_state=state).output
-    return torch.autograd.grad(out, state, dout)[0][0]
+    kernels = _triton(q, k, v)
+    found: Tensor | None = None if kernels is None else kernels.state_gradient(q, k, v, decay, beta, dout, scale)
+    return found
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:

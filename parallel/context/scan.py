@@ -196,17 +196,17 @@ def _state_gradients(inputs: Recurrence, dy: Tensor, spans: list[Span]) -> dict[
 def _swapped(sends: dict[int, list[Map]], receives: dict[int, list[tuple[int, int]]], inputs: Recurrence, messages: Messages) -> dict[int, Map]:
     """Maps to other ranks, and theirs under the numbers given here, each with an M of so many tokens, 0: without. An M that follows from these
     does not travel."""
-    same = inputs.power(0) is not None
-    sizes = (0 if same else torch.Size(inputs.map_shape).numel(), torch.Size(inputs.state_shape).numel())
-    flat = {r: torch.cat([x.flatten() for m in maps for x in m[same:] if x is not None]) for r, maps in sends.items()}
+    steady = inputs.steady
+    sizes = (0 if steady else torch.Size(inputs.map_shape).numel(), torch.Size(inputs.state_shape).numel())
+    flat = {r: torch.cat([x.flatten() for m in maps for x in m[steady:] if x is not None]) for r, maps in sends.items()}
     rows = {r: sum(sizes[1] + sizes[0] * (tokens > 0) for _, tokens in expected) for r, expected in receives.items()}
     arrived = messages.post("scan", flat, rows, dtype=inputs.wide, device=inputs.values.device).wait()
     maps: dict[int, Map] = {}
     for r, expected in receives.items():
         left = arrived[r]
         for number, tokens in expected:
-            m = inputs.power(tokens) if tokens else None
-            if tokens and not same:
+            m = inputs.power(tokens) if tokens and steady else None
+            if tokens and not steady:
                 m, left = left[: sizes[0]].view(inputs.map_shape), left[sizes[0] :]
             maps[number], left = (m, left[: sizes[1]].view(inputs.state_shape)), left[sizes[1] :]
     return maps
