@@ -45,6 +45,7 @@ def lacks(recipe: str, device: torch.device) -> str | None:
         return f"needs an NVIDIA GPU, and this rank is on a {device.type}: run it where there is one"
     if find_spec("transformer_engine") is None:
         return "needs Transformer Engine, which is not installed: install transformer-engine[pytorch]"
+    load_cudnn()
     try:
         te = importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError, AssertionError, RuntimeError) as error:

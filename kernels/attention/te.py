@@ -17,6 +17,7 @@ from torch import Tensor
 from ltrain.kernels.attention import blockwise, by_pair, flash
 from ltrain.kernels.attention.merging import merge_into
 from ltrain.kernels.attention.pairs import PLAIN, Pair
+from ltrain.kernels.libraries import load_cudnn
 from ltrain.kernels.segments import accumulator, wants_triton
 
 # Rows of the pairs on average, from which it is worth its while. Forwards and backwards on one H200, 16/4 heads x 128, it takes 0.92 of
@@ -31,6 +32,7 @@ def engine() -> Any:
     """Transformer Engine's module, or why there is none."""
     if find_spec("transformer_engine") is None:
         return "needs Transformer Engine, which is not installed"
+    load_cudnn()
     try:
         import_module("transformer_engine.pytorch")  # which finds the libraries that the next ones load
         if not hasattr(import_module(UTILS), "FusedAttentionParams"):
@@ -38,6 +40,12 @@ def engine() -> Any:
         return import_module("transformer_engine.pytorch.cpp_extensions.fused_attn")
     except (ImportError, OSError, AssertionError, RuntimeError) as error:
         return f"needs Transformer Engine, which does not load ({str(error).partition('.')[0]})"
+
+
+@cache
+def _cudnn() -> int:
+    """Version of the cuDNN that Transformer Engine has loaded, which need not be torch's."""
+    return int(import_module("transformer_engine_torch").get_cudnn_version())
 
 
 class Kind(NamedTuple):
@@ -187,10 +195,10 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
     """Why these cannot go through Transformer Engine, or None."""
     if why := cudnn_refusal(q):
         return why
-    if torch.cuda.get_device_capability(q.device)[0] == 12 or (torch.backends.cudnn.version() or 0) < OLDEST:
-        return "is for GPUs of another capability than 12.0, with cuDNN 9.6 or newer"
     if isinstance(lacking := engine(), str):
         return lacking
+    if torch.cuda.get_device_capability(q.device)[0] == 12 or _cudnn() < OLDEST:
+        return "is for GPUs of another capability than 12.0, with cuDNN 9.6 or newer"
     calls = _parted(tuple(pairs))[0]
     if not calls:
         return "takes windows on the diagonal, and there are only others"
