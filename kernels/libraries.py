@@ -11,9 +11,9 @@ from pathlib import Path
 def load_cudnn() -> None:
     """Loads the cuDNN that torch's wheels bring, whole, before a package loads another.
 
-    torch finds cuDNN's parts beside itself, Transformer Engine those of the system. Whichever came second would mix two versions, of which torch says that
-    they are incompatible, and Transformer Engine that a symbol is missing; a part that is there already is taken by both. Nothing happens where torch was
-    built for the system's cuDNN. Call it before transformer_engine, or megatron-core, which looks for it, is imported.
+    torch finds cuDNN's parts beside itself, Transformer Engine those of the system. Whichever came second would mix two versions, of which torch
+    says that they are incompatible, and Transformer Engine that a symbol is missing; a part that is there already is taken by both. Nothing
+    happens where torch was built for the system's cuDNN. Call it before transformer_engine, or megatron-core, which looks for it, is imported.
     """
     if find_spec("transformer_engine") is None or find_spec("nvidia") is None or (found := find_spec("nvidia.cudnn")) is None:
         return

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ltrain.config import Config, ConfigError
+from ltrain.kernels.libraries import load_cudnn
 from ltrain.model.layers import LocalLayers, Shard
 from ltrain.model.options import MoEOptions
 from ltrain.model.stack import Stack

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.attention import blockwise, cudnn, flash, reference, te
 from ltrain.kernels.attention.merging import merge_into
-from ltrain.kernels.attention.pairs import FULL, PLAIN, Mask, Pair, Score, masked_pairs, merge, seen
+from ltrain.kernels.attention.pairs import FULL, PLAIN, Mask, Pair, Score, combined, masked_pairs, merge, seen
 from ltrain.kernels.segments import accumulator, boundaries, choose, permitted, plain_only, wants_triton
 
 __all__ = [
@@ -71,6 +71,10 @@ def _check_pairs(pairs: Sequence[Pair], queries: int, keys: int) -> list[Pair]:
         if window and gap >= window:
             raise ValueError(f"pairs: {pair} has a window that leaves its last query no key: leave that out")
     return [pair for pair in pairs if pair.q_len and pair.k_len]
+
+
+def _fewest(pairs: list[Pair], score: Score) -> list[Pair]:
+    return list(combined(tuple(pairs))) if score.plain and len(pairs) > 1 else pairs
 
 
 def _backend(name: str, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float, score: Score) -> Any:
@@ -132,7 +136,7 @@ def forward_pairs(
         ValueError: shapes, types, pairs or backend do not fit.
     """
     _check(q, k, v)
-    kept = _check_pairs(pairs, len(q), len(k))
+    kept = _fewest(_check_pairs(pairs, len(q), len(k)), score)
     chosen = _pairs_backend(backend, q, k, v, kept, scale, score)
     with torch.no_grad():
         out, lse = chosen.forward_pairs(q, k, v, kept, scale, *(() if score.plain else (score,)))
@@ -172,7 +176,7 @@ def backward_pairs(
     if dout.shape != out.shape or out.shape != (*q.shape[:2], v.shape[2]) or lse.shape != q.shape[:2]:
         given = ", ".join(str(list(x.shape)) for x in (dout, out, lse))
         raise ValueError(f"dout and out must be {[*q.shape[:2], v.shape[2]]} and lse {list(q.shape[:2])}, but dout, out and lse are {given}")
-    kept = _check_pairs(pairs, len(q), len(k))
+    kept = _fewest(_check_pairs(pairs, len(q), len(k)), score)
     chosen, dbias = _pairs_backend(backend, q, k, v, kept, scale, score), None
     with torch.no_grad():
         if score.plain:

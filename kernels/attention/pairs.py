@@ -1,6 +1,7 @@
 """What a piece of attention covers, and how pieces over the same queries are put together."""
 
 import math
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -149,6 +150,33 @@ def masked_pairs(bounds: list[int], mask: Mask, starts: list[int]) -> list[Pair]
         own = start, start + b - a
         pairs += [pair.moved(a - start, a - start) for pair in seen(own, own, mask)]
     return pairs
+
+
+@lru_cache(maxsize=256)  # all layers of a micro-batch with the same mask have the same
+def combined(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
+    """The same scores in fewer pairs, for scores that do not ask for distances: neighbouring keys of the same queries are put together, then
+    neighbouring queries of the same keys. So what a rank's spans of one document, end to end, see of themselves is one causal square."""
+    kept = [pair for pair in pairs if pair.window]
+    beside: list[Pair] = []
+    for pair in sorted(pair._replace(gap=0) for pair in pairs if not pair.window):
+        last = beside[-1] if beside else None
+        same = last is not None and last[:2] == pair[:2] and not last.causal and last.k_start + last.k_len == pair.k_start
+        if last is not None and same:  # a mask is aligned at the end, where `pair` is
+            beside[-1] = last._replace(k_len=last.k_len + pair.k_len, causal=pair.causal)
+        else:
+            beside.append(pair)
+    below: list[Pair] = []
+    for pair in sorted(beside, key=lambda pair: (pair.k_start, pair.causal, pair.q_start)):
+        last = below[-1] if below else None
+        if (
+            last is not None
+            and last[2:] == pair._replace(k_len=pair.k_len - pair.q_len * pair.causal)[2:]
+            and last.q_start + last.q_len == pair.q_start
+        ):
+            below[-1] = last._replace(q_len=last.q_len + pair.q_len, k_len=pair.k_len)
+        else:
+            below.append(pair)
+    return *below, *kept
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

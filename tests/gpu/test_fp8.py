@@ -120,7 +120,7 @@ def model() -> ModelConfig:
         depth=4,
         pattern=["linear", "dense", "full", "linear"],
         layers={
-            "linear": {"mixer": "gated_delta_net", "key_heads": 4, "value_heads": 8, "key_dim": 16, "value_dim": 16},
+            "linear": {"mixer": "gated_delta_net", "key_heads": 4, "value_heads": 16, "key_dim": 16, "value_dim": 16},
             "full": {"mixer": "attention", "heads": 4, "kv_heads": 2, "head_dim": 16},
             "dense": {"mixer": "attention", "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": {"experts": 0, "inner": 96}},
         },

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ltrain.kernels.attention import Mask, Pair, attention, backward_pairs, by_pair, cudnn, forward_pairs, te
+from ltrain.kernels.attention.pairs import combined
 from tests.kernels.test_attention import PAIRS, cu, tensors
 
 # loaded before a test runs cuDNN through torch: where the two bring different copies of it, the later one does not load
@@ -94,6 +95,45 @@ def test_documents_of_a_stream_are_one_call():
     assert te.worthwhile([*pairs, window]) and not te.worthwhile(pairs[3:]) and not te.worthwhile([window])
 
 
+def scores(pairs, rows=80):
+    """How many of the pairs hold each score."""
+    found = torch.zeros(rows, rows, dtype=torch.int)
+    for pair in pairs:
+        seen = torch.ones(pair.q_len, pair.k_len, dtype=torch.int)
+        behind = torch.arange(pair.q_len)[:, None] + pair.k_len - pair.q_len - torch.arange(pair.k_len)
+        seen[(pair.causal & (behind < 0)) | ((behind + pair.gap >= pair.window) & (pair.window > 0))] = 0
+        found[pair.q_start :][: pair.q_len, pair.k_start : pair.k_start + pair.k_len] += seen
+    return found
+
+
+def test_pairs_are_put_together_where_they_are_neighbours():
+    zigzag = [Pair(0, 9, 0, 9, True), Pair(9, 9, 9, 9, True, 0, 3), Pair(9, 9, 0, 9, False, 0, 20)]
+    assert combined(tuple(zigzag)) == (Pair(0, 18, 0, 18, True),)
+    assert combined((Pair(0, 4, 0, 7, False), Pair(4, 5, 0, 7, False), Pair(4, 5, 7, 2, False))) == (Pair(0, 4, 0, 7, False), Pair(4, 5, 0, 9, False))
+    apart = (Pair(0, 4, 0, 4, True), Pair(4, 4, 4, 4, True), Pair(8, 4, 0, 4, False), Pair(0, 4, 20, 3, False, 5, 3))
+    assert sorted(combined(apart)) == sorted(apart)
+    draw = random.Random(0)
+    for _ in range(200):
+        cuts = sorted(draw.sample(range(1, 40), 4))
+        spans = list(zip([0, *cuts], cuts, strict=False))
+        pairs = [Pair(a, b - a, c, d - c, False) for a, b in spans for c, d in spans if d <= a and draw.random() < 0.8]
+        pairs += [Pair(a, b - a, a, b - a, True) for a, b in spans if draw.random() < 0.8]
+        draw.shuffle(pairs)
+        assert torch.equal(scores(combined(tuple(pairs))), scores(pairs))
+
+
+def test_scores_without_a_mask_are_those_of_causal_squares_both_ways(monkeypatch):
+    monkeypatch.setattr(te, "SPLIT", 3)
+    draw = random.Random(0)
+    for _ in range(100):
+        wide = [Pair(draw.randint(0, 20), draw.randint(1, 20), draw.randint(0, 20), draw.randint(1, 20), False) for _ in range(3)]
+        below, above = te.triangles((*wide, Pair(50, 20, 50, 25, True)))
+        assert all(pair.causal and pair.q_len == pair.k_len for pair in above)
+        assert all(pair.causal or min(pair.q_len, pair.k_len) < 3 for pair in below)
+        turned = [pair._replace(q_start=80 - pair.q_start - pair.q_len, k_start=80 - pair.k_start - pair.k_len) for pair in above]
+        assert torch.equal(scores(below) + scores(turned).flip(0, 1), scores([*wide, Pair(50, 20, 50, 25, True)]))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     ("backend", "heads", "kv_heads", "width", "value_width"),
@@ -109,6 +149,7 @@ def test_documents_of_a_stream_are_one_call():
 def test_fused_on_cuda(backend, heads, kv_heads, width, value_width, monkeypatch):
     """Packed calls (cuDNN: one for each long pair) against float64 on the same bfloat16 numbers: whole streams, and pairs that overlap."""
     monkeypatch.setattr(cudnn, "LEAST", 6)
+    monkeypatch.setattr(te, "SPLIT", 6)
     monkeypatch.setattr(cudnn, "LENGTHS", 2)
     torch.full((1 << 24,), torch.nan, device="cuda")  # what memory holds where a kernel leaves it as it is
     inputs = [x.detach().cuda().requires_grad_() for x in tensors(70, heads, kv_heads, width, value_width, torch.bfloat16)]
