@@ -110,7 +110,7 @@ def test_pairs_are_put_together_where_they_are_neighbours():
     zigzag = [Pair(0, 9, 0, 9, True), Pair(9, 9, 9, 9, True, 0, 3), Pair(9, 9, 0, 9, False, 0, 20)]
     assert combined(tuple(zigzag)) == (Pair(0, 18, 0, 18, True),)
     assert combined((Pair(0, 4, 0, 7, False), Pair(4, 5, 0, 7, False), Pair(4, 5, 7, 2, False))) == (Pair(0, 4, 0, 7, False), Pair(4, 5, 0, 9, False))
-    apart = (Pair(0, 4, 0, 4, True), Pair(4, 4, 4, 4, True), Pair(8, 4, 0, 4, False), Pair(0, 4, 20, 3, False, 5, 3))
+    apart = (Pair(0, 4, 0, 4, True), Pair(4, 4, 4, 4, True), Pair(8, 4, 0, 4, False), Pair(0, 4, 20, 3, False, 5, 3), Pair(0, 4, 4, 3, False))
     assert sorted(combined(apart)) == sorted(apart)
     draw = random.Random(0)
     for _ in range(200):
