@@ -9,7 +9,7 @@
 
 from ltrain.checkpoint.collectives import CheckpointError, Collectives, DamagedError, LocalCollectives
 from ltrain.checkpoint.folder import clean, last_stage, newest
-from ltrain.checkpoint.load import Checkpoint, newest_whole
+from ltrain.checkpoint.load import Checkpoint, newest_sized, newest_whole
 from ltrain.checkpoint.save import Entry, Plan, plan, save, write
 from ltrain.checkpoint.saver import Saved, Saver
 
@@ -26,6 +26,7 @@ __all__ = [
     "clean",
     "last_stage",
     "newest",
+    "newest_sized",
     "newest_whole",
     "plan",
     "save",

@@ -138,6 +138,20 @@ class Checkpoint:
         return stored
 
 
+def newest_sized(root: Path | str) -> Path | None:
+    """The newest checkpoint that has all its files in their sizes, else the newest; nothing but its index is read."""
+
+    def sized(path: Path) -> bool:
+        try:
+            Checkpoint(path).close()
+        except CheckpointError:
+            return False
+        return True
+
+    found = list(reversed(folder.steps(Path(root)).values()))
+    return next(filter(sized, found), found[0] if found else None)
+
+
 def newest_whole(root: Path | str, collectives: Collectives | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every checksum holds, the same on all ranks, and one warning per damaged newer one.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ltrain.checkpoint import Checkpoint, Collectives, LocalCollectives, last_stage, newest, newest_whole
+from ltrain.checkpoint import Checkpoint, Collectives, LocalCollectives, last_stage, newest, newest_sized, newest_whole
 from ltrain.checkpoint.collectives import first, gather
 from ltrain.checkpoint.index import INDEX
 from ltrain.checkpoint.parameters import fill
@@ -84,7 +84,7 @@ def find(path: str | Path, collectives: Collectives | None = None) -> Path:
     """The checkpoint's folder: `path` itself, or the newest of the run at `path`, of its last stage where it has some.
 
     collectives: of the ranks, which share the reading of all files, so that a damaged newest one falls back to the one before, loudly; None:
-    no file is read, for a caller that only plans. Raises CheckpointError where `path` itself is damaged, or all of the run's are.
+    only the files' sizes are looked at, for a caller that plans. Raises CheckpointError where `path` itself is damaged, or all of the run's are.
     """
     place = first(collectives or LocalCollectives(), lambda: _locate(Path(path)))  # ranks may see files of a network at different times
     if (place / INDEX).is_file():
@@ -92,13 +92,12 @@ def find(path: str | Path, collectives: Collectives | None = None) -> Path:
             part, parts = collectives.rank, collectives.size
             gather(collectives, lambda: Checkpoint(place).verify(part, parts))
         return place
-    found = newest(place)
+    found = newest_sized(place)
     if collectives:
         found, warnings = newest_whole(place, collectives)
         for warning in warnings if collectives.rank == 0 else ():
             print(f"warning: {warning}; taking {found.name if found else 'none'}", file=sys.stderr)
-    assert found is not None  # _locate saw one
-    return found
+    return found or place  # there is one: _locate saw it
 
 
 def _locate(path: Path) -> Path:

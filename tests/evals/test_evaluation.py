@@ -82,9 +82,14 @@ def test_the_config_of_a_damaged_checkpoint_is_not_used(run: Path, tmp_path: Pat
     shutil.copytree(run / "checkpoints", tmp_path / "run/checkpoints")
     older, newest = sorted((tmp_path / "run/checkpoints").glob("step-*"))[-2:]
     text = (newest / "config.yaml").read_text()
-    for change, complaint in ((("depth: 2", "depth: 1"), ""), (("_layout: zigzag", "_layout: contiguous"), f"write ltrain eval {older}")):
-        assert change[0] in text
-        (newest / "config.yaml").write_text(text.replace(*change, 1))
+    timeout = re.search(r"timeout: \d+", text)
+    assert timeout and "depth: 2" in text
+    for damaged, complaint in (
+        (text.replace("depth: 2", "depth: 1", 1), ""),
+        (text.replace(timeout[0], timeout[0][:-1] + "9", 1), f"write ltrain eval {older}"),
+        (text[: len(text) // 2] + "{", ""),  # cut short: not even read
+    ):
+        (newest / "config.yaml").write_text(damaged)
         done = ltrain("eval", str(tmp_path / "run"), *WORDS, "eval.positions=200", "--out", str(tmp_path / "out"))
         assert "is damaged" in done.stderr, done.stderr
         assert (done.returncode, complaint in done.stderr) == (2 if complaint else 0, True), done.stderr
