@@ -87,7 +87,7 @@ def test_the_config_of_a_damaged_checkpoint_is_not_used(run: Path, tmp_path: Pat
     for damaged, complaint in (
         (text.replace("depth: 2", "depth: 1", 1), ""),
         (text.replace(timeout[0], timeout[0][:-1] + "9", 1), f"write ltrain eval {older}"),
-        (text[: len(text) // 2] + "{", ""),  # cut short: not even read
+        ("model: [", ""),  # cut short: not even read
     ):
         (newest / "config.yaml").write_text(damaged)
         done = ltrain("eval", str(tmp_path / "run"), *WORDS, "eval.positions=200", "--out", str(tmp_path / "out"))
