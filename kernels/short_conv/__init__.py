@@ -72,16 +72,17 @@ def short_conv(
     bounds = boundaries(cu_seqlens, len(x))
     choose(backend, ("reference", "shifted", "triton"))
     segments, before = len(bounds) - 1, weight.shape[1] - 1
+    if initial_state is not None:
+        _check_state("initial_state", initial_state, segments, weight)
+        initial_state = initial_state.to(x.dtype)
     if len(x) and wants_triton(backend, x):
         from ltrain.kernels.short_conv import triton_conv
 
-        if permitted(triton_conv.refusal(x, initial_state), backend, "shifted or auto"):
-            y = triton_conv.short_conv(x, weight, bounds, activation == "silu")
-            return y, _last_inputs(x, bounds, before) if return_final_state else None
+        if permitted(triton_conv.refusal(x), backend, "shifted or auto"):
+            y = triton_conv.short_conv(x, weight, bounds, activation == "silu", initial_state)
+            return y, _last_inputs(x, bounds, before, initial_state) if return_final_state else None
     if initial_state is None:
         initial_state = x.new_zeros(segments, before, x.shape[1])
-    _check_state("initial_state", initial_state, segments, weight)
-    initial_state = initial_state.to(x.dtype)
     if backend == "reference":
         total, final = reference.short_conv(x, weight, bounds, initial_state)
     elif segments == 1:
@@ -92,13 +93,16 @@ def short_conv(
     return (F.silu(total) if activation == "silu" else total).to(x.dtype), final if return_final_state else None
 
 
-def _last_inputs(x: Tensor, bounds: list[int], before: int) -> Tensor:
-    """The last `before` tokens of each segment, behind zeros where it is shorter -> [N, before, C]"""
-    ends = torch.tensor(bounds[1:], dtype=torch.int64).unsqueeze(1)
+def _last_inputs(x: Tensor, bounds: list[int], before: int, initial_state: Tensor | None) -> Tensor:
+    """The last `before` inputs of each segment, those before it included, which are zeros without a state -> [N, before, C]"""
+    starts, ends = (torch.tensor(cuts, dtype=torch.int64).unsqueeze(1) for cuts in (bounds[:-1], bounds[1:]))
     rows = ends - torch.arange(before, 0, -1)  # [N, before]
-    inside = rows >= torch.tensor(bounds[:-1], dtype=torch.int64).unsqueeze(1)
-    rows, inside = rows.clamp(min=0).to(x.device, non_blocking=True), inside.to(x.device, non_blocking=True)
-    return x[rows] * inside.unsqueeze(-1)
+    inside = rows >= starts
+    earlier = (rows - starts + before).clamp(max=before - 1)  # among the inputs before a segment
+    rows, inside, earlier = (table.to(x.device, non_blocking=True) for table in (rows.clamp(min=0), inside.unsqueeze(-1), earlier.unsqueeze(-1)))
+    if initial_state is None:
+        return x[rows] * inside
+    return torch.where(inside, x[rows], initial_state.gather(1, earlier.expand_as(initial_state)))
 
 
 def _packed(x: Tensor, weight: Tensor, bounds: list[int], initial_state: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The short convolution on a GPU: autograd around the programs of `triton_kernels`. Only the inputs are kept for the backward."""
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,45 +13,63 @@ from ltrain.kernels.short_conv import triton_kernels as kernels
 TOKENS, CHANNELS = 64, 64  # of one program
 
 
-def refusal(x: Tensor, initial_state: Tensor | None) -> str | None:
+def refusal(x: Tensor) -> str | None:
     """Why the kernels do not take these tensors, or None."""
-    if why := plain_refusal(x):
-        return why
-    if initial_state is not None:
-        return "begins every segment from zeros, without an initial_state"
-    return None
+    return plain_refusal(x)
+
+
+class _Places(NamedTuple):
+    """int32 on the device."""
+
+    bounds: Tensor  # [N + 1]
+    starts: Tensor  # [T]: the first token of each token's segment
+    segments: Tensor  # [T]: its number
 
 
 @lru_cache(maxsize=64)  # all layers of a micro-batch share it
-def _starts(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    """[T] int32: the first token of each token's segment."""
+def _places(bounds: tuple[int, ...], device: torch.device) -> _Places:
     cuts = torch.tensor(bounds, dtype=torch.int32)
-    return torch.repeat_interleave(cuts[:-1], cuts.diff()).to(device, non_blocking=True)
+    lengths = cuts.diff()
+    found = cuts, torch.repeat_interleave(cuts[:-1], lengths), torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths)
+    return _Places(*(x.to(device, non_blocking=True) for x in found))
 
 
 class _ShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bounds: tuple[int, ...], silu: bool) -> Tensor:
-        starts, y = _starts(bounds, x.device), x.new_empty(x.shape)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, state: Tensor | None, bounds: tuple[int, ...], silu: bool) -> Tensor:
+        places, y = _places(bounds, x.device), x.new_empty(x.shape)
         ctx.grid = ceil_div(len(x), TOKENS), ceil_div(x.shape[1], CHANNELS)
         ctx.options = {"W": weight.shape[1], "BT": TOKENS, "BC": CHANNELS, "num_warps": 4}
-        kernels.forward[ctx.grid](x, weight, starts, y, *x.shape, x.stride(0), SILU=silu, **ctx.options)
-        ctx.save_for_backward(x, weight, starts)
-        ctx.silu = silu
+        ctx.flags = {"STATE": state is not None, "SILU": silu}
+        kernels.forward[ctx.grid](
+            x, x if state is None else state, weight, places.starts, places.segments, y, *x.shape, x.stride(0), **ctx.flags, **ctx.options
+        )
+        ctx.save_for_backward(x, weight, state)
+        ctx.places = places
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, starts = ctx.saved_tensors
+        x, weight, state = ctx.saved_tensors
+        bounds, starts, segments = ctx.places
         dz, dx = x.new_empty(x.shape), x.new_empty(x.shape)
         dweight = x.new_empty(ctx.grid[0], *weight.shape, dtype=torch.float32)
-        kernels.backward[ctx.grid](x, weight, starts, grads[0].contiguous(), dz, dweight, *x.shape, x.stride(0), SILU=ctx.silu, **ctx.options)
+        kernels.backward[ctx.grid](
+            x, x if state is None else state, weight, starts, segments, grads[0].contiguous(), dz, dweight, *x.shape, x.stride(0),
+            **ctx.flags, **ctx.options
+        )  # fmt: skip
         kernels.input_gradient[ctx.grid](dz, weight, starts, dx, *x.shape, **ctx.options)
-        return dx, dweight.sum(0).to(weight.dtype), None, None
+        dstate = None
+        if state is not None and ctx.needs_input_grad[2]:
+            dstate = torch.empty_like(state)
+            grid = len(state), ctx.grid[1]
+            kernels.state_gradient[grid](dz, weight, bounds, dstate, x.shape[1], W=weight.shape[1], BC=CHANNELS, num_warps=1)
+        return dx, dweight.sum(0).to(weight.dtype), dstate, None, None
 
 
-def short_conv(x: Tensor, weight: Tensor, bounds: list[int], silu: bool) -> Tensor:
-    """x [T, C], weight [C, W] -> [T, C], from zeros before each segment"""
-    y: Tensor = _ShortConv.apply(x if x.stride(1) == 1 else x.contiguous(), weight.contiguous(), tuple(bounds), silu)
+def short_conv(x: Tensor, weight: Tensor, bounds: list[int], silu: bool, state: Tensor | None) -> Tensor:
+    """x [T, C], weight [C, W], state [N, W - 1, C]: the inputs before each segment, None: zeros -> [T, C]"""
+    before = None if state is None or not state.shape[1] else state.contiguous()
+    y: Tensor = _ShortConv.apply(x if x.stride(1) == 1 else x.contiguous(), weight.contiguous(), before, tuple(bounds), silu)
     return y
