@@ -78,7 +78,8 @@ def _flash_qla() -> Callable[..., Any] | str:
         pieces = import_module(PIECES)
     except (ImportError, OSError, AttributeError, RuntimeError, ValueError) as error:
         return f"needs FlashQLA for Gated DeltaNet, which does not load ({str(error).partition('.')[0]})"
-    if not all("threshold" in inspect.signature(getattr(pieces, name, str)).parameters for name in HOW_FAR):
+    functions = [getattr(pieces, name, None) for name in HOW_FAR]
+    if not all(callable(function) and "threshold" in inspect.signature(function).parameters for function in functions):
         return "needs FlashQLA 0.1.3 for Gated DeltaNet: of the one that is installed it is not known how to take pieces of documents whole"
     return found
 
@@ -217,4 +218,4 @@ def linear_recurrence(
         shape = len(bounds) - 1, v.shape[1], k.shape[2], v.shape[2]
         before = v.new_zeros(shape, dtype=torch.float32) if initial_state is None else initial_state
         final = before.index_copy(0, kept, final)
-    return output[0], final if with_final else None
+    return output[0], final

@@ -252,7 +252,7 @@ def _fla(name: str, run: Callable[[Inputs, Any], Tensor]) -> Peer:
     return Peer(f"fla {name}", "fla", "flash-linear-attention", run)
 
 
-OURS_BY_FLA = _fla("", _ours_by_package)._replace(name="ltrain, backend=fla")
+OURS_BY_FLA = Peer("ltrain, backend=fla", "fla", "flash-linear-attention", _ours_by_package)
 
 PEERS: dict[str, list[Peer]] = {
     "lightning": [_fla("simple_gla", _fla_lightning), OURS_BY_FLA],
@@ -260,7 +260,7 @@ PEERS: dict[str, list[Peer]] = {
     "delta_net": [_fla("delta_rule", _fla_delta_rule), OURS_BY_FLA],
     "gated_delta_net": [
         _fla("gated_delta_rule", _fla_gated_delta_rule),
-        Peer("ltrain, backend=fla", "flash_qla", "flash-qla", _ours_by_package),
+        OURS_BY_FLA._replace(package="flash_qla", distribution="flash-qla"),
     ],
     "kda": [_fla("kda", _fla_kda)],
     "mamba2": [Peer("mamba_ssm ssd", "mamba_ssm", "mamba-ssm", _mamba_ssd)],
