@@ -63,9 +63,12 @@ def _fla() -> dict[Kind, Callable[..., Any]] | str:
     if find_spec("fla") is None:
         return "needs flash-linear-attention, which is not installed"
     try:
-        return {DELTA: import_module("fla.ops.delta_rule").chunk_delta_rule, CONSTANT: import_module("fla.ops.simple_gla").chunk_simple_gla}
+        found = {DELTA: import_module("fla.ops.delta_rule").chunk_delta_rule, CONSTANT: import_module("fla.ops.simple_gla").chunk_simple_gla}
     except (ImportError, OSError, AttributeError, RuntimeError, ValueError) as error:
-        return f"needs flash-linear-attention 0.6 or newer, which does not load ({str(error).partition('.')[0]})"
+        return f"needs flash-linear-attention, which does not load ({str(error).partition('.')[0]})"
+    if not all("cu_seqlens_cpu" in inspect.signature(function).parameters for function in found.values()):
+        return "needs flash-linear-attention 0.6.0 or newer"
+    return found
 
 
 @cache

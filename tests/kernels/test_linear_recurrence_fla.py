@@ -130,6 +130,20 @@ def test_a_flash_qla_whose_pieces_cannot_be_taken_whole_is_refused(packages, mon
     assert "which does not load" in find()
 
 
+def test_an_fla_that_is_too_old_is_refused(monkeypatch):
+    monkeypatch.setattr(fla, "find_spec", lambda name: name)
+    rule, simple = ModuleType("fla.ops.delta_rule"), ModuleType("fla.ops.simple_gla")
+    rule.chunk_delta_rule = simple.chunk_simple_gla = stand_in([])
+    for module in (rule, simple):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    find = inspect.unwrap(fla._fla)
+    assert find() == {DELTA: rule.chunk_delta_rule, CONSTANT: simple.chunk_simple_gla}
+    simple.chunk_simple_gla = lambda q, k, v, cu_seqlens=None: v
+    assert find() == "needs flash-linear-attention 0.6.0 or newer"
+    del rule.chunk_delta_rule
+    assert "which does not load" in find()
+
+
 # Which calls go there
 
 
