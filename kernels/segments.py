@@ -117,13 +117,13 @@ def plain_refusal(x: Tensor) -> str | None:
 
 
 def permitted(why: str | None, backend: str, others: str) -> bool:
-    """Whether the Triton kernels run, which refuse for the reason `why` (None: they do not).
+    """Whether kernels run, asked for by `backend`'s name or by auto, which refuse for the reason `why` (None: they do not).
 
     Raises:
         ValueError: they were asked for by name and refuse; `others` are the backends to choose instead.
     """
-    if why is not None and backend == "triton":
-        raise ValueError(f"backend='triton' {why}: choose {others}")
+    if why is not None and backend != "auto":
+        raise ValueError(f"backend={backend!r} {why}: choose {others}")
     return why is None
 
 

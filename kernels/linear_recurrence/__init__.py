@@ -5,8 +5,9 @@
     S_t += beta_t k_t (v_t - S_t^T k_t)^T         (the delta rule: DeltaNet, Gated DeltaNet, KDA),
     o_t = scale S_t^T q_t.
 
-Backends: `reference` (token by token), `chunked` (matrix products over chunks of tokens, in torch) and `triton` (the same on a GPU, for
-keys and values of up to 256 channels); `auto` takes triton wherever it runs, chunked elsewhere.
+Backends: `reference` (token by token), `chunked` (matrix products over chunks of tokens, in torch), `triton` (the same on a GPU, for keys and
+values of up to 256 channels) and `fla` (flash-linear-attention's and FlashQLA's, in bfloat16, for DeltaNet, Gated DeltaNet and constant decays).
+`auto` takes fla where it was measured faster (`fla.FASTER`) unless torch is to be deterministic, triton wherever else it runs, chunked elsewhere.
 Source: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" and "Gated Delta Networks".
 """
 
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ltrain.kernels.linear_recurrence import chunked, reference
-from ltrain.kernels.segments import accumulator, boundaries, choose, permitted, wants_triton
+from ltrain.kernels.linear_recurrence import chunked, fla, reference
+from ltrain.kernels.segments import accumulator, boundaries, choose, permitted, plain_only, wants_triton
 
 __all__ = ["Result", "linear_recurrence", "segment_map", "state_gradient", "step"]
 
@@ -77,8 +78,8 @@ def linear_recurrence(
         initial_state: [N, H, K, V], the state before each segment; None: zeros.
         return_final_state: whether to return the state after each segment.
         return_segment_map: whether to return M and E of each segment, with final_state = M initial_state + E: what ranks exchange.
-        backend: auto | reference | chunked | triton.
-        chunk: tokens of a chunk, for chunked; triton has 64.
+        backend: auto | reference | chunked | triton | fla.
+        chunk: tokens of a chunk, for chunked; triton and fla have 64.
 
     Returns:
         output in v's type, states and maps in float32 or wider; what was not asked for is None.
@@ -88,7 +89,7 @@ def linear_recurrence(
     """
     _check(q, k, v, decay, beta)
     bounds = boundaries(cu_seqlens, len(v))
-    choose(backend, ("reference", "chunked", "triton"))
+    choose(backend, ("reference", "chunked", "triton", "fla"))
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be a number of tokens, such as 64")
     if initial_state is not None:
@@ -99,6 +100,10 @@ def linear_recurrence(
         output, final = reference.linear_recurrence(q, k, v, decay, beta, bounds, scale, start.to(wide))
         maps = reference.segment_map(k, v, decay, beta, bounds) if return_segment_map else None
         return Result(output, final if return_final_state else None, maps)
+    if backend == "fla" or backend == "auto" and fla.worthwhile(k, v, decay, beta) and not plain_only():
+        why = fla.refusal(q, k, v, decay, beta, bounds, scale, initial_state, return_segment_map)
+        if permitted(why, backend, "triton, chunked or auto"):
+            return Result(*fla.linear_recurrence(q, k, v, decay, beta, bounds, scale, initial_state, return_final_state), None)
     if wants_triton(backend, v):
         from ltrain.kernels.linear_recurrence import triton_chunked
 

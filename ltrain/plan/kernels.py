@@ -28,7 +28,7 @@ SECONDS = 1.0  # after which no further run begins, when there are LEAST
 LEAST = 3
 COLD = 2**28  # bytes written before each run, so that no input is in a cache
 CHECKED = 192  # tokens of the stream on which implementations are compared with the reference
-PACKAGES = ("torch", "triton", "flash-linear-attention", "mamba-ssm", "causal-conv1d", "liger-kernel")
+PACKAGES = ("torch", "triton", "flash-linear-attention", "flash-qla", "mamba-ssm", "causal-conv1d", "liger-kernel")
 
 
 class Machine(NamedTuple):

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ltrain.kernels.linear_recurrence import linear_recurrence
+
 Inputs = dict[str, Tensor]
 
 
@@ -78,6 +80,14 @@ def _fla_kda(x: Inputs, s: Any) -> Tensor:
     from fla.ops.kda import chunk_kda
 
     return chunk_kda(*_batch(x["q"], x["k"], x["v"], x["decay"], x["beta"]), scale=s.scale)[0][0]
+
+
+def _ours_by_package(x: Inputs, s: Any) -> Tensor:
+    """Our own operator, its backend the package: what `auto` could take."""
+    decay = x.get("decay")
+    faded = decay.expand(len(x["q"]), -1) if decay is not None and decay.ndim == 1 else decay
+    alone = torch.tensor([0, len(x["q"])], dtype=torch.int32)
+    return linear_recurrence(x["q"], x["k"], x["v"], faded, x.get("beta"), alone, scale=s.scale, backend="fla").output
 
 
 def _fla_hgrn(x: Inputs, s: Any) -> Tensor:
@@ -242,11 +252,16 @@ def _fla(name: str, run: Callable[[Inputs, Any], Tensor]) -> Peer:
     return Peer(f"fla {name}", "fla", "flash-linear-attention", run)
 
 
+OURS_BY_FLA = Peer("ltrain, backend=fla", "fla", "flash-linear-attention", _ours_by_package)
+
 PEERS: dict[str, list[Peer]] = {
-    "lightning": [_fla("simple_gla", _fla_lightning)],
+    "lightning": [_fla("simple_gla", _fla_lightning), OURS_BY_FLA],
     "gla": [_fla("gla", _fla_gla)],
-    "delta_net": [_fla("delta_rule", _fla_delta_rule)],
-    "gated_delta_net": [_fla("gated_delta_rule", _fla_gated_delta_rule)],
+    "delta_net": [_fla("delta_rule", _fla_delta_rule), OURS_BY_FLA],
+    "gated_delta_net": [
+        _fla("gated_delta_rule", _fla_gated_delta_rule),
+        OURS_BY_FLA._replace(package="flash_qla", distribution="flash-qla"),
+    ],
     "kda": [_fla("kda", _fla_kda)],
     "mamba2": [Peer("mamba_ssm ssd", "mamba_ssm", "mamba-ssm", _mamba_ssd)],
     "mamba": [Peer("mamba_ssm scan", "mamba_ssm", "mamba-ssm", _mamba_scan, _channels_first)],

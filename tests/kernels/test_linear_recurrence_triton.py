@@ -10,26 +10,30 @@ from tests.kernels.interpreter import DEVICE, GPU, on_gpu, runs
 from tests.kernels.test_linear_recurrence import BOTH, cu, inputs
 
 
-def compare(lengths, tolerance, *, dtype=torch.float32, with_map=False, reset=(), **kwargs):
-    """Output, final state and every gradient, relative RMS below `tolerance`, of the same rounded inputs."""
+def compare(lengths, tolerance, *, dtype=torch.float32, with_map=False, reset=(), backend="triton", constant=False, **kwargs):
+    """Output, final state and every gradient, relative RMS below `tolerance`, of the same rounded inputs; constant: one row of decays for all tokens,
+    which has no gradient."""
     x = inputs(lengths, dtype=dtype, **kwargs)
     for token in reset:
         x[3].data[token] = -1e9
     x[3:] = [None if t is None else t.detach().float().requires_grad_() for t in x[3:]]
     x = [None if t is None else t.detach().to(DEVICE).requires_grad_() for t in x]
     wide = [None if t is None else t.detach().double().requires_grad_() for t in x]
-    names = ["output", "state", *(n for n, t in zip(["dq", "dk", "dv", "ddecay", "dbeta", "dstate"], x, strict=True) if t is not None)]
+    if constant:
+        x[3], wide[3] = (t[3].detach()[0].expand(len(t[0]), -1) for t in (x, wide))
+    given = [t is not None and t.requires_grad for t in x]
+    names = ["output", "state", *itertools.compress(["dq", "dk", "dv", "ddecay", "dbeta", "dstate"], given)]
     found = []
     # token by token would take minutes on a GPU, where `chunked`, which is held to the reference elsewhere, is exact enough in float64
-    for tensors, backend in ((x, "triton"), (wide, "chunked" if GPU else "reference")):
+    for tensors, by in ((x, backend), (wide, "chunked" if GPU else "reference")):
         q, k, v, decay, beta, state = tensors
         result = linear_recurrence(
-            q, k, v, decay, beta, cu(lengths), scale=0.4, initial_state=state, return_final_state=True, return_segment_map=with_map, backend=backend
+            q, k, v, decay, beta, cu(lengths), scale=0.4, initial_state=state, return_final_state=True, return_segment_map=with_map, backend=by
         )
         g = torch.Generator().manual_seed(1)
         outputs = [result.output, result.final_state, *(result.segment_map or ())]
         loss = sum((t * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t)).sum() for t in outputs)
-        found.append([*outputs, *torch.autograd.grad(loss, [t for t in tensors if t is not None])])
+        found.append([*outputs, *torch.autograd.grad(loss, list(itertools.compress(tensors, given)))])
     names[2:2] = ["M", "E"] if with_map else []
     for name, got, expected in zip(names, *found, strict=True):
         assert got.isfinite().all(), name

@@ -104,7 +104,7 @@ class LinearRecurrence(Mixer):
             return None, beta, None
         if o.decay not in DATA_DECAYS:
             wide = torch.promote_types(v.dtype, torch.float32)
-            return -self.rates.to(wide).expand(len(v), -1), beta, None
+            return (-self.rates.to(wide)).expand(len(v), -1), beta, None  # one row: kernels see by it that all tokens have the same
         decay, step = log_decay(rates[-1], self.A_log, self.dt_bias, o)
         return decay, beta, step
 
