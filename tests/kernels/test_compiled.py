@@ -59,7 +59,7 @@ def test_programs_of_a_convolution_behind_a_state(monkeypatch: pytest.MonkeyPatc
 
     x, weight, state = (torch.randn(shape, dtype=torch.bfloat16).requires_grad_() for shape in ((200, 128), (128, 4), (2, 3, 128)))
     with compiling(monkeypatch) as found:
-        y = short_conv(x, weight, torch.tensor([0, 1, 200]), initial_state=state, return_final_state=False, backend="triton")[0]
+        y = short_conv(x, weight, torch.tensor([0, 1, 200], dtype=torch.int32), initial_state=state, return_final_state=False, backend="triton")[0]
         torch.autograd.grad(y.sum(), (x, weight, state))
     assert len(found) == 4
 
