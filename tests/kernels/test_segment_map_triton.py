@@ -16,7 +16,7 @@ KINDS = [(decay, delta) for decay in ("none", "head", "channel") for delta in (T
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Of the parts of a pass, how often each ran."""
-    found = dict.fromkeys(("_prepared", "_passed", "_read", "_passed_back", "_gradients", "_delta_gradients"), 0)
+    found = dict.fromkeys(("prepared", "passed", "read", "passed_back", "end_of_identity", "_gradients", "_delta_gradients"), 0)
     for name in found:
 
         def counted(*args, name=name, run=getattr(triton_chunked, name), **kwargs):  # noqa: B008
@@ -55,7 +55,7 @@ def test_segment_map_is_passes_of_states(tokens, decay, delta, calls):
         assert (got is not None) == dense
         if got is not None:
             close(got, m[0])
-        assert used(calls) == {"_prepared": 1, "_passed": 1 + dense}
+        assert used(calls) == {"prepared": 1, "passed": 1, **({"end_of_identity": 1} if dense else {})}
 
 
 @runs
@@ -65,7 +65,7 @@ def test_state_gradient_is_one_pass(tokens, decay, delta, calls):
     wide, near = drawn(tokens, decay, delta)
     dout = torch.randn(tokens, 2, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     got = triton_chunked.state_gradient(*near, dout.float().to(DEVICE), 0.4)
-    assert used(calls) == {"_prepared": 1, "_passed_back": 1} | ({"_read": 1} if delta else {})
+    assert used(calls) == {"prepared": 1, "passed_back": 1} | ({"read": 1} if delta else {})
     state = torch.zeros(1, 2, 20, 24, dtype=torch.float64, requires_grad=True)
     out = family.linear_recurrence(*wide, cu([tokens]), scale=0.4, initial_state=state, backend="reference").output
     close(got, torch.autograd.grad(out, state, dout)[0][0])
