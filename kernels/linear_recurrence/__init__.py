@@ -133,9 +133,8 @@ def segment_map(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None,
         ValueError: shapes or types do not fit.
     """
     _check(k, k, v, decay, beta)
-    if (kernels := _triton(k, k, v)) is not None:
-        found: tuple[Tensor | None, Tensor] = kernels.segment_map(k, v, decay, beta, with_map)
-        return found
+    if beta is None and not with_map and (kernels := _triton(k, k, v)) is not None:  # the delta rule's have `over_ranks`
+        return None, kernels.segment_map(k, v, decay)
     cu_seqlens = torch.tensor([0, len(v)], dtype=torch.int32)
     with torch.no_grad():
         _, final, maps = linear_recurrence(k, k, v, decay, beta, cu_seqlens, scale=1.0, return_final_state=not with_map, return_segment_map=with_map)
@@ -153,14 +152,14 @@ def state_gradient(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: 
         dout: [T, H, V].
 
     Returns:
-        [H, K, V] in float32; None where only `linear_recurrence` has it, as the gradient of its initial_state.
+        [H, K, V] in float32; None where only `linear_recurrence` has it, as the gradient of its initial_state, with beta always.
 
     Raises:
         ValueError: shapes or types do not fit.
     """
     _check(q, k, v, decay, beta)
-    kernels = _triton(q, k, v)
-    found: Tensor | None = None if kernels is None else kernels.state_gradient(q, k, v, decay, beta, dout, scale)
+    kernels = None if beta is not None else _triton(q, k, v)
+    found: Tensor | None = None if kernels is None else kernels.state_gradient(q, k, v, decay, dout, scale)
     return found
 
 

@@ -19,7 +19,6 @@ from ltrain.kernels.linear_recurrence.triton_parts import (
     LEVELS,
     Laid,
     Prepared,
-    end_of_identity,
     identity_of,
     key_gradients,
     passed,
@@ -198,27 +197,22 @@ class _Recurrence(torch.autograd.Function):
 
 
 @torch.no_grad()
-def segment_map(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, with_map: bool) -> tuple[Tensor | None, Tensor]:
-    """-> M [H, K, K] if with_map, E [H, K, V]: what chunks prepare serves both, each is one pass of states, and no output is made."""
-    laid, width, value = Laid.of(k, k, v, decay, beta), k.shape[2], v.shape[2]
+def segment_map(k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
+    """-> E [H, K, V], where nothing is erased: one pass of states, and no output is made."""
+    laid, width, value = Laid.of(k, k, v, decay, None), k.shape[2], v.shape[2]
     shapes, chunks = laid.alone
-    made, matrix = prepared(*laid, chunks, shapes), None
-    if with_map:
-        matrix = end_of_identity(laid.k, chunks, shapes, made)
-    final = passed(laid.k, None, chunks, shapes, made, True)[1]
+    final = passed(laid.k, None, chunks, shapes, prepared(*laid, chunks, shapes), True)[1]
     assert final is not None  # it was asked for
-    return None if matrix is None else matrix[0, :, :width, :width], final[0, :, :width, :value]
+    return final[0, :, :width, :value]
 
 
 @torch.no_grad()
-def state_gradient(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, do: Tensor, scale: float) -> Tensor:
-    """do [T, H, V] -> [H, K, V]: one pass of gradients of states, and of nothing else."""
-    laid, width, value = Laid.of(q, k, v, decay, beta), k.shape[2], v.shape[2]
+def state_gradient(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, do: Tensor, scale: float) -> Tensor:
+    """do [T, H, V] -> [H, K, V], where nothing is erased: one pass of gradients of states, and of nothing else."""
+    laid, width, value = Laid.of(q, k, v, decay, None), k.shape[2], v.shape[2]
     do = wider(do, laid.v.shape[2] - value).contiguous()
     shapes, chunks = laid.alone
-    made = prepared(*laid, chunks, shapes)
-    du = read(laid.q, laid.k, do, laid.decay, None, chunks, shapes, made, scale, later=True) if shapes.delta else None
-    dinitial = passed_back(laid.q, laid.k, do, du, None, chunks, shapes, made, scale, True)[1]
+    dinitial = passed_back(laid.q, laid.k, do, None, None, chunks, shapes, prepared(*laid, chunks, shapes), scale, True)[1]
     assert dinitial is not None  # it was asked for
     return dinitial[0, :, :width, :value]
 

@@ -69,19 +69,18 @@ def test_program_of_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("decay", [None, (200, 2), (200, 2, 128)], ids=["none", "head", "channel"])
-@pytest.mark.parametrize("delta", [True, False])
-def test_programs_of_what_context_ranks_exchange(decay: tuple[int, ...] | None, delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_of_what_context_ranks_exchange(decay: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from ltrain.kernels.linear_recurrence import triton_chunked
     from tests.kernels.compiled import compiling
 
     k, v = (torch.zeros(200, 2, 128, dtype=torch.bfloat16) for _ in range(2))
-    faded, beta = None if decay is None else torch.zeros(decay), torch.zeros(200, 2) if delta else None
+    faded = None if decay is None else torch.zeros(decay)
     with compiling(monkeypatch) as found:
-        triton_chunked.segment_map(k, v, faded, beta, delta)
-        triton_chunked.state_gradient(k, k, v, faded, beta, v, 1.0)
+        triton_chunked.segment_map(k, v, faded)
+        triton_chunked.state_gradient(k, k, v, faded, v, 1.0)
     names = {key.split()[0] for key in found}
-    assert ({"pass_states", "pass_gradients"} if delta else {"add_chunks", "accumulate"}) <= names
-    assert not names & {"score_gradients", "key_gradients", "pair_gradients", "decay_gradients"}
+    assert {"add_chunks", "accumulate"} <= names
+    assert not names & {"pair_gradients", "decay_gradients"}
 
 
 class Answered:
