@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ltrain.kernels import elementwise_recurrence
-from ltrain.kernels.linear_recurrence import linear_recurrence, segment_map, state_gradient
+from ltrain.kernels.carry import Carry
+from ltrain.kernels.linear_recurrence import linear_recurrence, over_ranks, segment_map, state_gradient
 from ltrain.kernels.linear_recurrence.generalised import generalised_delta
 from ltrain.kernels.segments import accumulator
 
@@ -73,6 +74,11 @@ class Recurrence(ABC):
 
         cu_seqlens: [N + 1] int32 boundaries, on the CPU. initial: [N, *state_shape], the state before each segment; None: zeros.
         """
+
+    def over_ranks(self, cu_seqlens: Tensor, carry: Carry, *, final: bool) -> tuple[Tensor, Tensor | None] | None:
+        """As `run`, the final states without gradient, where carry has the states before and after; None where no kernel has its phases: then `run`,
+        `ends` and `state_gradient` serve."""
+        return None
 
     def ends(self, begun: bool) -> tuple[Tensor | None, Tensor]:
         """Of all tokens as one segment: M, where a document has `begun` before them, and E. Without gradient."""
@@ -160,6 +166,10 @@ class Linear(_Matrices):
     def run(self, cu_seqlens: Tensor, initial: Tensor | None = None, *, final: bool = False) -> tuple[Tensor, Tensor | None]:
         args = self.q, self.k, self.v, self.decay, self.beta, cu_seqlens
         return linear_recurrence(*args, scale=self.scale, initial_state=initial, return_final_state=final)[:2]
+
+    def over_ranks(self, cu_seqlens: Tensor, carry: Carry, *, final: bool) -> tuple[Tensor, Tensor | None] | None:
+        args = self.q, self.k, self.v, self.decay, self.beta, cu_seqlens, carry
+        return over_ranks(*args, scale=self.scale, return_final_state=final)
 
     def ends(self, begun: bool) -> tuple[Tensor | None, Tensor]:
         dense = begun and self.beta is not None

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ltrain.kernels.carry import Carry
 from ltrain.kernels.linear_recurrence import chunked, fla, reference
 from ltrain.kernels.segments import accumulator, boundaries, choose, permitted, plain_only, wants_triton
 
-__all__ = ["Result", "linear_recurrence", "segment_map", "state_gradient", "step"]
+__all__ = ["Result", "linear_recurrence", "over_ranks", "segment_map", "state_gradient", "step"]
 
 
 class Result(NamedTuple):
@@ -137,9 +138,8 @@ def segment_map(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None,
         ValueError: shapes or types do not fit.
     """
     _check(k, k, v, decay, beta)
-    if (kernels := _triton(k, k, v)) is not None:
-        found: tuple[Tensor | None, Tensor] = kernels.segment_map(k, v, decay, beta, with_map)
-        return found
+    if beta is None and not with_map and (kernels := _triton(k, k, v)) is not None:  # the delta rule's have `over_ranks`
+        return None, kernels.segment_map(k, v, decay)
     cu_seqlens = torch.tensor([0, len(v)], dtype=torch.int32)
     with torch.no_grad():
         _, final, maps = linear_recurrence(k, k, v, decay, beta, cu_seqlens, scale=1.0, return_final_state=not with_map, return_segment_map=with_map)
@@ -157,15 +157,49 @@ def state_gradient(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: 
         dout: [T, H, V].
 
     Returns:
-        [H, K, V] in float32; None where only `linear_recurrence` has it, as the gradient of its initial_state.
+        [H, K, V] in float32; None where only `linear_recurrence` has it, as the gradient of its initial_state, with beta always.
 
     Raises:
         ValueError: shapes or types do not fit.
     """
     _check(q, k, v, decay, beta)
-    kernels = _triton(q, k, v)
-    found: Tensor | None = None if kernels is None else kernels.state_gradient(q, k, v, decay, beta, dout, scale)
+    kernels = None if beta is not None else _triton(q, k, v)
+    found: Tensor | None = None if kernels is None else kernels.state_gradient(q, k, v, decay, dout, scale)
     return found
+
+
+def over_ranks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    cu_seqlens: Tensor,
+    carry: Carry,
+    *,
+    scale: float,
+    return_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None] | None:
+    """As `linear_recurrence` where other ranks have the rest of some documents, in phases that share what they make.
+
+    Args:
+        q, k, v, decay, beta, cu_seqlens, scale, return_final_state: as for `linear_recurrence`, of this rank's segments.
+        carry: where the states before and after them come from and go to, in the backward too.
+
+    Returns:
+        output [T, H, V] and, without gradient, the state after each segment [N, H, K, V] in float32 or None; None in place of both where no kernel
+        has phases: without beta, or where `auto` does not take triton.
+
+    Raises:
+        ValueError: shapes, types or boundaries do not fit.
+    """
+    _check(q, k, v, decay, beta)
+    bounds = boundaries(cu_seqlens, len(v))
+    if beta is None or _triton(q, k, v) is None:
+        return None
+    from ltrain.kernels.linear_recurrence.triton_over_ranks import delta_over_ranks
+
+    return delta_over_ranks(q, k, v, decay, beta, bounds, scale, carry, return_final_state)
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """How the chunked recurrence is cut into chunks, and with which compile-time options the programs of `triton_kernels` are launched."""
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -54,8 +55,8 @@ LAUNCHES = {
 
 class Chunks(NamedTuple):
     """How many blocks, chunks and segments there are, and on the device, int32, of each block: its first and last + 1 token, and the chunk it is in
-    [blocks]; of each chunk: its first and last + 1 token and its first block [chunks]; the tokens and the chunks of each segment, cuts and
-    bounds [N + 1]."""
+    [blocks]; of each chunk: its first and last + 1 token and its first block [chunks]; of each segment: its first and last + 1 token, opens and
+    closes [N], and its chunks, bounds [N + 1]."""
 
     block_count: int
     chunk_count: int
@@ -66,7 +67,8 @@ class Chunks(NamedTuple):
     begins: Tensor
     ends: Tensor
     firsts: Tensor
-    cuts: Tensor
+    opens: Tensor
+    closes: Tensor
     bounds: Tensor
 
     @property
@@ -78,24 +80,30 @@ class Chunks(NamedTuple):
         return self.starts, self.chunks, self.begins, self.ends
 
 
-def _pieces(cuts: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
+def _pieces(opens: np.ndarray, closes: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
     """Each segment in pieces of `length` tokens: first and last + 1 token and segment of each, and those of each segment [N + 1]"""
-    counts = -(-np.diff(cuts) // length)
+    counts = -(-(closes - opens) // length)
     bounds = np.append(0, counts.cumsum())
     segment = np.repeat(np.arange(len(counts)), counts)
-    starts = cuts[segment] + (np.arange(len(segment)) - bounds[segment]) * length
-    return starts, np.minimum(starts + length, cuts[segment + 1]), segment, bounds
+    starts = opens[segment] + (np.arange(len(segment)) - bounds[segment]) * length
+    return starts, np.minimum(starts + length, closes[segment]), segment, bounds
 
 
 @lru_cache(maxsize=64)  # all layers of a micro-batch share it
 def chunks_of(cuts: tuple[int, ...], blocks: int, device: torch.device) -> Chunks:
     """blocks: of a chunk, but for the last of a segment."""
-    tokens = np.array(cuts, np.int64)
-    starts, stops, segment, first = _pieces(tokens, BLOCK)
-    begins, ends, _, bounds = _pieces(tokens, blocks * BLOCK)
+    return chunks_among(cuts, range(len(cuts) - 1), blocks, device)
+
+
+def chunks_among(cuts: tuple[int, ...], segments: Sequence[int], blocks: int, device: torch.device) -> Chunks:
+    """Of these segments alone, in this order."""
+    tokens, numbers = np.array(cuts, np.int64), np.array(segments, np.int64)
+    opens, closes = tokens[numbers], tokens[numbers + 1]
+    starts, stops, segment, first = _pieces(opens, closes, BLOCK)
+    begins, ends, _, bounds = _pieces(opens, closes, blocks * BLOCK)
     chunks = bounds[segment] + (np.arange(len(segment)) - first[segment]) // blocks
     firsts = np.searchsorted(chunks, np.arange(len(begins)))
-    found = starts, stops, chunks, begins, ends, firsts, tokens, bounds
+    found = starts, stops, chunks, begins, ends, firsts, opens, closes, bounds
     # one copy to the device; each begins at a multiple of 16 bytes, as tensors of their own would: Triton compiles once for all
     places = [0, *accumulate(ceil_div(len(x), 4) * 4 for x in found)]
     flat = np.zeros(places[-1], np.int32)
@@ -103,7 +111,7 @@ def chunks_of(cuts: tuple[int, ...], blocks: int, device: torch.device) -> Chunk
         flat[place : place + len(x)] = x
     on_device = torch.from_numpy(flat).to(device, non_blocking=True)
     parts = (on_device[place : place + len(x)] for place, x in zip(places, found, strict=False))
-    return Chunks(len(starts), len(begins), len(cuts) - 1, *parts)
+    return Chunks(len(starts), len(begins), len(segments), *parts)
 
 
 @cache

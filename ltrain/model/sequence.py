@@ -272,6 +272,11 @@ class Tape:
         """For `torch.utils.checkpoint(context_fn=...)`: the first forward records, the recomputation replays."""
         return self._as("record"), self._as("replay")
 
+    @property
+    def replays(self) -> bool:
+        """Whether what is kept has been computed before."""
+        return self._mode == "replay"
+
     def keep(self, compute: Any) -> Any:
         """compute() now, or what it gave in the first forward."""
         if self._mode == "replay":

@@ -20,7 +20,7 @@ from ltrain.kernels.sparse_attention.decoding import best_numbers, candidates
 from ltrain.model.sequence import Tape
 from ltrain.parallel.context.layout import Plan
 from ltrain.parallel.context.messages import Messages, summed
-from ltrain.parallel.context.scan import Scan, incoming_states, scan
+from ltrain.parallel.context.scan import Scan, recurrence_over_ranks, scan
 
 
 def last_rows(plan: Plan, count: int) -> tuple[Tensor, Tensor]:
@@ -65,8 +65,10 @@ def last_hidden(x: Tensor, plan: Plan, tensor: tuple[int, int], group: dist.Proc
 def final_recurrence(inputs: Recurrence, plan: Plan, messages: Messages, tape: Tape) -> tuple[Tensor, Tensor]:
     """The recurrence over this rank's segments: its outputs, and the state after each document [N, ...]."""
     maps: Scan = plan.derive("scan", lambda: scan(plan))
-    initial = incoming_states(inputs, maps, messages, tape)[0] if maps.needed else None
-    output, after = inputs.run(plan.cu_seqlens, initial, final=True)
+    if maps.needed:
+        output, after = recurrence_over_ranks(inputs, plan.cu_seqlens, maps, messages, tape, final=True)
+    else:
+        output, after = inputs.run(plan.cu_seqlens, final=True)
     assert after is not None
     ends = [(number, segment.document) for number, segment in enumerate(plan.segments) if not segment.outgoing]
     here, documents = torch.tensor(ends, dtype=torch.int64).view(-1, 2).to(after.device, non_blocking=True).unbind(1)

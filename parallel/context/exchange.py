@@ -234,7 +234,7 @@ class ContextExchange:
         maps: Scan = plan.derive("scan", lambda: scan(plan))
         if not maps.needed:
             return inputs.run(plan.cu_seqlens)[0]
-        return recurrence_over_ranks(inputs, plan.cu_seqlens, maps, self._messages, seq.tape)
+        return recurrence_over_ranks(inputs, plan.cu_seqlens, maps, self._messages, seq.tape)[0]
 
     def sum(self, x: Tensor) -> Tensor:
         """x summed over the tensor and context ranks of the micro-batch, without gradient."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from ltrain.kernels.segments import accumulator
 from ltrain.model.sequence import Tape
 from ltrain.parallel.context import wire
-from ltrain.parallel.context.messages import Messages
+from ltrain.parallel.context.messages import Messages, Transit
 
 
 class Piece(NamedTuple):
@@ -56,17 +56,23 @@ class RowExchange(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: Rows, messages: Messages, tape: Tape, fp8: bool = False) -> tuple[Tensor, Tensor]:
         width = x.shape[1]
 
-        def exchange() -> dict[int, Tensor]:
+        def posted() -> Transit:
             sent = {r: torch.cat([x[p.start : p.stop] for p in pieces]) for r, pieces in plan.sent.items()}
             sends = {r: (wire.pack(rows) if fp8 else rows).flatten() for r, rows in sent.items()}
             receives = {r: _count(pieces) * (wire.width(width) if fp8 else width) for r, pieces in plan.read.items()}
-            arrived = messages.post(plan.kind, sends, receives, dtype=torch.uint8 if fp8 else x.dtype, device=x.device).wait()
+            return messages.post(plan.kind, sends, receives, dtype=torch.uint8 if fp8 else x.dtype, device=x.device)
+
+        transit = None if tape.replays else posted()
+        wanted = x.new_zeros(plan.total, width)
+        for piece in plan.local:  # while the others' are under way
+            wanted[piece.window] = x[piece.start : piece.stop]
+
+        def received() -> dict[int, Tensor]:
+            assert transit is not None  # a replay has what was kept
+            arrived = transit.wait()
             return {r: wire.unpack(flat.view(-1, wire.width(width)), width, x.dtype) for r, flat in arrived.items()} if fp8 else arrived
 
-        arrived: dict[int, Tensor] = tape.keep(exchange)
-        wanted = x.new_zeros(plan.total, width)
-        for piece in plan.local:
-            wanted[piece.window] = x[piece.start : piece.stop]
+        arrived: dict[int, Tensor] = tape.keep(received)
         for r, pieces in plan.read.items():
             for piece, rows in zip(pieces, _unpack(arrived[r], pieces, width), strict=True):
                 wanted[piece.window] = rows
@@ -79,10 +85,11 @@ class RowExchange(torch.autograd.Function):
         width = dx.shape[1]
         sends = {r: torch.cat([dwanted[p.window] for p in pieces]).flatten() for r, pieces in plan.read.items()}
         receives = {r: _count(pieces) * width for r, pieces in plan.sent.items()}
-        arrived = messages.post(plan.kind, sends, receives, dtype=dwanted.dtype, device=dwanted.device).wait()
+        transit = messages.post(plan.kind, sends, receives, dtype=dwanted.dtype, device=dwanted.device)
         total = dx.to(accumulator(dx.dtype), copy=True)
         for piece in plan.local:
             total[piece.start : piece.stop] += dwanted[piece.window]
+        arrived = transit.wait()
         for r, pieces in plan.sent.items():
             for piece, rows in zip(pieces, _unpack(arrived[r], pieces, width), strict=True):
                 total[piece.start : piece.stop] += rows

@@ -3,22 +3,25 @@
 A segment turns the state before it into the state after it, S_out = M S_in + E, and maps compose:
 (M2, E2) after (M1, E1) is (M2 M1, M2 E1 + E2). A document start cuts the chain, so only segments that leave their span
 send anything: E, and M where the same document also came in. Each rank folds what it received into the states its heads
-start from, then runs the kernel once over all its tokens.
+start from, and runs the kernel over its tokens.
 
 The backward runs the other way. With dE the gradient of a segment's incoming state when nothing flows into its outgoing
 one, dS_in = M^T dS_out + dE. Given S_in and dS_out the local backward is exact, so M needs no gradient of its own (the
-scheme of Sun et al. 2024, LASP, and of Yang et al. 2024 for the delta rule). Beside the kernels over all tokens there
-are only passes of states: forward, those of the tails and of their M; backward, that of the heads' gradients.
+scheme of Sun et al. 2024, LASP, and of Yang et al. 2024 for the delta rule). Where a recurrence has kernels that share what maps and outputs are
+made of, and do what needs no message while these are under way, it runs them (`Recurrence.over_ranks`); else, beside the kernels over all tokens,
+there are passes of states: forward, those of the tails and of their M; backward, that of the heads' gradients.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ltrain.kernels.carry import Map
 from ltrain.kernels.recurrence import Recurrence
 from ltrain.model.sequence import Tape
-from ltrain.parallel.context.layout import Plan, Segment, Span
+from ltrain.parallel.context.layout import Plan, Span
 from ltrain.parallel.context.messages import Messages
 
 LONGEST = 8  # spans of a document before one, up to which all maps come at once; beyond, rounds of waiting cost less than so many maps
@@ -30,8 +33,7 @@ class Scan(NamedTuple):
     segments: int
     heads: list[tuple[int, int]]  # segment number, and its span's, of those that continue
     tails: list[tuple[int, int]]  # of those that go on
-    own_tails: list[Span]
-    own_heads: list[Span]
+    rows: dict[int, tuple[int, int]]  # of these segments among this rank's tokens
     forward: "Gathered | Composed"
     backward: "Gathered | Composed"
 
@@ -40,7 +42,6 @@ class Scan(NamedTuple):
         return bool(self.heads or self.tails)
 
 
-Map = tuple[Tensor | None, Tensor]  # M where a document comes in and leaves, and E (or dE)
 By = dict[int, Tensor]  # by number of the span
 
 
@@ -51,18 +52,22 @@ class Gathered(NamedTuple):
     sent: dict[int, list[Span]]  # rank -> this rank's spans
     chains: dict[int, list[Span]]  # span of this rank -> those that its document crosses on that side, farthest first
 
-    def carry(self, own: dict[int, Map], inputs: Recurrence, messages: Messages, *, transpose: bool) -> By:
-        """The state (or its gradient) that each chain hands to its span."""
+    def carry(self, own: dict[int, Map], over: "Swap", *, transpose: bool) -> Callable[[], By]:
+        """Starts to send; gives what waits for the state (or its gradient) that each chain hands to its span."""
         sends = {r: [own[s.number] for s in spans] for r, spans in self.sent.items()}
         receives = {r: [(s.number, s.stop - s.start if s.inside else 0) for s in spans] for r, spans in self.received.items()}
-        maps = own | _swapped(sends, receives, inputs, messages)
-        states = {}
-        for number, (first, *rest) in self.chains.items():
-            _, states[number] = maps[first.number]
-            for span in rest:
-                m, e = maps[span.number]
-                assert m is not None
-                states[number] = inputs.join(m, states[number], e, transpose=transpose)
+        arriving = over.swap(sends, receives)
+
+        def states() -> By:
+            maps, found = own | arriving(), {}
+            for number, (first, *rest) in self.chains.items():
+                _, found[number] = maps[first.number]
+                for span in rest:
+                    m, e = maps[span.number]
+                    assert m is not None
+                    found[number] = over.kind.join(m, found[number], e, transpose=transpose)
+            return found
+
         return states
 
 
@@ -74,8 +79,8 @@ class Round(NamedTuple):
     received: dict[int, list[Meeting]]  # rank -> in the order of the stream
     sent: dict[int, list[Meeting]]
 
-    def farther(self, maps: dict[int, Map], inputs: Recurrence, messages: Messages) -> dict[int, Map]:
-        """By the span that gets it."""
+    def farther(self, maps: dict[int, Map], over: "Swap") -> Callable[[], dict[int, Map]]:
+        """Starts to send; gives what waits for the maps, by the span that gets them."""
 
         def of(number: int, tokens: int) -> Map:
             m, e = maps[number]
@@ -83,7 +88,8 @@ class Round(NamedTuple):
 
         sends = {r: [of(there, tokens) for _, there, tokens in met] for r, met in self.sent.items()}
         receives = {r: [(here, tokens) for here, _, tokens in met] for r, met in self.received.items()}
-        return {here: of(there, tokens) for here, there, tokens in self.local} | _swapped(sends, receives, inputs, messages)
+        own, arriving = {here: of(there, tokens) for here, there, tokens in self.local}, over.swap(sends, receives)
+        return lambda: own | arriving()
 
 
 class Composed(NamedTuple):
@@ -94,11 +100,18 @@ class Composed(NamedTuple):
     rounds: list[Round]
     last: Round
 
-    def carry(self, own: dict[int, Map], inputs: Recurrence, messages: Messages, *, transpose: bool) -> By:
-        maps = dict(own)
-        for met in self.rounds:
-            maps |= {here: self._after(inputs, maps[here], far, transpose) for here, far in met.farther(maps, inputs, messages).items()}
-        return {here: state for here, (_, state) in self.last.farther(maps, inputs, messages).items()}
+    def carry(self, own: dict[int, Map], over: "Swap", *, transpose: bool) -> Callable[[], By]:
+        maps, (first, *rest) = dict(own), [*self.rounds, self.last]
+        arriving = first.farther(maps, over)
+
+        def states() -> By:
+            far = arriving()
+            for met in rest:
+                maps.update({here: self._after(over.kind, maps[here], found, transpose) for here, found in far.items()})
+                far = met.farther(maps, over)()
+            return {here: state for here, (_, state) in far.items()}
+
+        return states
 
     @staticmethod
     def _after(inputs: Recurrence, near: Map, far: Map, transpose: bool) -> Map:
@@ -179,99 +192,131 @@ def scan(plan: Plan) -> Scan:
     own = plan.of(plan.layout.rank)
     heads = [(plan.index(s.head), s.number) for s in own if s.head is not None]
     tails = [(plan.index(s.tail), s.number) for s in own if s.tail is not None]
-    own_tails, own_heads = [s for s in own if s.tail is not None], [s for s in own if s.head is not None]
-    return Scan(len(plan.segments), heads, tails, own_tails, own_heads, _traffic(plan, -1), _traffic(plan, +1))
+    rows = {plan.index(segment): segment.rows for s in own for segment in (s.head, s.tail) if segment is not None}
+    return Scan(len(plan.segments), heads, tails, rows, _traffic(plan, -1), _traffic(plan, +1))
 
 
-def _of(inputs: Recurrence, segment: Segment) -> Recurrence:
-    return inputs.rows(*segment.rows)
+class Swap(NamedTuple):
+    """Maps to other ranks and from them."""
+
+    kind: Recurrence  # whose these are; of its tensors of tokens the shapes alone
+    messages: Messages
+    device: torch.device
+
+    @classmethod
+    def of(cls, inputs: Recurrence, messages: Messages) -> "Swap":
+        kind = inputs.given({name: x.detach() if name in inputs.WHOLE else x.detach().to("meta") for name, x in inputs.tensors.items()})
+        return cls(kind, messages, inputs.values.device)
+
+    def swap(self, sends: dict[int, list[Map]], receives: dict[int, list[tuple[int, int]]]) -> Callable[[], dict[int, Map]]:
+        """Starts to send; gives what waits for the others' maps under the numbers given here, each with an M of so many tokens, 0: without. An M that
+        follows from these does not travel."""
+        kind, steady = self.kind, self.kind.steady
+        sizes = (0 if steady else torch.Size(kind.map_shape).numel(), torch.Size(kind.state_shape).numel())
+        flat = {r: torch.cat([x.flatten() for m in maps for x in m[steady:] if x is not None]) for r, maps in sends.items()}
+        rows = {r: sum(sizes[1] + sizes[0] * (tokens > 0) for _, tokens in expected) for r, expected in receives.items()}
+        transit = self.messages.post("scan", flat, rows, dtype=kind.wide, device=self.device)
+
+        def arrived() -> dict[int, Map]:
+            found, maps = transit.wait(), {}
+            for r, expected in receives.items():
+                left = found[r]
+                for number, tokens in expected:
+                    m = kind.power(tokens) if tokens and steady else None
+                    if tokens and not steady:
+                        m, left = left[: sizes[0]].view(kind.map_shape), left[sizes[0] :]
+                    maps[number], left = (m, left[: sizes[1]].view(kind.state_shape)), left[sizes[1] :]
+            return maps
+
+        return arrived
 
 
-def _state_gradients(inputs: Recurrence, dy: Tensor, spans: list[Span]) -> dict[int, Tensor]:
-    """dE of each span's head: the gradient of its incoming state from its own outputs."""
-    heads = {span.number: span.head for span in spans if span.head is not None}
-    return {number: _of(inputs, head).state_gradient(dy[slice(*head.rows)]) for number, head in heads.items()}
+class ScanCarry(NamedTuple):
+    """The `Carry` of one recurrence of this rank. No gradient flows through it: that of states is what `gradients` gives."""
+
+    plan: Scan
+    over: Swap
+    tape: Tape
+
+    @classmethod
+    def of(cls, inputs: Recurrence, plan: Scan, messages: Messages, tape: Tape) -> "ScanCarry":
+        return cls(plan, Swap.of(inputs, messages), tape)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        return tuple(segment for segment, _ in self.plan.heads)
+
+    @property
+    def tails(self) -> tuple[int, ...]:
+        return tuple(segment for segment, _ in self.plan.tails)
+
+    @torch.no_grad()
+    def states(self, ends: Callable[[], dict[int, Map]]) -> Callable[[], tuple[By, By]]:
+        if self.tape.replays:
+            return lambda: self.tape.keep(None)
+        own = ends()
+        arriving = self.plan.forward.carry({span: own[segment] for segment, span in self.plan.tails}, self.over, transpose=False)
+
+        @torch.no_grad()
+        def arrived() -> tuple[By, By]:
+            states = arriving()
+            return {segment: states[span] for segment, span in self.plan.heads}, {n: m for n, (m, _) in own.items() if m is not None}
+
+        return lambda: self.tape.keep(arrived)
+
+    def gradients(self, own: By, matrices: By) -> Callable[[], By]:
+        maps: dict[int, Map] = {span: (matrices.get(segment), own[segment]) for segment, span in self.plan.heads}
+        arriving = self.plan.backward.carry(maps, self.over, transpose=True)
+
+        def arrived() -> By:
+            states = arriving()
+            return {segment: states[span] for segment, span in self.plan.tails}
+
+        return arrived
+
+    def stacked(self, states: By, inputs: Recurrence) -> Tensor | None:
+        """[N, ...] of all segments, zeros for those that are not there; None: none is"""
+        if not states:
+            return None
+        found = inputs.values.new_zeros(self.plan.segments, *inputs.state_shape, dtype=inputs.wide)
+        for segment, state in states.items():
+            found[segment] = state
+        return found
 
 
-def _swapped(sends: dict[int, list[Map]], receives: dict[int, list[tuple[int, int]]], inputs: Recurrence, messages: Messages) -> dict[int, Map]:
-    """Maps to other ranks, and theirs under the numbers given here, each with an M of so many tokens, 0: without. An M that follows from these
-    does not travel."""
-    steady = inputs.steady
-    sizes = (0 if steady else torch.Size(inputs.map_shape).numel(), torch.Size(inputs.state_shape).numel())
-    flat = {r: torch.cat([x.flatten() for m in maps for x in m[steady:] if x is not None]) for r, maps in sends.items()}
-    rows = {r: sum(sizes[1] + sizes[0] * (tokens > 0) for _, tokens in expected) for r, expected in receives.items()}
-    arrived = messages.post("scan", flat, rows, dtype=inputs.wide, device=inputs.values.device).wait()
-    maps: dict[int, Map] = {}
-    for r, expected in receives.items():
-        left = arrived[r]
-        for number, tokens in expected:
-            m = inputs.power(tokens) if tokens and steady else None
-            if tokens and not steady:
-                m, left = left[: sizes[0]].view(inputs.map_shape), left[sizes[0] :]
-            maps[number], left = (m, left[: sizes[1]].view(inputs.state_shape)), left[sizes[1] :]
-    return maps
-
-
-def incoming_states(inputs: Recurrence, plan: Scan, messages: Messages, tape: Tape) -> tuple[Tensor | None, dict[int, Tensor]]:
-    """The state before each local segment [N, ...] (None: all are zero), and M of this rank's spans, for the backward.
-
-    No gradient flows here: `StateGradients` returns that of the outgoing states.
-    """
-
-    def exchange() -> tuple[list[Tensor], dict[int, Tensor]]:
-        own = {span.number: _of(inputs, span.tail).ends(span.inside) for span in plan.own_tails if span.tail is not None}
-        states = plan.forward.carry(own, inputs, messages, transpose=False)
-        return [states[span] for _, span in plan.heads], {i: m for i, (m, _) in own.items() if m is not None}
-
-    with torch.no_grad():
-        states, matrices = tape.keep(exchange)
-        if not plan.heads:
-            return None, matrices
-        initial = inputs.values.new_zeros(plan.segments, *inputs.state_shape, dtype=inputs.wide)
-        for (number, _), state in zip(plan.heads, states, strict=True):
-            initial[number] = state
-        return initial, matrices
-
-
-class StateGradients(torch.autograd.Function):
+class _StateGradients(torch.autograd.Function):
     """Passes the outputs through; in the backward gives each outgoing state the gradient that later spans have for it."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        output: Tensor,
-        final: Tensor | None,
-        kind: tuple[Recurrence, list[str]],
-        matrices: dict[int, Tensor],
-        plan: Scan,
-        messages: Messages,
-        *tensors: Tensor,
+        ctx: Any, output: Tensor, final: Tensor | None, kind: tuple[Recurrence, list[str]], matrices: By, carry: ScanCarry, *tensors: Tensor
     ) -> Tensor:
         """kind: the recurrence without its tensors, and the names of these."""
         ctx.save_for_backward(*matrices.values(), *tensors)
-        ctx.scan = kind, list(matrices), plan, messages
+        ctx.scan = kind, list(matrices), carry
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (kind, names), spans, plan, messages = ctx.scan
+        (kind, names), numbers, carry = ctx.scan
         saved = [x.detach() for x in ctx.saved_tensors]  # once: checkpointing gives them once
-        matrices = dict(zip(spans, saved, strict=False))
-        inputs = kind.given(dict(zip(names, saved[len(spans) :], strict=True)))
-        own: dict[int, Map] = {i: (matrices.get(i), de) for i, de in _state_gradients(inputs, dy, plan.own_heads).items()}
-        states = plan.backward.carry(own, inputs, messages, transpose=True)
-        dfinal = None
-        if plan.tails:
-            dfinal = inputs.values.new_zeros(plan.segments, *inputs.state_shape, dtype=inputs.wide)
-            for number, span in plan.tails:
-                dfinal[number] = states[span]
-        return dy, dfinal, *[None] * (4 + len(names))
+        matrices = dict(zip(numbers, saved, strict=False))
+        inputs = kind.given(dict(zip(names, saved[len(numbers) :], strict=True)))
+        heads = {n: slice(*rows) for n, rows in carry.plan.rows.items()}
+        own = {n: inputs.rows(rows.start, rows.stop).state_gradient(dy[rows]) for n, rows in heads.items() if n in carry.heads}
+        return dy, carry.stacked(carry.gradients(own, matrices)(), inputs), *[None] * (3 + len(names))
 
 
-def recurrence_over_ranks(inputs: Recurrence, cu_seqlens: Tensor, plan: Scan, messages: Messages, tape: Tape) -> Tensor:
-    """The recurrence over this rank's segments, their states carried in from the ranks before: its outputs."""
-    initial, matrices = incoming_states(inputs, plan, messages, tape)
-    output, final = inputs.run(cu_seqlens, initial, final=bool(plan.tails))
+def recurrence_over_ranks(
+    inputs: Recurrence, cu_seqlens: Tensor, plan: Scan, messages: Messages, tape: Tape, *, final: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence over this rank's segments, their states carried in from the ranks before: its outputs, and where asked for the state after
+    each segment [N, ...], whose gradient does not go to other ranks."""
+    carry = ScanCarry.of(inputs, plan, messages, tape)
+    if (found := inputs.over_ranks(cu_seqlens, carry, final=final)) is not None:
+        return found
+    states, matrices = carry.states(lambda: {n: inputs.rows(*plan.rows[n]).ends(n in carry.heads) for n in carry.tails})()
+    output, after = inputs.run(cu_seqlens, carry.stacked(states, inputs), final=final or bool(plan.tails))
     tensors = inputs.tensors
     kind = inputs.given(dict.fromkeys(tensors)), list(tensors)
-    return StateGradients.apply(output, final, kind, matrices, plan, messages, *tensors.values())  # type: ignore[no-any-return, no-untyped-call]
+    return _StateGradients.apply(output, after if plan.tails else None, kind, matrices, carry, *tensors.values()), after  # type: ignore[no-untyped-call]

@@ -1,8 +1,11 @@
 """Every operator's programs compile for a Hopper GPU, in bfloat16, and fit its shared memory."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from ltrain.kernels.carry import Map
 from ltrain.plan.operators import Sizes, operators
 from tests.kernels.interpreter import GPU, INTERPRETED
 
@@ -77,16 +80,43 @@ def test_program_of_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("decay", [None, (200, 2), (200, 2, 128)], ids=["none", "head", "channel"])
-@pytest.mark.parametrize("delta", [True, False])
-def test_programs_of_what_context_ranks_exchange(decay: tuple[int, ...] | None, delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_of_what_context_ranks_exchange(decay: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from ltrain.kernels.linear_recurrence import triton_chunked
     from tests.kernels.compiled import compiling
 
     k, v = (torch.zeros(200, 2, 128, dtype=torch.bfloat16) for _ in range(2))
-    faded, beta = None if decay is None else torch.zeros(decay), torch.zeros(200, 2) if delta else None
+    faded = None if decay is None else torch.zeros(decay)
     with compiling(monkeypatch) as found:
-        triton_chunked.segment_map(k, v, faded, beta, delta)
-        triton_chunked.state_gradient(k, k, v, faded, beta, v, 1.0)
+        triton_chunked.segment_map(k, v, faded)
+        triton_chunked.state_gradient(k, k, v, faded, v, 1.0)
     names = {key.split()[0] for key in found}
-    assert ({"pass_states", "pass_gradients"} if delta else {"add_chunks", "accumulate"}) <= names
-    assert not names & {"score_gradients", "key_gradients", "pair_gradients", "decay_gradients"}
+    assert {"add_chunks", "accumulate"} <= names
+    assert not names & {"pair_gradients", "decay_gradients"}
+
+
+class Answered:
+    """The first of three segments begins a document and the last ends it; of the other ranks come zeros."""
+
+    heads, tails = (1, 2), (0, 1)
+
+    def states(self, ends: Callable[[], dict[int, Map]]) -> Callable[[], tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]]:
+        found = ends()
+        return lambda: ({n: torch.zeros_like(found[0][1]) for n in self.heads}, {n: m for n, (m, _) in found.items() if m is not None})
+
+    def gradients(self, own: dict[int, torch.Tensor], matrices: dict[int, torch.Tensor]) -> Callable[[], dict[int, torch.Tensor]]:
+        return lambda: {n: torch.zeros_like(own[1]) for n in self.tails}
+
+
+@pytest.mark.parametrize("decay", [None, (200, 2), (200, 2, 128)], ids=["none", "head", "channel"])
+def test_programs_of_the_delta_rule_over_ranks(decay: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ltrain.kernels.linear_recurrence.triton_over_ranks import delta_over_ranks
+    from tests.kernels.compiled import compiling
+
+    q, k, v = (torch.zeros(200, 2, 128, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    faded, beta = None if decay is None else torch.zeros(decay), torch.zeros(200, 2)
+    with compiling(monkeypatch) as found:
+        out, after = delta_over_ranks(q, k, v, faded, beta, [0, 64, 128, 200], 1.0, Answered(), True)
+        assert after is not None and after.shape == (3, 2, 128, 128)
+        torch.autograd.grad(out.sum(), (q, k, v))
+    # forward that of each group of segments, of M and of E, and in the backward two that make states again; back, of each group
+    assert [sum(key.split()[0] == name for key in found) for name in ("pass_states", "pass_gradients")] == [6, 3]

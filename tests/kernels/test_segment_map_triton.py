@@ -1,4 +1,4 @@
-"""What context ranks exchange of a linear recurrence, against float64: a segment's map of states, and the gradient of the state before it."""
+"""What context ranks exchange of an additive recurrence, against float64: the state after a segment, and the gradient of the one before it."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ from tests.kernels.test_linear_recurrence import cu, inputs
 if DEVICE == "cuda" or INTERPRETED:
     from ltrain.kernels.linear_recurrence import triton_chunked
 
-KINDS = [(decay, delta) for decay in ("none", "head", "channel") for delta in (True, False)]
+DECAYS = ("none", "head", "channel")
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Of the parts of a pass, how often each ran."""
-    found = dict.fromkeys(("_prepared", "_passed", "_read", "_passed_back", "_gradients", "_delta_gradients"), 0)
+    found = dict.fromkeys(("prepared", "passed", "read", "passed_back", "_gradients"), 0)
     for name in found:
 
         def counted(*args, name=name, run=getattr(triton_chunked, name), **kwargs):  # noqa: B008
@@ -27,9 +27,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return found
 
 
-def drawn(tokens: int, decay: str, delta: bool) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """q, k, v, decay and beta of float64, and the same rounded to float32 on the device."""
-    wide = [None if x is None else x.detach() for x in inputs([tokens], heads=1, group=2, width=20, value_width=24, decay=decay, delta=delta)[:5]]
+def drawn(tokens: int, decay: str) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """q, k, v and decay of float64, and the same rounded to float32 on the device."""
+    wide = [None if x is None else x.detach() for x in inputs([tokens], heads=1, group=2, width=20, value_width=24, decay=decay, delta=False)[:4]]
     return wide, [None if x is None else x.float().to(DEVICE) for x in wide]
 
 
@@ -43,29 +43,22 @@ def used(calls: dict[str, int]) -> dict[str, int]:
 
 
 @runs
-@pytest.mark.parametrize(("decay", "delta"), KINDS)
+@pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("tokens", [1, 65, 200])
-def test_segment_map_is_passes_of_states(tokens, decay, delta, calls):
-    (_, *wide), (_, *near) = drawn(tokens, decay, delta)
-    m, e = family.reference.segment_map(*wide, [0, tokens])
-    for dense in (True, False) if delta else (False,):
-        calls |= dict.fromkeys(calls, 0)
-        got, end = triton_chunked.segment_map(*near, dense)
-        close(end, e[0])
-        assert (got is not None) == dense
-        if got is not None:
-            close(got, m[0])
-        assert used(calls) == {"_prepared": 1, "_passed": 1 + dense}
+def test_state_after_a_segment_is_one_pass(tokens, decay, calls):
+    (_, *wide), (_, *near) = drawn(tokens, decay)
+    close(triton_chunked.segment_map(*near), family.reference.segment_map(*wide, None, [0, tokens])[1][0])
+    assert used(calls) == {"prepared": 1, "passed": 1}
 
 
 @runs
-@pytest.mark.parametrize(("decay", "delta"), KINDS)
+@pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("tokens", [1, 65, 200])
-def test_state_gradient_is_one_pass(tokens, decay, delta, calls):
-    wide, near = drawn(tokens, decay, delta)
+def test_state_gradient_is_one_pass(tokens, decay, calls):
+    wide, near = drawn(tokens, decay)
     dout = torch.randn(tokens, 2, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     got = triton_chunked.state_gradient(*near, dout.float().to(DEVICE), 0.4)
-    assert used(calls) == {"_prepared": 1, "_passed_back": 1} | ({"_read": 1} if delta else {})
+    assert used(calls) == {"prepared": 1, "passed_back": 1}
     state = torch.zeros(1, 2, 20, 24, dtype=torch.float64, requires_grad=True)
-    out = family.linear_recurrence(*wide, cu([tokens]), scale=0.4, initial_state=state, backend="reference").output
+    out = family.linear_recurrence(*wide, None, cu([tokens]), scale=0.4, initial_state=state, backend="reference").output
     close(got, torch.autograd.grad(out, state, dout)[0][0])

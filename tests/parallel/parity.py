@@ -272,9 +272,8 @@ def broken_on_ranks(config: Config, what: str) -> dict[str, Any]:
     from ltrain.parallel.context import exchange, ring
     from ltrain.parallel.engines import megatron
 
-    def alone(inputs: Any, cu_seqlens: Tensor, *_: Any) -> Tensor:
-        output: Tensor = inputs.run(cu_seqlens)[0]
-        return output
+    def alone(inputs: Any, cu_seqlens: Tensor, *_: Any) -> tuple[Tensor, None]:
+        return inputs.run(cu_seqlens)[0], None
 
     def whole_gradients(param: Any) -> Any:
         return replace(layers.layout_of(param), partial_gradient=False)

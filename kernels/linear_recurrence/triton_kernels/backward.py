@@ -41,7 +41,8 @@ def pass_gradients(
     fade,
     do,
     du,
-    cuts,
+    opens,
+    closes,
     bounds,
     dfinal,
     dstates,
@@ -58,20 +59,22 @@ def pass_gradients(
     DOT: tl.constexpr,
 ):
     """Of the delta rule. Grid (segments, H, V / BV) -> dstates [chunks, H, K, V] after each chunk, dinitial [N, H, K, V] (None: not wanted);
-    adds to du what comes from there. dfinal [N, H, K, V], None: zeros."""
+    adds to du what comes from there. opens, closes, bounds: as for `forward.pass_states`; dfinal [N, H, K, V], None: zeros; dstates None: only
+    dinitial is wanted, and du stays as it is."""
     segment, h, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     state = state_or_zeros(dfinal, segment * H + h, K, V, BK, BV, offset)
     rows = tl.arange(0, C)
-    begin, end = tl.load(cuts + segment).to(tl.int64), tl.load(cuts + segment + 1).to(tl.int64)
+    begin, end = tl.load(opens + segment).to(tl.int64), tl.load(closes + segment).to(tl.int64)
     count = tl.load(bounds + segment + 1) - tl.load(bounds + segment)
     first = tl.load(bounds + segment)
     following = fade_of(fade, first + count - 1, count > 0, h, H, K, DECAY, BK, 0)
     for back in range(count):
         place = count - 1 - back
         chunk = first + place
-        after, here = state_at(dstates, chunk * H + h, K, V, BK, BV, 0, offset)
         low = state.to(k.dtype.element_ty)
-        tl.store(after, low, mask=here)
+        if dstates is not None:
+            after, here = state_at(dstates, chunk * H + h, K, V, BK, BV, 0, offset)
+            tl.store(after, low, mask=here)
         t = begin + place * C + rows
         inside = t < end
         out = tile(do, t, inside, h, H, V, BV, offset)
@@ -84,7 +87,8 @@ def pass_gradients(
             stored *= tl.load(writer + t * H + h, mask=inside, other=0.0)[:, None]
             out = (out * tl.load(reader + t * H + h, mask=inside, other=0.0)[:, None]).to(k.dtype.element_ty)
         write = (tile(du, t, inside, h, H, V, BV, offset) + stored).to(k.dtype.element_ty)
-        put(du, write, t, inside, h, H, V, BV, offset)
+        if dstates is not None:
+            put(du, write, t, inside, h, H, V, BV, offset)
         if DECAY != NONE:
             state *= following
             following = fade_of(fade, chunk - 1, place > 0, h, H, K, DECAY, BK, 0)

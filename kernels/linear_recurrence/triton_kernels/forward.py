@@ -267,7 +267,8 @@ def pass_states(
     u,
     writer,
     fade,
-    cuts,
+    opens,
+    closes,
     bounds,
     initial,
     states,
@@ -284,25 +285,31 @@ def pass_states(
 ):
     """Of the delta rule. Grid (segments, H, V / BV) -> states [chunks, H, K, V] before each chunk, final [N, H, K, V]; turns u from U0 to U.
 
-    cuts [N + 1]: the tokens, bounds [N + 1]: the chunks of each segment; initial [N, H, K, V], None: zeros; final None: not wanted.
+    opens, closes [N]: the first and last + 1 token, bounds [N + 1]: the chunks of each segment; u None: U0 is zeros; initial [N, H, K, V],
+    None: zeros; states None: only what is there at the end is wanted, and u stays U0; final None: not wanted.
     """
     segment, h, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     state = state_or_zeros(initial, segment * H + h, K, V, BK, BV, offset)
     rows = tl.arange(0, C)
-    begin, end = tl.load(cuts + segment).to(tl.int64), tl.load(cuts + segment + 1).to(tl.int64)
+    begin, end = tl.load(opens + segment).to(tl.int64), tl.load(closes + segment).to(tl.int64)
     first, stop = tl.load(bounds + segment), tl.load(bounds + segment + 1)
     # What is not part of a product is not loaded ahead unless written so, and a chunk would wait for it.
     following = fade_of(fade, first, first < stop, h, H, K, DECAY, BK, 0)
     for chunk in range(first, stop):
-        before, here = state_at(states, chunk * H + h, K, V, BK, BV, 0, offset)
         low = state.to(k.dtype.element_ty)
-        tl.store(before, low, mask=here)
+        if states is not None:
+            before, here = state_at(states, chunk * H + h, K, V, BK, BV, 0, offset)
+            tl.store(before, low, mask=here)
         # No address is loaded, so that the tiles of the next chunk can be on their way.
         t = begin + (chunk - first) * C + rows
         inside = t < end
         erased = tl.dot(tile(w, t, inside, h, H, K, BK, 0), low, input_precision=DOT)
-        write = (tile(u, t, inside, h, H, V, BV, offset) - erased).to(k.dtype.element_ty)
-        put(u, write, t, inside, h, H, V, BV, offset)
+        if u is None:
+            write = (-erased).to(k.dtype.element_ty)
+        else:
+            write = (tile(u, t, inside, h, H, V, BV, offset) - erased).to(k.dtype.element_ty)
+        if states is not None:
+            put(u, write, t, inside, h, H, V, BV, offset)
         if DECAY == CHANNEL:
             key = tile_transposed(writer, t, inside, h, H, K, BK, 0)
         else:

@@ -1,0 +1,207 @@
+"""The delta rule over ranks that have parts of its documents, in phases: what needs no message is done while these are under way, and once.
+
+Forward, a rank prepares the chunks of the segments whose documents go on, makes the maps of these from them, and starts to send. A segment that
+begins its document makes its map by the pass of states that it needs anyway; one in the middle of a document goes over its chunks for M and for E,
+and again from the state that arrives. Everything of the other segments but what waits for a state, and the outputs of those that begin their
+document, comes before the answer. The backward is the same the other way round: the gradients of the states before the segments that continue
+a document come first, by the only pass of those that end theirs, and what is made again of the chunks is made while these are under way.
+
+Kept between the phases is what they share, W, U and the faded queries and keys, as `triton_chunked` has them together from the first program to
+the last; and from forward to backward what it keeps, with the arrived states and M.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ltrain.kernels.carry import Carry, Map
+from ltrain.kernels.linear_recurrence import triton_parts as parts
+from ltrain.kernels.linear_recurrence.triton_launches import Chunks, Shapes, chunks_among
+
+# Groups of segments, in the order in which their chunks lie here, so that those of each step are neighbours: whole documents, those that begin
+# a document that goes on, those in the middle of one, and those that end one.
+WHOLE, FIRST, MIDDLE, LAST = range(4)
+
+
+class _Part(NamedTuple):
+    """Neighbouring groups"""
+
+    segments: list[int]
+    places: slice  # of these among all segments
+    chunks: Chunks
+    range: slice  # of these among all chunks
+
+
+@lru_cache(maxsize=64)  # all layers of a micro-batch share it
+def _parts_of(cuts: tuple[int, ...], heads: tuple[int, ...], tails: tuple[int, ...], device: torch.device) -> dict[tuple[int, int], _Part]:
+    """By their first and last group"""
+    groups: list[list[int]] = [[], [], [], []]
+    continued, going_on = set(heads), set(tails)
+    for n in range(len(cuts) - 1):
+        groups[(MIDDLE if n in going_on else LAST) if n in continued else FIRST if n in going_on else WHOLE].append(n)
+    found, segment, chunk = {}, 0, 0
+    for first in range(4):
+        for last in range(first, 4):
+            segments = [n for group in groups[first : last + 1] for n in group]
+            chunks = chunks_among(cuts, segments, 1, device)  # the delta rule has chunks of one block
+            found[first, last] = _Part(segments, slice(segment, segment + len(segments)), chunks, slice(chunk, chunk + chunks.chunk_count))
+        segment, chunk = found[first, first].places.stop, found[first, first].range.stop
+    return found
+
+
+class _Phases:
+    """The inputs, and what is made of the chunks of some groups after the others. A group is named by its first and last."""
+
+    def __init__(self, laid: parts.Laid, cuts: tuple[int, ...], carry: Carry, scale: float, solved: tuple[Tensor | None, ...] | None = None):
+        self.laid, self.scale, self.solved = laid, scale, solved is not None
+        self.shapes = Shapes.of(laid.k, laid.v, laid.decay, laid.beta)
+        self.parts = _parts_of(cuts, carry.heads, carry.tails, laid.v.device)
+        self.all = self.parts[WHOLE, LAST]
+        self.made = parts.room(laid.k, laid.v, self.all.chunks.block_count, self.shapes, solved)
+        self.states = self.of_chunks()
+
+    def of_chunks(self) -> Tensor:
+        """[chunks, H, K, V] to be filled"""
+        shapes = self.shapes
+        return self.laid.k.new_empty(self.all.chunks.chunk_count, shapes.heads, shapes.key, shapes.value)
+
+    def of_segments(self, part: _Part) -> Tensor:
+        """[N, H, K, V] float32 to be filled"""
+        return parts.ends_of(self.laid.k, part.chunks, self.shapes)
+
+    def stacked(self, states: dict[int, Tensor], part: _Part) -> Tensor | None:
+        """[H, K, V] of each segment -> [N, H, K, V] as the programs take them, None: there is no segment"""
+        if not part.segments:
+            return None
+        found = torch.stack([states[n] for n in part.segments])
+        return F.pad(found, (0, self.shapes.value - found.shape[3], 0, self.shapes.key - found.shape[2])).float().contiguous()
+
+    def _made(self, part: _Part) -> parts.Prepared:
+        """Of its chunks what is kept for each chunk; what is kept for each token is of all."""
+        firsts, fade, halves = (None if x is None else x[part.range] for x in (self.made.firsts, self.made.fade, self.made.halves))
+        return self.made._replace(firsts=firsts, fade=fade, halves=halves)
+
+    def prepare(self, first: int, last: int) -> None:
+        part = self.parts[first, last]
+        parts.prepare(*self.laid, part.chunks, self.shapes, self._made(part), self.solved)
+
+    def pass_states(self, first: int, last: int, initial: Tensor | None, final: Tensor | None) -> None:
+        """The pass that the outputs take: it leaves the states, and U in place of U0."""
+        part = self.parts[first, last]
+        made = self._made(part)
+        parts.pass_states(self.laid.k, made.u, initial, part.chunks, self.shapes, made, self.states[part.range], final)
+
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """M [N, H, K, K] and E [N, H, K, V] of the segments in the middle, without a trace."""
+        part = self.parts[MIDDLE, MIDDLE]
+        made, end = self._made(part), self.of_segments(part)
+        matrix = parts.end_of_identity(self.laid.k, part.chunks, self.shapes, made)
+        parts.pass_states(self.laid.k, made.u, None, part.chunks, self.shapes, made, None, end)
+        return matrix, end
+
+    def read(self, first: int, last: int, z: Tensor, out: Tensor, *, later: bool) -> None:
+        """See `triton_parts.read`; later: from each chunk alone."""
+        part, (q, k, _, decay, _) = self.parts[first, last], self.laid
+        states = None if later else self.states[part.range]
+        parts.read(q, k, z, decay, states, part.chunks, self.shapes, self._made(part), self.scale, later, out)
+
+    def pass_gradients(
+        self, first: int, last: int, do: Tensor, du: Tensor, dfinal: Tensor | None, dstates: Tensor | None, dinitial: Tensor | None
+    ) -> None:
+        """dstates: of all chunks; None: no trace is left."""
+        part = self.parts[first, last]
+        through = None if dstates is None else dstates[part.range]
+        parts.pass_gradients(self.laid.q, self.laid.k, do, du, dfinal, part.chunks, self.shapes, self._made(part), self.scale, through, dinitial)
+
+
+class _OverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor | None,
+        beta: Tensor,
+        sizes: tuple[int, int],
+        cuts: tuple[int, ...],
+        scale: float,
+        final: bool,
+        carry: Carry,
+    ) -> tuple[Tensor, Tensor | None]:
+        """sizes: K and V of the states, to which the inputs' may have zeros added."""
+        key, value = sizes
+        phases = _Phases(parts.Laid(q, k, v, decay, beta), cuts, carry, scale)
+        first, middle, rest = (phases.parts[groups] for groups in ((FIRST, FIRST), (MIDDLE, MIDDLE), (MIDDLE, LAST)))
+        after = phases.of_segments(phases.all) if final else None
+        begun = phases.of_segments(first) if after is None else after[first.places]
+        phases.prepare(FIRST, MIDDLE)
+        phases.pass_states(FIRST, FIRST, None, begun)
+
+        def maps() -> dict[int, Map]:
+            found: dict[int, Map] = {n: (None, e[:, :key, :value]) for n, e in zip(first.segments, begun, strict=True)}
+            if middle.segments:
+                for n, m, e in zip(middle.segments, *phases.maps(), strict=True):
+                    found[n] = m[:, :key, :key], e[:, :key, :value]
+            return found
+
+        arriving = carry.states(maps)
+        out = torch.empty_like(v)
+        phases.prepare(WHOLE, WHOLE)
+        phases.prepare(LAST, LAST)
+        phases.pass_states(WHOLE, WHOLE, None, None if after is None else after[phases.parts[WHOLE, WHOLE].places])
+        phases.read(WHOLE, FIRST, phases.made.u, out, later=False)
+        states, matrices = arriving()
+        initial = phases.stacked(states, rest)
+        phases.pass_states(MIDDLE, LAST, initial, None if after is None else after[rest.places])
+        phases.read(MIDDLE, LAST, phases.made.u, out, later=False)
+        ctx.save_for_backward(q, k, v, decay, beta, initial, *phases.made[:3], *matrices.values())
+        ctx.given = cuts, scale, carry, sizes, list(matrices)
+        ctx.set_materialize_grads(False)  # zeros for the final states would be as large as these
+        if after is None:
+            return out, None
+        after = after[torch.tensor(phases.all.segments).argsort().to(after.device, non_blocking=True)]
+        ctx.mark_non_differentiable(after)
+        return out, after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, _: Tensor | None) -> Any:
+        q, k, v, decay, beta, initial, scores, solve, firsts, *saved = ctx.saved_tensors
+        cuts, scale, carry, (key, value), numbers = ctx.given
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        phases = _Phases(parts.Laid(q, k, v, decay, beta), cuts, carry, scale, (scores, solve, firsts))
+        middle, last = phases.parts[MIDDLE, MIDDLE], phases.parts[LAST, LAST]
+        du, dstates = torch.empty_like(v), phases.of_chunks()
+        phases.prepare(MIDDLE, LAST)
+        phases.read(MIDDLE, LAST, do, du, later=True)
+        found = [phases.of_segments(part) for part in (middle, last)]
+        phases.pass_gradients(MIDDLE, MIDDLE, do, du, None, None, found[0])
+        phases.pass_gradients(LAST, LAST, do, du, None, dstates, found[1])
+        own = dict(zip(middle.segments + last.segments, [x[:, :key, :value] for part in found for x in part], strict=True))
+        arriving = carry.gradients(own, dict(zip(numbers, saved, strict=True)))
+        phases.prepare(WHOLE, FIRST)
+        phases.pass_states(WHOLE, FIRST, None, None)
+        phases.pass_states(MIDDLE, LAST, initial, None)
+        phases.read(WHOLE, FIRST, do, du, later=True)
+        phases.pass_gradients(WHOLE, WHOLE, do, du, None, dstates, None)
+        dfinal = phases.stacked(arriving(), phases.parts[FIRST, MIDDLE])
+        phases.pass_gradients(FIRST, MIDDLE, do, du, dfinal, dstates, None)
+        made, states, chunks, shapes = phases.made.left, phases.states, phases.all.chunks, phases.shapes
+        del phases
+        scored = parts.score_gradients(v, decay, do, du, chunks, shapes, made, scale)
+        del du
+        return *parts.key_gradients(q, k, decay, beta, do, (states, dstates), scored, chunks, shapes, made, scale), *[None] * 5
+
+
+def delta_over_ranks(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor, bounds: list[int], scale: float, carry: Carry, final: bool
+) -> tuple[Tensor, Tensor | None]:
+    """-> output [T, H, V], final states [N, H, K, V] float32 if final, without gradient"""
+    key, value = k.shape[2], v.shape[2]
+    out, after = _OverRanks.apply(*parts.Laid.of(q, k, v, decay, beta), (key, value), tuple(bounds), scale, final, carry)
+    return out[..., :value] if out.shape[2] != value else out, None if after is None else after[..., :key, :value]

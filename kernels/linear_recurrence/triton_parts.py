@@ -1,0 +1,379 @@
+"""The parts of the chunked recurrence on a GPU: each fills tensors by a launch or two of `triton_kernels`, forward and backward.
+
+Those of the delta rule take `chunks` of any segments, and of what is there for each chunk the same ones: `triton_over_ranks` runs them for some
+segments before others.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltrain.kernels.linear_recurrence.triton_kernels import additive, backward, forward
+from ltrain.kernels.linear_recurrence.triton_kernels import heads as of_heads
+from ltrain.kernels.linear_recurrence.triton_launches import BLOCK, Chunks, Shapes, chunks_of, padded
+from ltrain.kernels.segments import ceil_div
+
+# Numbers that rows are made a multiple of: 16-byte loads, and heads of 60 in bfloat16 had wrong gradients on an H200 (Triton 3.6), of 64 not.
+ALIGNED = 16
+LEVELS = BLOCK.bit_length() - 1  # see tiles.pair_spans
+HEADS = 16  # in a program of `heads.sum_decays`: the decays of a token lie together
+MEMBERS = 2  # value heads of one key head in a program of `heads.read`
+ROWS = 16  # of `backward.sum_parts`
+NUMBERS = 512  # of a state in a program of `additive.accumulate`
+
+
+def wider(x: Tensor, more: int) -> Tensor:
+    """x [..., D] with so many zeros behind each row"""
+    return F.pad(x, (0, more)) if more else x
+
+
+class Laid(NamedTuple):
+    """Inputs as the programs take them"""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None
+    beta: Tensor | None
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> "Laid":
+        keys, values = -k.shape[2] % ALIGNED, -v.shape[2] % ALIGNED
+        if decay is not None and decay.ndim == 3:
+            decay = wider(decay, keys).contiguous()
+        elif decay is not None and (beta is not None or decay.stride(1) != 1):
+            decay = decay.contiguous()  # but for `heads.sum_decays`, which takes one row for all tokens, as constant decays have
+        q, k, v = (x.contiguous() for x in (wider(q, keys), wider(k, keys), wider(v, values)))
+        return cls(q, k, v, decay, None if beta is None else beta.contiguous())
+
+    @property
+    def alone(self) -> tuple[Shapes, Chunks]:
+        """Of all tokens as one segment"""
+        shapes = Shapes.of(self.k, self.v, self.decay, self.beta)
+        return shapes, chunks_of((0, len(self.v)), shapes.blocks, self.v.device)
+
+
+class Prepared(NamedTuple):
+    """What `forward.prepare` leaves; what a recurrence does without is None."""
+
+    scores: Tensor | None  # [T, H, C]
+    solve: Tensor | None  # [T, H, C]
+    firsts: Tensor | None  # [blocks, H]
+    w: Tensor | None  # [T, H, K]
+    u: Tensor  # [T, H, V]
+    reader: Tensor | None  # [T, H, K] or [T, H]
+    writer: Tensor | None
+    fade: Tensor | None  # [blocks, H, K] or [blocks, H]; of `heads.sum_decays` [chunks, H]
+    halves: Tensor | None  # [blocks, H, 2, K]
+    sums: Tensor | None = None  # [T, H, 2], of `heads.sum_decays` alone
+
+    @property
+    def left(self) -> "Prepared":
+        """What the gradients of scores and keys take: W and the faded queries and keys are as large as the inputs."""
+        return self._replace(scores=None, w=None, reader=None, writer=None)
+
+
+def prepared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    chunks: Chunks,
+    shapes: Shapes,
+    solved: tuple[Tensor | None, ...] | None = None,
+) -> Prepared:
+    """solved: the first three of an earlier call."""
+    tokens, heads, _ = v.shape
+    if decay is None and beta is None:
+        return Prepared(None, None, None, None, v, None, None, None, None)
+    if shapes.of_heads:
+        assert decay is not None
+        shape = tokens, heads
+        factors = [v.new_empty(x, dtype=torch.float32) for x in (shape, shape, (chunks.chunk_count, heads), (*shape, 2))]
+        if chunks.block_count:
+            grid = chunks.chunk_count, ceil_div(heads, HEADS)
+            of_heads.sum_decays[grid](decay, chunks.begins, chunks.ends, *factors, decay.stride(0), heads, C=BLOCK, HEADS=HEADS, num_warps=4)
+        return Prepared(None, None, None, None, v, factors[0], factors[1], factors[2], None, factors[3])
+    made = room(k, v, chunks.block_count, shapes, solved)
+    prepare(q, k, v, decay, beta, chunks, shapes, made, solved is not None)
+    return made
+
+
+def room(k: Tensor, v: Tensor, count: int, shapes: Shapes, solved: tuple[Tensor | None, ...] | None) -> Prepared:
+    """For `prepare` to fill, of so many blocks"""
+    tokens, heads, _ = v.shape
+    scores, solve, firsts = solved or (
+        k.new_empty(tokens, heads, BLOCK) if shapes.decay == 2 else None,
+        k.new_empty(tokens, heads, BLOCK) if shapes.delta else None,
+        k.new_empty(count, heads, dtype=torch.int32) if shapes.decay == 2 else None,
+    )
+    w, u = (k.new_empty(tokens, heads, shapes.key), torch.empty_like(v)) if shapes.delta else (None, v)
+    reader = writer = fade = halves = None
+    if shapes.decay == 2:
+        halves = k.new_empty(count, heads, 2, shapes.key, dtype=torch.float32)
+        reader, writer = (k.new_empty(tokens, heads, shapes.key) for _ in range(2))
+        fade = k.new_empty(count, heads, shapes.key, dtype=torch.float32)
+    elif shapes.decay == 1:
+        reader, writer, fade = (k.new_empty(n, heads, dtype=torch.float32) for n in (tokens, tokens, count))
+    return Prepared(scores, solve, firsts, w, u, reader, writer, fade, halves)
+
+
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, chunks: Chunks, shapes: Shapes, made: Prepared, solved: bool
+) -> None:
+    """Of the tokens of these chunks; solved: the first three of `made` are there already."""
+    count, (tokens, heads, _) = chunks.block_count, v.shape
+    if count:
+        middle = k.new_empty(tokens, heads, shapes.key, dtype=torch.float32) if shapes.decay == 2 else None
+        if shapes.decay == 2:
+            options = shapes.options("sum_decays", without=("BV", "DECAY"))
+            forward.sum_decays[count, heads](
+                *(k, decay, *chunks.spans, made.firsts, middle, made.halves, heads, shapes.key, LEVELS), SOLVED=solved, **options
+            )
+        for pairs in shapes.pairs(grouped=False):
+            forward.prepare[count, heads](
+                *(q, k, v, decay, beta, *chunks.spans, *made[:9], middle, *shapes.numbers, LEVELS),
+                **{"DELTA": shapes.delta, "SOLVED": solved, "PAIRS": pairs, **shapes.options("prepare")},
+            )
+
+
+def ends_of(x: Tensor, chunks: Chunks, shapes: Shapes) -> Tensor:
+    """For a state of each segment [N, H, K, V]"""
+    return x.new_empty(chunks.segments, shapes.heads, shapes.key, shapes.value, dtype=torch.float32)
+
+
+def summed(
+    x: Tensor,
+    y: Tensor,
+    factors: Tensor | None,
+    fade: Tensor | None,
+    before: Tensor | None,
+    chunks: Chunks,
+    shapes: Shapes,
+    scale: float,
+    back: bool,
+    ends: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What is there before each chunk [chunks, H, K, V], in their order or from the last one back, and if wanted, ends: after all of a segment
+    [N, H, K, V], when each adds scale sum_t f_t x_t y_t^T and fades what there was; and what each leaves of it [chunks, H, K] or [chunks, H]."""
+    count, heads, key, value = chunks.chunk_count, shapes.heads, shapes.key, shapes.value
+    states, after = y.new_empty(count, heads, key, value), ends_of(y, chunks, shapes) if ends else None
+    left = fade if fade is None or shapes.of_heads else fade.new_empty(count, *fade.shape[1:])
+    if count:
+        options = shapes.options("add_chunks of heads" if shapes.of_heads else "add_chunks")
+        grid = count, heads, ceil_div(key, options["BK"]) * ceil_div(value, options["BV"])
+        args = x, y, factors, fade, chunks.begins, chunks.ends, chunks.firsts, states, left, scale
+        additive.add_chunks[grid](*args, *shapes.numbers, BACKWARD=back, **options)
+    if chunks.segments:
+        grid = chunks.segments, heads, ceil_div(key * value, NUMBERS)
+        axes = {"N": NUMBERS, "DECAY": shapes.decay, "BACKWARD": back}
+        additive.accumulate[grid](states, left, chunks.bounds, before, after, heads, key, value, num_warps=4, **axes)
+    return states, after, left
+
+
+def passed(
+    k: Tensor, initial: Tensor | None, chunks: Chunks, shapes: Shapes, made: Prepared, ends: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The state before each chunk [chunks, H, K, V], if wanted, ends: the final states [N, H, K, V], and what each chunk leaves of a state where
+    nothing is erased; made.u turns from U0 to U."""
+    if not shapes.delta:
+        keys, factors = (made.writer, None) if shapes.decay == 2 else (k, made.writer)
+        assert keys is not None
+        return summed(keys, made.u, factors, made.fade, initial, chunks, shapes, 1.0, back=False, ends=ends)
+    states = k.new_empty(chunks.chunk_count, shapes.heads, shapes.key, shapes.value)
+    final = ends_of(k, chunks, shapes) if ends else None
+    pass_states(k, made.u, initial, chunks, shapes, made, states, final)
+    return states, final, None
+
+
+def pass_states(
+    k: Tensor,
+    u: Tensor | None,
+    initial: Tensor | None,
+    chunks: Chunks,
+    shapes: Shapes,
+    made: Prepared,
+    states: Tensor | None,
+    final: Tensor | None,
+) -> None:
+    """Of the delta rule: see `forward.pass_states`."""
+    if chunks.segments:
+        options = shapes.narrow(chunks.segments)
+        grid = chunks.segments, shapes.heads, ceil_div(shapes.value, options["BV"])
+        args = k, made.w, u, made.writer, made.fade, chunks.opens, chunks.closes, chunks.bounds, initial, states, final
+        forward.pass_states[grid](*args, *shapes.numbers, **options)
+
+
+def identity_of(k: Tensor, segments: int, heads: int) -> Tensor:
+    """[N, H, K, K] float32"""
+    return torch.eye(k.shape[2], device=k.device).expand(segments, heads, -1, -1).contiguous()
+
+
+def end_of_identity(k: Tensor, chunks: Chunks, shapes: Shapes, made: Prepared) -> Tensor:
+    """M of each segment [N, H, K, K] of the delta rule: what the identity ends with where nothing is stored."""
+    square = shapes._replace(value=shapes.key)
+    matrix = ends_of(k, chunks, square)
+    pass_states(k, None, identity_of(k, chunks.segments, shapes.heads), chunks, square, made, None, matrix)
+    return matrix
+
+
+def read(
+    q: Tensor,
+    k: Tensor,
+    z: Tensor,
+    decay: Tensor | None,
+    states: Tensor | None,
+    chunks: Chunks,
+    shapes: Shapes,
+    made: Prepared,
+    scale: float,
+    later: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """[T, H, V]: the output, z = U; later: the gradient of U, z = dO; of the tokens of these chunks, in `out` where it is given."""
+    out = torch.empty_like(z) if out is None else out
+    if shapes.of_heads:
+        if chunks.block_count:
+            options, members = shapes.options("read of heads"), math.gcd(shapes.group, MEMBERS)
+            of_heads.read[chunks.block_count, shapes.heads // members, ceil_div(shapes.value, options["BV"])](
+                *((k, q) if later else (q, k)),
+                *(z, made.sums, made.writer if later else made.reader, states, *chunks.places, out, scale),
+                *shapes.numbers,
+                **{"KEYS": padded(shapes.key), "MEMBERS": members, "LATER": later, **options},
+            )
+        return out
+    rows, factors = ((made.reader, made.writer), (None, None)) if shapes.decay == 2 else ((q, k), (made.reader, made.writer))
+    if later:
+        rows, factors = rows[::-1], factors[::-1]
+    if chunks.block_count:
+        options = shapes.options("read")
+        axes = {"BLOCKS": shapes.blocks, "KEYS": padded(shapes.key), "LATER": later, "STATES": states is not None}
+        args = *rows, z, decay, made.scores, factors[0], made.fade, states, *chunks.places, out, scale
+        grid = chunks.block_count, shapes.heads, ceil_div(shapes.value, options["BV"])
+        forward.read[grid](*args, *shapes.numbers, **axes, **options)
+    return out
+
+
+def passed_back(
+    q: Tensor,
+    k: Tensor,
+    do: Tensor,
+    du: Tensor | None,
+    dfinal: Tensor | None,
+    chunks: Chunks,
+    shapes: Shapes,
+    made: Prepared,
+    scale: float,
+    ends: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the state after each chunk [chunks, H, K, V] and, if wanted, ends: of that before each segment [N, H, K, V]; du: of U, of the
+    delta rule, which it completes."""
+    if not shapes.delta:
+        queries, factors = (made.reader, None) if shapes.decay == 2 else (q, made.reader)
+        assert queries is not None
+        return summed(queries, do, factors, made.fade, dfinal, chunks, shapes, scale, back=True, ends=ends)[:2]
+    dstates = k.new_empty(chunks.chunk_count, shapes.heads, shapes.key, shapes.value)
+    dinitial = ends_of(k, chunks, shapes) if ends else None
+    pass_gradients(q, k, do, du, dfinal, chunks, shapes, made, scale, dstates, dinitial)
+    return dstates, dinitial
+
+
+def pass_gradients(
+    q: Tensor,
+    k: Tensor,
+    do: Tensor,
+    du: Tensor | None,
+    dfinal: Tensor | None,
+    chunks: Chunks,
+    shapes: Shapes,
+    made: Prepared,
+    scale: float,
+    dstates: Tensor | None,
+    dinitial: Tensor | None,
+) -> None:
+    """Of the delta rule: see `backward.pass_gradients`."""
+    if chunks.segments:
+        options = shapes.narrow(chunks.segments)
+        backward.pass_gradients[chunks.segments, shapes.heads, ceil_div(shapes.value, options["BV"])](
+            *(
+                q,
+                k,
+                made.w,
+                made.reader,
+                made.writer,
+                made.fade,
+                do,
+                du,
+                chunks.opens,
+                chunks.closes,
+                chunks.bounds,
+                dfinal,
+                dstates,
+                dinitial,
+                scale,
+            ),
+            *shapes.numbers,
+            **options,
+        )
+
+
+class Scored(NamedTuple):
+    """What `backward.score_gradients` leaves."""
+
+    on_reads: Tensor  # [T, H, C]
+    on_erases: Tensor
+    own: Tensor  # [T, H]
+    dv: Tensor  # [T, H, V]
+    of_beta: Tensor  # [1 + pieces of K, T, H], of which it fills the first
+
+
+def score_gradients(v: Tensor, decay: Tensor | None, do: Tensor, du: Tensor, chunks: Chunks, shapes: Shapes, made: Prepared, scale: float) -> Scored:
+    """Of the delta rule, du the whole gradient of U."""
+    (tokens, heads, _), pieces = v.shape, ceil_div(shapes.key, shapes.options("key_gradients")["BK"])
+    on_reads, on_erases = (v.new_empty(tokens, heads, BLOCK) for _ in range(2))
+    own = v.new_empty(tokens, heads, dtype=torch.float32)
+    of_beta = v.new_empty(1 + pieces, tokens, heads, dtype=torch.float32)
+    dv = torch.empty_like(v)
+    if chunks.block_count:
+        options = shapes.options("score_gradients", without=("BK",))
+        backward.score_gradients[chunks.block_count, heads](
+            *(v, made.u, decay, made.solve, do, du, *chunks.spans, on_reads, on_erases, own, dv, of_beta, scale, heads, shapes.value), **options
+        )
+    return Scored(on_reads, on_erases, own, dv, of_beta)
+
+
+def key_gradients(
+    q: Tensor,
+    k: Tensor,
+    decay: Tensor | None,
+    beta: Tensor,
+    do: Tensor,
+    through: tuple[Tensor, Tensor],
+    scored: Scored,
+    chunks: Chunks,
+    shapes: Shapes,
+    made: Prepared,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """Of the delta rule, from the states before and their gradients after each chunk: dq, dk, dv, ddecay, dbeta"""
+    count, (tokens, heads), options = chunks.block_count, beta.shape, shapes.options("key_gradients")
+    pieces = ceil_div(shapes.key, options["BK"])
+    on_reads, on_erases, own, dv, of_beta = scored
+    dq, dk, dbeta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(beta)
+    ddecay = None if decay is None else torch.empty_like(decay)
+    of_decay = q.new_empty(pieces, tokens, heads, dtype=torch.float32) if shapes.decay == 1 else None
+    for pairs in shapes.pairs(grouped=True) if count else ():
+        backward.key_gradients[count * pieces, heads // shapes.group](
+            *(q, k, made.u, decay, beta, dv, made.firsts, made.fade, made.halves, do, on_reads, on_erases, own, *through, *chunks.spans),
+            *(dq, dk, ddecay if of_decay is None else of_decay, of_beta, scale, tokens, *shapes.numbers, LEVELS),
+            GROUPED=shapes.group > 1,
+            PAIRS=pairs,
+            **options,
+        )
+    sums = of_beta, dbeta, of_decay, None if of_decay is None else ddecay
+    backward.sum_parts[(ceil_div(tokens * heads, ROWS),)](dv, beta, *sums, tokens * heads, pieces, shapes.value, ROWS, padded(shapes.value))
+    return dq, dk, dv, ddecay, dbeta
