@@ -296,8 +296,9 @@ def pieces_of(module: nn.Module, mesh: Any, rows: Tensor, of_tokens: dict[str, T
     import torch.distributed as dist
 
     found: list[Rectangle] = []
+    runs = torch.arange(len(rows)).tensor_split((rows.diff() != 1).nonzero().flatten() + 1)  # of rows that follow one another
     for name, tensor in of_tokens.items():
-        found += [(name, (tokens, tensor.shape[1]), (int(row), 0), tensor[i : i + 1]) for i, row in enumerate(rows)]
+        found += [(name, (tokens, tensor.shape[1]), (int(rows[part[0]]), 0), tensor[part].clone()) for part in runs]
     for name, param in module.named_parameters():
         assert param.grad is not None, f"{name} has no gradient"
         if layout_of(param).partial_gradient:

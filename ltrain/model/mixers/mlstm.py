@@ -52,10 +52,16 @@ class Largest(Recurrence):
         start = self.gate.new_full((1, *self.state_shape), -torch.inf if begun else 0.0, dtype=self.wide)
         final = self.run(self.alone, start, final=True)[1]
         assert final is not None
-        return self.decay.sum(0, dtype=self.wide) if begun else None, final[0]
+        return self.product() if begun else None, final[0]
+
+    def product(self) -> Tensor:
+        return self.decay.sum(0, dtype=self.wide)
 
     def join(self, m: Tensor, state: Tensor, e: Tensor, *, transpose: bool = False) -> Tensor:
         return torch.maximum(state + m, e)
+
+    def compose(self, after: Tensor, before: Tensor, *, transpose: bool = False) -> Tensor:
+        return after + before
 
 
 class MLSTM(Mixer):

@@ -4,11 +4,15 @@ import datetime
 import os
 import re
 import time
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from ltrain.model.sequence import Sequence
+from tests.parallel.context.streams import SHARED, Case, compute, divided
+from tests.parallel.context.test_context_exchange import MIXERS
 from tests.parallel.pool import Pool, RankError
 
 TIMEOUT = 2.0  # seconds
@@ -69,3 +73,71 @@ def test_the_others_name_the_rank_and_the_exchange(how: str) -> None:
         assert time.monotonic() - started < 40
     finally:
         pool.close()
+
+
+# Every exchange of messages between two ranks, as (case, ranks that divide heads, ranks of a node, what an error calls it)
+EXCHANGES = {
+    "ring": ("attention", 1, 1, "ring"),
+    "latents": ("latent", 1, 1, "ring"),
+    "inside a node": ("attention", 1, 2, "ring"),
+    "across nodes": ("attention", 1, 2, "ring across nodes"),
+    "heads": ("attention", 2, 1, "ulysses"),
+    "halo": ("short convolution", 1, 1, "halo"),
+    "gather": ("gather", 1, 1, "gather"),
+    "scan": ("delta and decay near 1", 1, 1, "scan"),
+}
+
+
+def silent(names: list[str], backward: bool) -> dict[str, tuple[str, float]]:
+    """On a rank of a pool of 4: of each exchange the error that this rank saw where one of them stalls, and the seconds until then."""
+    import torch.distributed as dist
+
+    from ltrain.parallel.context.exchange import ContextExchange
+    from ltrain.parallel.context.layout import ContextLayout
+    from ltrain.parallel.context.messages import ExchangeError
+
+    rank, size, found = dist.get_rank(), dist.get_world_size(), {}
+    made, wait = dist.new_subgroups_by_enumeration, datetime.timedelta(seconds=TIMEOUT / 2)
+
+    def quick(groups: list[list[int]]) -> Any:
+        return made(groups, timeout=wait)
+
+    for name in names:
+        mixer, members, inside, _ = EXCHANGES[name]
+        case = Case(lengths=(12 * size,), **MIXERS[mixer])
+        group, ranks = dist.new_group(timeout=wait), list(range(size))
+        with patch.object(dist, "new_subgroups_by_enumeration", quick):
+            ulysses, nodes = divided([ranks], members), divided([ranks], inside)
+        layout = ContextLayout(case.tokens, rank, size, "contiguous")
+        exchange = ContextExchange(layout, group, group, ulysses=ulysses, nodes=nodes)
+        inputs = {key: x if key in SHARED else layout.take(x) for key, x in case.inputs().items()}
+        started = time.monotonic()
+
+        def stall(rank: int = rank) -> None:
+            if rank == SILENT:
+                raise InterruptedError
+
+        try:
+            if not backward:
+                stall()
+            compute(case, inputs, exchange.sequence(case.cu_seqlens, case.positions), stall)
+        except InterruptedError:
+            pass
+        except ExchangeError as error:
+            found[name] = str(error), time.monotonic() - started
+        dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_every_exchange_names_the_rank_that_stalls(backward: bool) -> None:
+    pool = Pool(4)
+    try:
+        results = pool.run(silent, list(EXCHANGES), backward, timeout=120.0)
+    finally:
+        pool.close()
+    for name, (_, _, _, kind) in EXCHANGES.items():
+        errors = [result[name] for result in results if name in result]
+        named = [text for text, _ in errors if re.search(rf"^{kind} exchange, .* rank {SILENT} \(", text)]
+        assert named, (name, errors)
+        assert all(seconds < 3 * TIMEOUT for _, seconds in errors), (name, errors)

@@ -15,7 +15,7 @@ from ltrain.parallel.context.halo import halo
 from ltrain.parallel.context.layout import ContextLayout
 from ltrain.parallel.context.needs import sent_bytes
 from tests.model.mixers.cases import CASES, HIDDEN, build
-from tests.parallel.test_mixers_on_ranks import supported
+from tests.parallel.mixers import supported
 
 # documents over several cuts, one shorter than any selection, and one alone over all ranks
 STREAMS = [[1, 37, 2, 40, 16], [96], [4, 4, 8] * 6, [15, 49, 32]]

@@ -19,7 +19,7 @@ KEY, LATENT = 2 * (8 + 6) * 8, (5 + 2) * 8  # bytes of a token's keys and values
 EXPANDED = (4 * 8 + 48) * 8  # and of what a latent becomes: keys of all heads, and the product that values are a part of
 
 
-def most(kind: str, case: Case, inner_ring: int) -> dict[str, int]:
+def most(kind: str, case: Case, inner_ring: int, members: int) -> dict[str, int]:
     """On a rank of a pool: the most bytes at one time that have arrived or have room to, forward and in all, and of what was made of them forward."""
     alive: dict[str, list[tuple[StorageWeakRef, int]]] = {"arrived": [], "made": []}
     peaks = Counter[str]()
@@ -46,13 +46,13 @@ def most(kind: str, case: Case, inner_ring: int) -> dict[str, int]:
         return backward(*args)
 
     with patch.object(Messages, "post", posted), patch.object(ring.Expansion, "__call__", expanded), patch.object(ring, "_backward", reversed_):
-        on_rank(kind, [case], 1, inner_ring)
+        on_rank(kind, [case], members, inner_ring)
     return dict(peaks)
 
 
-def measured(pool: Any, size: int, kind: str, inner_ring: int = 1, **options: Any) -> dict[str, int]:
+def measured(pool: Any, size: int, kind: str, inner_ring: int = 1, members: int = 1, **options: Any) -> dict[str, int]:
     """Of the rank that has most."""
-    ranks = pool(size).run(most, kind, Case(lengths=(N * size,), **options), inner_ring)
+    ranks = pool(size).run(most, kind, Case(lengths=(N * size,), **options), inner_ring, members)
     return {name: max(rank.get(name, 0) for rank in ranks) for name in ("forward", "arrived", "made")}
 
 
@@ -84,3 +84,27 @@ def test_a_halo_and_a_scan_have_what_they_fold(pool: Any, size: int) -> None:
     for mixer, state, matrix in (("delta and decay near 1", 4 * 8 * 6, 4 * 8 * 8), ("add and decay by channel", 4 * 8 * 6, 4 * 8)):
         # the maps of all ranks before it: the first one's document starts there
         assert measured(pool, size, "contiguous", **MIXERS[mixer])["arrived"] == ((size - 1) * state + (size - 2) * matrix) * 8
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_a_gather_has_what_may_be_chosen_once(pool: Any, size: int) -> None:
+    for op, rows in (("gather", N), ("gather thirds", N // 3)):
+        # on the last rank the rows of all before it; on the first, backward, their gradients from as many ranks
+        assert measured(pool, size, "contiguous", op=op)["arrived"] == (size - 1) * rows * 5 * 8
+
+
+@pytest.mark.parametrize(("size", "members"), [(2, 2), (8, 2), (8, 4)])
+def test_divided_heads_have_those_of_a_group(pool: Any, size: int, members: int) -> None:
+    """What arrives is of this rank's heads alone, and the ring between groups has the keys of two steps, of these heads."""
+    found = measured(pool, size, "contiguous", members=members, op="attention")
+    groups, kv_heads = size // members, max(2 // members, 1)
+    key = kv_heads * (8 + 6) * 8
+    swapped = (members - 1) * N * (4 // members * 8 * 8 + key)  # q, k and v of the other members' tokens
+    assert found["arrived"] <= 2 * swapped + 3 * members * N * key
+    assert found["forward"] <= swapped + min(groups - 1, 2) * members * N * key
+
+
+def test_composed_maps_are_those_of_one_round(pool: Any) -> None:
+    """Where a document crosses 15 spans: a span has the map of one other at a time, and not of all before it."""
+    found = measured(pool, 8, "zigzag", **MIXERS["delta and decay near 1"])
+    assert found["arrived"] <= 2 * 2 * (4 * 8 * 6 + 4 * 8 * 8) * 8
