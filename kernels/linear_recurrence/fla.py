@@ -10,7 +10,7 @@ Source: fla.ops.delta_rule and fla.ops.simple_gla of flash-linear-attention, fla
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
@@ -64,7 +64,7 @@ def _fla() -> dict[Kind, Callable[..., Any]] | str:
         return "needs flash-linear-attention, which is not installed"
     try:
         found = {DELTA: import_module("fla.ops.delta_rule").chunk_delta_rule, CONSTANT: import_module("fla.ops.simple_gla").chunk_simple_gla}
-    except (ImportError, OSError, AttributeError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, AttributeError, AssertionError, RuntimeError, ValueError) as error:
         return f"needs flash-linear-attention, which does not load ({str(error).partition('.')[0]})"
     if not all("cu_seqlens_cpu" in inspect.signature(function).parameters for function in found.values()):
         return "needs flash-linear-attention 0.6.0 or newer"
@@ -79,12 +79,27 @@ def _flash_qla() -> Callable[..., Any] | str:
     try:
         found: Callable[..., Any] = import_module("flash_qla").chunk_gated_delta_rule
         pieces = import_module(PIECES)
-    except (ImportError, OSError, AttributeError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, AttributeError, AssertionError, RuntimeError, ValueError) as error:
         return f"needs FlashQLA for Gated DeltaNet, which does not load ({str(error).partition('.')[0]})"
     functions = [getattr(pieces, name, None) for name in HOW_FAR]
-    if not all(callable(function) and "threshold" in inspect.signature(function).parameters for function in functions):
+    known = all(callable(function) and "threshold" in inspect.signature(function).parameters for function in functions)
+    if not known or not _looks_them_up():
         return "needs FlashQLA 0.1.3 for Gated DeltaNet: of the one that is installed it is not known how to take pieces of documents whole"
     return found
+
+
+def _looks_them_up() -> bool:
+    """Whether FlashQLA's forward looks the functions up in PIECES as it is called. That of 0.1.2 holds on to its own, whatever stands there."""
+    try:
+        forward = import_module(f"{PIECES}.cp.preprocess").cp_preprocess_fwd
+    except (ImportError, AttributeError):
+        return False
+    return {PIECES, *HOW_FAR} <= set(forward.__code__.co_names)
+
+
+def _never(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with a threshold that is not reached, whichever its caller gives."""
+    return lambda *args, **given: function(*args, **given | {"threshold": NEVER})
 
 
 @contextmanager
@@ -98,7 +113,7 @@ def _whole_pieces() -> Iterator[None]:
         own = {name: getattr(pieces, name) for name in HOW_FAR}
         try:
             for name, function in own.items():
-                setattr(pieces, name, partial(function, threshold=NEVER))
+                setattr(pieces, name, _never(function))
             yield
         finally:
             for name, function in own.items():

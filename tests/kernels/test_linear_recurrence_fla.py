@@ -100,14 +100,14 @@ def test_pieces_are_taken_whole_in_a_call_and_not_after_it(packages, monkeypatch
     own = [getattr(pieces, name) for name in fla.HOW_FAR]
 
     def gated(*args, **kwargs):
-        asked.append([getattr(pieces, name)() for name in fla.HOW_FAR])
+        asked.append([getattr(pieces, name)(**given) for name in fla.HOW_FAR for given in ({}, {"threshold": -10.0})])
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(fla, "_flash_qla", lambda: gated)
     x = inputs([5], dtype=torch.float32)
     with pytest.raises(RuntimeError, match="no memory"):
         fla.linear_recurrence(*x[:5], [0, 5], 0.4, None, False)
-    assert asked == [[fla.NEVER] * 2]
+    assert asked == [[fla.NEVER] * 4]
     assert [getattr(pieces, name) for name in fla.HOW_FAR] == own and own[0]() == -10.0
 
 
@@ -118,10 +118,20 @@ def test_a_flash_qla_whose_pieces_cannot_be_taken_whole_is_refused(packages, mon
     package.chunk_gated_delta_rule = stand_in([])
     for name in fla.HOW_FAR:
         setattr(pieces, name, lambda threshold: threshold)
+    preprocess = ModuleType(f"{fla.PIECES}.cp.preprocess")
+    names = ", ".join(fla.HOW_FAR)
+    exec(f"def cp_preprocess_fwd():\n    from {fla.PIECES} import {names}\n    return {names}", vars(preprocess))
     monkeypatch.setitem(sys.modules, "flash_qla", package)
-    monkeypatch.setitem(sys.modules, fla.PIECES, pieces)
+    for module in (pieces, preprocess):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     find = inspect.unwrap(fla._flash_qla)
     assert find() is package.chunk_gated_delta_rule
+    exec(f"def cp_preprocess_fwd():\n    return {names}", vars(preprocess))  # from its own module, as it found them when it was loaded
+    assert "how to take pieces of documents whole" in find()
+    monkeypatch.delitem(sys.modules, preprocess.__name__)  # 0.1.2 has no such module
+    assert "how to take pieces of documents whole" in find()
+    monkeypatch.setitem(sys.modules, preprocess.__name__, preprocess)
+    exec(f"def cp_preprocess_fwd():\n    from {fla.PIECES} import {names}\n    return {names}", vars(preprocess))
     pieces.get_warmup_chunks_bidi = lambda tokens: tokens
     assert "how to take pieces of documents whole" in find()
     del pieces.get_warmup_chunks_bidi
