@@ -139,12 +139,15 @@ class Checkpoint:
 
 
 def newest_sized(root: Path | str) -> Path | None:
-    """The newest checkpoint that has all its files in their sizes, else the newest; nothing but its index is read."""
+    """The newest checkpoint that has all its files in their sizes, else the newest; nothing but indices is read.
+
+    Errors: CheckpointError where one that would be it has another version, as of `newest_whole`.
+    """
 
     def sized(path: Path) -> bool:
         try:
             Checkpoint(path).close()
-        except CheckpointError:
+        except DamagedError:
             return False
         return True
 

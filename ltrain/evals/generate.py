@@ -92,12 +92,12 @@ def find(path: str | Path, collectives: Collectives | None = None) -> Path:
             part, parts = collectives.rank, collectives.size
             gather(collectives, lambda: Checkpoint(place).verify(part, parts))
         return place
-    found = newest_sized(place)
-    if collectives:
-        found, warnings = newest_whole(place, collectives)
-        for warning in warnings if collectives.rank == 0 else ():
-            print(f"warning: {warning}; taking {found.name if found else 'none'}", file=sys.stderr)
-    return found or place  # there is one: _locate saw it
+    if not collectives:
+        return newest_sized(place) or place  # there is one: _locate saw it
+    found, warnings = newest_whole(place, collectives)
+    for warning in warnings if collectives.rank == 0 else ():
+        print(f"warning: {warning}; taking {found.name if found else 'none'}", file=sys.stderr)
+    return found or place
 
 
 def _locate(path: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ltrain.checkpoint import Checkpoint, CheckpointError, DamagedError, Entry, LocalCollectives, clean, newest, newest_whole, save
+from ltrain.checkpoint import Checkpoint, CheckpointError, DamagedError, Entry, LocalCollectives, clean, newest, newest_sized, newest_whole, save
 from ltrain.checkpoint.folder import locked
 from tests.checkpoint.thread_ranks import on_ranks
 
@@ -44,6 +44,7 @@ def edit_index(path: Path, **changes) -> None:
 def test_nothing_saved_yet(tmp_path):
     assert newest(tmp_path / "none") is None
     assert newest_whole(tmp_path / "none") == (None, [])
+    assert newest_sized(tmp_path / "none") is None
     clean(tmp_path / "none", LOCAL)
 
 
@@ -72,7 +73,9 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, damage, ranks):
         assert path == tmp_path / "step-00000001"
         assert len(warnings) == 1
         assert warnings[0].startswith("checkpoint step-00000002 is damaged")
+    assert newest_sized(tmp_path) == tmp_path / f"step-0000000{2 if 'bit' in damage or damage == 'config' else 1}"
     truncate(tmp_path / "step-00000001")
+    assert newest_sized(tmp_path) == tmp_path / "step-00000002"
     for error in on_ranks(ranks, lambda c: newest_whole(tmp_path, c)):
         assert isinstance(error, CheckpointError)
         assert "none of the 2 checkpoints" in str(error)
@@ -88,8 +91,9 @@ def test_damage_that_sizes_do_not_show_is_found_on_reading(tmp_path):
 def test_another_version_is_an_error_and_not_damage(tmp_path):
     saved(tmp_path, 1)
     edit_index(saved(tmp_path, 2), version=2)
-    with pytest.raises(CheckpointError, match="has checkpoint format 2 and this ltrain reads 1"):
-        newest_whole(tmp_path)
+    for find in (newest_whole, newest_sized):
+        with pytest.raises(CheckpointError, match="has checkpoint format 2 and this ltrain reads 1"):
+            find(tmp_path)
 
 
 def test_prune_keeps_the_newest_and_never_what_lies_ahead(tmp_path):
