@@ -188,7 +188,7 @@ def over_ranks(
 
     Returns:
         output [T, H, V] and, without gradient, the state after each segment [N, H, K, V] in float32 or None; None in place of both where no kernel
-        has phases: without beta, or where `auto` does not take triton.
+        has phases: without beta, or where triton does not run. It runs also where `auto` takes fla for one rank: that has no phases.
 
     Raises:
         ValueError: shapes, types or boundaries do not fit.

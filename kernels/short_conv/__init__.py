@@ -1,7 +1,7 @@
 """Causal depthwise convolution over a few tokens, inside segments: what recurrent mixers put before q, k and v.
 
-Backends: `reference` (token by token), `shifted` (a weighted sum of shifted streams) and `triton` (one pass on a GPU, from zeros);
-`auto` takes triton wherever it runs, shifted elsewhere.
+Backends: `reference` (token by token), `shifted` (a weighted sum of shifted streams) and `triton` (one pass on a GPU); `auto`
+takes triton wherever it runs, shifted elsewhere.
 """
 
 from itertools import pairwise
