@@ -5,8 +5,7 @@ one rank, and ring attention, halos and state scans under context parallelism (`
 is the same code on one rank and on a thousand.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -259,18 +258,9 @@ class Tape:
         self._next = 0  # what the replay gives next
         self._mode: str | None = None
 
-    @contextmanager
-    def _as(self, mode: str) -> Iterator[None]:
-        self._mode = mode
-        self._next = 0  # a graph that is kept may be replayed more than once
-        try:
-            yield
-        finally:
-            self._mode = None
-
-    def contexts(self) -> tuple[Any, Any]:
+    def contexts(self) -> tuple["_Mode", "_Mode"]:
         """For `torch.utils.checkpoint(context_fn=...)`: the first forward records, the recomputation replays."""
-        return self._as("record"), self._as("replay")
+        return _Mode(self, "record"), _Mode(self, "replay")
 
     @property
     def replays(self) -> bool:
@@ -286,6 +276,19 @@ class Tape:
         if self._mode == "record":
             self._saved.append(value)
         return value
+
+
+class _Mode(NamedTuple):
+    """While it lasts a tape records or replays; more than once, for a graph that is kept may be replayed again."""
+
+    tape: Tape
+    mode: str
+
+    def __enter__(self) -> None:
+        self.tape._mode, self.tape._next = self.mode, 0
+
+    def __exit__(self, *_: object) -> None:
+        self.tape._mode = None
 
 
 @dataclass

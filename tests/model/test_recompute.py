@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from ltrain.kernels import attention, linear_recurrence
 from ltrain.model.options import MoEOptions
 from ltrain.model.recompute import cheap, selective
-from ltrain.model.sequence import Sequence
+from ltrain.model.sequence import Sequence, Tape
 from ltrain.model.stack import Stack
 from tests.model.test_stack import LENGTHS, CountingExchange, stream
 
@@ -136,6 +137,18 @@ def test_what_is_made_again_can_be_asked_for_again() -> None:
         assert runs == 2 + i
     (alone,) = torch.autograd.grad(loss, w)  # a part of the graph
     assert torch.equal(alone, expected[1])
+
+
+def test_a_recomputed_block_is_replayed_as_often_as_its_graph_is_asked() -> None:
+    tape, x, kept = Tape(), torch.randn(3, requires_grad=True), iter((2.0, 3.0))
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin() * tape.keep(lambda: next(kept))
+        return y.exp() * tape.keep(lambda: next(kept))
+
+    y = checkpoint(block, x, use_reentrant=False, context_fn=tape.contexts).sum()
+    found = [torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(3)]
+    torch.testing.assert_close(found, [6 * (2 * x.sin()).exp() * x.cos()] * 3)
 
 
 def test_a_function_that_does_not_do_the_same_again_is_noticed() -> None:
