@@ -7,6 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
+def _loaded_elsewhere(name: str, folders: list[str]) -> bool:
+    """Whether the process has a library of that name from outside of these folders."""
+    maps = Path("/proc/self/maps")
+    loaded = {line.split(maxsplit=5)[5].strip() for line in maps.read_text().splitlines() if f"/{name}" in line} if maps.is_file() else set()
+    return any(not path.startswith(tuple(folders)) for path in loaded)
+
+
 @cache
 def load_cudnn() -> None:
     """Loads the cuDNN that torch's wheels bring, whole, before a package loads another.
@@ -17,6 +24,8 @@ def load_cudnn() -> None:
     """
     if find_spec("transformer_engine") is None or find_spec("nvidia") is None or (found := find_spec("nvidia.cudnn")) is None:
         return
+    if _loaded_elsewhere("libcudnn", [str(Path(place).resolve()) for place in found.submodule_search_locations or []]):
+        return  # torch was built for it
     parts = [part for place in found.submodule_search_locations or [] for part in sorted(Path(place, "lib").glob("libcudnn*.so.*"))]
     for part in parts:
         with suppress(OSError):  # no GPU's driver: nothing will ask for it

@@ -37,11 +37,8 @@ PACKAGES: dict[str, tuple[str, str]] = {
     "mlflow": ("mlflow", "nothing goes to MLflow; metrics.jsonl is written as it is"),
     "tqdm": ("tqdm", "training fails in a terminal, and runs where its output goes to a file"),
     "deepspeed": ("deepspeed", "engine=deepspeed fails; engine=megatron runs"),
-    "flash-linear-attention": (
-        "fla",
-        "linear recurrences run on our own kernels: long streams take 1.04 (DeltaNet) and 1.15 (constant decays) times as long on an H200",
-    ),
-    "flash-qla": ("flash_qla", "Gated DeltaNet runs on our own kernels; backend=fla of the operator is refused for it"),
+    "flash-linear-attention": ("fla", "backend=fla of linear recurrences is refused; our own kernels run as they do with it"),
+    "flash-qla": ("flash_qla", "backend=fla of Gated DeltaNet is refused; our own kernels run as they do with it"),
     "transformer-engine": ("transformer_engine", "fp8.recipe is refused; bf16 runs as it is"),
 }
 

@@ -49,10 +49,11 @@ class Kind(NamedTuple):
 
 CONSTANT, DELTA, GATED_DELTA = Kind("constant", "additive"), Kind("none", "delta"), Kind("head", "delta")
 
-# Tokens from which `auto` takes it, by the GPU's capability. Forwards and backwards of one document of 32768 tokens on one H200, 16 heads x 128 in
-# bfloat16, flash-linear-attention 0.6.0: DeltaNet in 4.49 ms beside our own kernels' 4.67, a constant decay in 2.44 beside 2.80. Of shorter streams
-# the launches count, and nothing was measured. Gated DeltaNet was measured only as FlashQLA runs it left to itself (2.20 beside 5.26), not as here.
-FASTER: dict[tuple[int, int], dict[Kind, int]] = {(9, 0): {DELTA: 32768, CONSTANT: 32768}}
+# Tokens from which `auto` takes it, by the GPU's capability: none yet. Forwards and backwards of one document of 32768 tokens on one H200,
+# 16 heads x 128 in bfloat16, flash-linear-attention 0.6.0: DeltaNet in 4.49 ms beside our own kernels' 4.67, a constant decay in 2.44 beside
+# 2.80, which is not worth 1.5 and 2.5 times their memory. Gated DeltaNet was measured only as FlashQLA runs it left to itself (2.20 beside
+# 5.26), not as here.
+FASTER: dict[tuple[int, int], dict[Kind, int]] = {}
 
 _PATCHING = Lock()
 

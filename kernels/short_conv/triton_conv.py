@@ -23,21 +23,22 @@ class _Places(NamedTuple):
 
     bounds: Tensor  # [N + 1]
     starts: Tensor  # [T]: the first token of each token's segment
-    segments: Tensor  # [T]: its number
+    segments: Tensor  # [T]: its number; not read without a state, and then the starts
 
 
-@lru_cache(maxsize=64)  # all layers of a micro-batch share it
-def _places(bounds: tuple[int, ...], device: torch.device) -> _Places:
+@lru_cache(maxsize=16)  # all layers of a micro-batch share it
+def _places(bounds: tuple[int, ...], device: torch.device, state: bool) -> _Places:
     cuts = torch.tensor(bounds, dtype=torch.int32)
-    lengths = cuts.diff()
-    found = cuts, torch.repeat_interleave(cuts[:-1], lengths), torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths)
-    return _Places(*(x.to(device, non_blocking=True) for x in found))
+    numbers = torch.arange(len(bounds) - 1, dtype=torch.int32)
+    starts = torch.repeat_interleave(cuts[:-1], cuts.diff()).to(device, non_blocking=True)
+    segments = torch.repeat_interleave(numbers, cuts.diff()).to(device, non_blocking=True) if state else starts
+    return _Places(cuts.to(device, non_blocking=True), starts, segments)
 
 
 class _ShortConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, state: Tensor | None, bounds: tuple[int, ...], silu: bool) -> Tensor:
-        places, y = _places(bounds, x.device), x.new_empty(x.shape)
+        places, y = _places(bounds, x.device, state is not None), x.new_empty(x.shape)
         ctx.grid = ceil_div(len(x), TOKENS), ceil_div(x.shape[1], CHANNELS)
         ctx.options = {"W": weight.shape[1], "BT": TOKENS, "BC": CHANNELS, "num_warps": 4}
         ctx.flags = {"STATE": state is not None, "SILU": silu}

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.segments import accumulator
 from ltrain.model.sequence import Tape
@@ -80,6 +81,7 @@ class RowExchange(torch.autograd.Function):
         return x.view_as(x), wanted
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dx: Tensor, dwanted: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         plan, messages = ctx.rows
         width = dx.shape[1]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.carry import Map
 from ltrain.kernels.recurrence import Recurrence
@@ -297,6 +298,7 @@ class _StateGradients(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (kind, names), numbers, carry = ctx.scan
         saved = [x.detach() for x in ctx.saved_tensors]  # once: checkpointing gives them once
