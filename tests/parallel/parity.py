@@ -224,8 +224,11 @@ def prepared_engine(config: Config, mesh: Any) -> Any:
         return build_engine(config, VOCAB, mesh)
 
 
-def on_ranks(config: Config, steps: int, device: str = "cpu") -> dict[str, Any]:
-    """On every rank of a pool: gradients of step 0 as this rank's pieces, then `steps` steps. Tensors come back on the CPU."""
+def on_ranks(config: Config, steps: int, device: str = "cpu", later: bool = False) -> dict[str, Any]:
+    """On every rank of a pool: gradients of step 0 as this rank's pieces, then `steps` steps. Tensors come back on the CPU.
+
+    later: those of the last step too, which depend on what the steps before did to the weights.
+    """
     import torch.distributed as dist
 
     from ltrain.parallel import cpu
@@ -250,6 +253,8 @@ def on_ranks(config: Config, steps: int, device: str = "cpu") -> dict[str, Any]:
             if step == 0:
                 out["loads"] = {name: router.load.clone() for name, router in engine.stack.routers().items()}
                 out["gradients"] = [(e.name, e.shape, e.start, e.tensor.cpu().clone()) for e in engine.gradients()]
+            if later and step == steps - 1:
+                out["later"] = [(e.name, e.shape, e.start, e.tensor.cpu().clone()) for e in engine.gradients()]
             if steps:
                 out["norms"].append(engine.step(learning_rate(step, config.train)))
         out["biases"] = {name: router.bias.cpu().clone() for name, router in engine.stack.routers().items()}
@@ -317,9 +322,9 @@ def whole(parts: list[Rectangle]) -> dict[str, Tensor]:
     return found
 
 
-def assemble(results: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Whole gradients of what `on_ranks` gave."""
-    return whole([piece for result in results for piece in result["gradients"]])
+def assemble(results: list[dict[str, Any]], which: str = "gradients") -> dict[str, Tensor]:
+    """Whole gradients of what `on_ranks` gave; which: gradients | later."""
+    return whole([piece for result in results for piece in result[which]])
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
