@@ -45,7 +45,7 @@ def summed(kind: str, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 class Transit:
-    """Messages under way, each with whom it goes to or comes from. `wait` gives what arrived, by sender."""
+    """Messages under way, each with whom it goes to or comes from. `wait` gives what arrived, by sender, once: who waited alone has it then."""
 
     def __init__(self, works: list[tuple[str, dist.Work]], sent: list[Tensor], arriving: dict[int, Tensor]):
         self._works, self._sent, self._arriving = works, sent, arriving
@@ -59,7 +59,9 @@ class Transit:
             with _named(what):
                 work.wait()
         self._sent.clear()  # only now may the buffers be reused
-        return self._arriving
+        self._works.clear()  # which hold them too, and what arrived
+        arrived, self._arriving = self._arriving, {}
+        return arrived
 
 
 class Messages:

@@ -8,16 +8,18 @@ from ltrain.parallel.context.layout import ContextLayout
 from ltrain.parallel.context.scan import LONGEST
 
 
-def sent_bytes(need: ExchangeNeed, layout: ContextLayout, documents: list[int], itemsize: int) -> int:
+def sent_bytes(need: ExchangeNeed, layout: ContextLayout, documents: list[int], itemsize: int, inside: int = 1) -> int:
     """What all ranks together send in a forward: each row, or map of a span, once to each rank that needs it.
 
     layout: of this stream. documents: their lengths. itemsize: bytes of a number as the mixer has it; states have at least float32.
+    inside: so many neighbours are a node, and only what crosses between nodes counts.
     """
     cuts = np.cumsum([0, *documents])
     spans = sorted((start, stop, rank) for rank in range(layout.size) for start, stop in layout.spans(rank) if start < stop)
     begins = [int(cuts[np.searchsorted(cuts, start, side="right") - 1]) for start, _, _ in spans]  # of the document at each span's first token
     if need.kind == "scan":
-        return _numbers_of_maps(need, cuts, spans, begins) * max(itemsize, 4)
+        nodes = [(start, stop, rank // inside) for start, stop, rank in spans]
+        return _numbers_of_maps(need, cuts, spans, nodes, begins) * max(itemsize, 4)
     rows = np.ones(layout.tokens, dtype=np.int64)  # that are there with each token
     if need.units is not int:
         for begin, end in zip(cuts, cuts[1:], strict=False):
@@ -29,8 +31,9 @@ def sent_bytes(need: ExchangeNeed, layout: ContextLayout, documents: list[int], 
         for n, (start, stop, begin) in enumerate(own):
             for first, last in _seen(need, start, begin) if need.mask.causal else _seen_both_ways(need.mask, start, stop, cuts):
                 wanted[n if need.kind == "halo" else 0, first:last] = True
-        for start, stop, _ in own:
-            wanted[:, start:stop] = False
+        for start, stop, owner in spans:
+            if owner // inside == rank // inside:
+                wanted[:, start:stop] = False
         total += int((wanted * rows).sum())
     return need.width * total * itemsize
 
@@ -63,19 +66,21 @@ def _seen_both_ways(mask: Mask, start: int, stop: int, cuts: "np.ndarray") -> li
     return found
 
 
-def _numbers_of_maps(need: ExchangeNeed, cuts: "np.ndarray", spans: list[tuple[int, int, int]], begins: list[int]) -> int:
-    """Where a document crosses more than LONGEST spans, maps are composed: in round i with those of the span 2^i before."""
+def _numbers_of_maps(
+    need: ExchangeNeed, cuts: "np.ndarray", spans: list[tuple[int, int, int]], nodes: list[tuple[int, int, int]], begins: list[int]
+) -> int:
+    """Where a document crosses more than LONGEST spans, maps are composed: in round i with those of the span 2^i before. nodes: as spans, by node."""
     earlier = [sum(stop > begin for _, stop, _ in spans[:n]) for n, begin in enumerate(begins)]  # spans of that document
     # whose document came in and goes on
     inside = [e > 0 and not np.any((cuts > start) & (cuts <= stop)) for e, (start, stop, _) in zip(earlier, spans, strict=True)]
     if max(earlier) <= LONGEST:
-        sent = {(n - back, spans[n][2]) for n, e in enumerate(earlier) for back in range(1, e + 1) if spans[n - back][2] != spans[n][2]}
+        sent = {(n - back, spans[n][2]) for n, e in enumerate(earlier) for back in range(1, e + 1) if nodes[n - back][2] != nodes[n][2]}
         return sum(need.width + need.map * inside[n] for n, _ in sent)
-    numbers = sum(need.width for n, e in enumerate(earlier) if e and spans[n - 1][2] != spans[n][2])
+    numbers = sum(need.width for n, e in enumerate(earlier) if e and nodes[n - 1][2] != nodes[n][2])
     left = [e * i for e, i in zip(earlier, inside, strict=True)]  # spans that a span's map has still to meet
     reach = 1
     while reach <= max(left):
-        met = [n for n, e in enumerate(left) if e >= reach and spans[n - reach][2] != spans[n][2]]
+        met = [n for n, e in enumerate(left) if e >= reach and nodes[n - reach][2] != nodes[n][2]]
         numbers += sum(need.width + need.map * (left[n - reach] >= reach) for n in met)
         reach *= 2
     return numbers

@@ -16,7 +16,7 @@ from tests.model.mixers.test_contract import jitter
 from tests.parallel.parity import Rectangle, pieces_of, whole
 
 HIDDEN, WIDTH = 32, 20
-LENGTHS, ROWS = [1, 37, 2, 40, 16], [3, 9, 0, 30, 1]  # documents that cross the cuts of 2 and of 4 ranks; one has no memory
+LENGTHS, ROWS = [1, 37, 2, 40, 16], [3, 9, 0, 30, 1]  # documents that cross the cuts of 2 ranks and more; one has no memory
 MORE = 3  # tokens that are decoded of each of the last four documents, which divide over the tensor ranks
 TOKENS = sum(LENGTHS)
 
@@ -56,8 +56,9 @@ def alone() -> tuple[Block, dict[str, Tensor]]:
     return block, {"y": y.detach(), "x": x.grad, "memory": states.grad, **{k: p.grad for k, p in block.named_parameters() if p.grad is not None}}
 
 
-def on_ranks(parallel: ParallelConfig) -> tuple[list[Rectangle], Tensor]:
-    """On every rank of a pool: outputs and gradients as rectangles of the whole tensors, and what this rank decodes [MORE, documents, hidden]."""
+def on_ranks(parallel: ParallelConfig) -> tuple[list[Rectangle], Tensor, dict[str, int]]:
+    """On every rank of a pool: outputs and gradients as rectangles of the whole tensors, what this rank decodes [MORE, documents, hidden], and the
+    bytes that it sent to other context ranks, by kind."""
     import torch.distributed as dist
 
     from ltrain.parallel import cpu
@@ -96,7 +97,7 @@ def on_ranks(parallel: ParallelConfig) -> tuple[list[Rectangle], Tensor]:
                 parts = [torch.empty_like(y) for _ in range(mesh.tensor.size())]
                 dist.all_gather(parts, y, group=mesh.tensor)
                 decoded.append(torch.cat(parts))
-        return out, torch.stack(decoded)
+        return out, torch.stack(decoded), dict(exchange.bytes)
     finally:
         mesh.close()
 
@@ -110,12 +111,16 @@ def on_ranks(parallel: ParallelConfig) -> tuple[list[Rectangle], Tensor]:
         (4, 2, 2, "zigzag"),
         (4, 1, 4, "balanced"),
         (4, 1, 4, "contiguous"),
+        (3, 1, 3, "contiguous"),
+        (3, 1, 3, "balanced"),
+        (8, 1, 8, "zigzag"),
+        (8, 2, 4, "balanced"),
     ],
 )
 def test_on_ranks_as_on_one(pool: Any, world: int, tensor: int, context: int, layout: str) -> None:
     block, expected = alone()
     results = pool(world).run(on_ranks, ParallelConfig(tensor=tensor, context=context, context_layout=layout), timeout=120)
-    found = whole([part for result, _ in results for part in result])
+    found = whole([part for result, _, _ in results for part in result])
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert value.abs().max() > 0, key
@@ -125,5 +130,6 @@ def test_on_ranks_as_on_one(pool: Any, world: int, tensor: int, context: int, la
         seq.memory = Memory.of(drawn(sum(ROWS), WIDTH, 2)[ROWS[0] :], ROWS[1:])
         steps = torch.stack([drawn(4, HIDDEN, 10 + i) for i in range(MORE)], dim=1)  # [documents, MORE, hidden]
         decoded = block(steps.flatten(0, 1), seq).unflatten(0, (4, MORE)).transpose(0, 1)
-    for _, rows in results:
+    for _, rows, sent in results:
         torch.testing.assert_close(rows, decoded, rtol=1e-10, atol=1e-11)
+        assert not any(sent.values()), sent  # every rank has the whole memory: neither tokens nor memory travel, nor anything that is decoded

@@ -249,11 +249,13 @@ def over_ranks(
 
 
 def error(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest relative difference (of the largest value) and whose it is."""
+    """The largest error of a tensor, and whose it is: of the relative RMS, which sees what is off everywhere, and the largest difference over the
+    largest value, which sees one number among many."""
     assert got.keys() == want.keys()
     worst = (0.0, "")
     for name, x in want.items():
         assert got[name].shape == x.shape and got[name].dtype == x.dtype and bool(got[name].isfinite().all()), name
-        scale = max(float(x.abs().max()), 1e-30)
-        worst = max(worst, (float((got[name] - x).abs().max()) / scale, name))
+        off, exact = (got[name].double() - x.double()).abs(), x.double().abs()
+        for norm in (torch.linalg.vector_norm, torch.amax):
+            worst = max(worst, (float(norm(off)) / max(float(norm(exact)), 1e-30), name))
     return worst

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ltrain.model.sequence import Sequence
+from tests.parallel import pool as pools
 from tests.parallel.context.streams import SHARED, Case, compute, divided
 from tests.parallel.context.test_context_exchange import MIXERS
 from tests.parallel.pool import Pool, RankError
@@ -141,3 +142,66 @@ def test_every_exchange_names_the_rank_that_stalls(backward: bool) -> None:
         named = [text for text, _ in errors if re.search(rf"^{kind} exchange, .* rank {SILENT} \(", text)]
         assert named, (name, errors)
         assert all(seconds < 3 * TIMEOUT for _, seconds in errors), (name, errors)
+
+
+# (exchange, ranks): each among ranks of its own, so that one pool is lost and not one for each death
+DEATHS = [("halo", 2), ("gather", 2), ("scan", 2), ("heads", 2), ("across nodes", 4)]
+LINES = [list(range(sum(n for _, n in DEATHS[:i]), sum(n for _, n in DEATHS[: i + 1]))) for i in range(len(DEATHS))]
+
+
+def die(backward: bool) -> None:
+    """On a rank of a pool: its line's exchange, in which the first of the line dies or, backward, the last: others wait for its messages."""
+    import torch.distributed as dist
+
+    from ltrain.parallel.context.exchange import ContextExchange
+    from ltrain.parallel.context.layout import ContextLayout
+    from ltrain.parallel.context.messages import Messages
+
+    group, _ = dist.new_subgroups_by_enumeration(LINES)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    found: dict[str, dict[str, Any]] = {name: {} for name, _ in DEATHS}
+    for (name, _), line in zip(DEATHS, LINES, strict=True):
+        _, members, inside, _ = EXCHANGES[name]
+        found[name] = {"ulysses": divided([line], members), "nodes": divided([line], inside)}  # collective over all ranks of the pool
+    name = next(name for (name, _), line in zip(DEATHS, LINES, strict=True) if dist.get_rank() in line)
+    mixer, _, _, kind = EXCHANGES[name]
+    case = Case(lengths=(12 * size,), **MIXERS[mixer])
+    layout = ContextLayout(case.tokens, rank, size, "contiguous")
+    exchange = ContextExchange(layout, group, group, **found[name])
+    inputs = {key: x if key in SHARED else layout.take(x) for key, x in case.inputs().items()}
+    post, dying = Messages.post, not backward
+
+    def posted(self: Messages, what: str, *args: Any, **kwargs: Any) -> Any:
+        if dying and what == kind and rank == (size - 1 if backward else 0):
+            time.sleep(0.3)  # the others are in the exchange
+            os._exit(1)
+        return post(self, what, *args, **kwargs)
+
+    def turn() -> None:
+        nonlocal dying
+        dying = True
+
+    dist.barrier()
+    with patch.object(Messages, "post", posted):
+        compute(case, inputs, exchange.sequence(case.cu_seqlens, case.positions), turn)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_every_exchange_names_the_rank_that_dies(backward: bool) -> None:
+    pool = Pool(sum(n for _, n in DEATHS))
+    try:
+        with patch.object(pools, "GRACE", 5 * TIMEOUT), pytest.raises(RankError) as error:  # which is as long as the others may take
+            pool.run(die, backward)
+    finally:
+        pool.close()
+    texts = re.split(r"^rank (\d+) of \d+: ", str(error.value), flags=re.MULTILINE)[1:]
+    seen = {int(rank): text.rstrip().splitlines()[-1] for rank, text in zip(texts[::2], texts[1::2], strict=True)}
+    assert seen.keys() == set(range(pool.size)), seen  # all have answered
+    for (name, _), line in zip(DEATHS, LINES, strict=True):
+        dead, kind = line[-1 if backward else 0], EXCHANGES[name][3]
+        place = "member" if name == "heads" else "node" if name == "across nodes" else "context rank"
+        assert seen[dead] == "its process ended"
+        others = [seen[rank] for rank in line if rank != dead]
+        assert all("ExchangeError: " in text for text in others), (name, others)
+        named = rf"ExchangeError: {kind} exchange, (sending to|receiving from) rank {dead} \({place} \d+\): "
+        assert [text for text in others if re.search(named, text)], (name, others)

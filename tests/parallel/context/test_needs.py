@@ -14,6 +14,7 @@ from ltrain.model.sequence import Sequence
 from ltrain.parallel.context.halo import halo
 from ltrain.parallel.context.layout import ContextLayout
 from ltrain.parallel.context.needs import sent_bytes
+from ltrain.parallel.context.scan import Composed, scan
 from tests.model.mixers.cases import CASES, HIDDEN, build
 from tests.parallel.mixers import supported
 
@@ -88,3 +89,22 @@ def test_rows_are_those_that_a_rank_lacks() -> None:
     wide = rows(ExchangeNeed("halo", 1, reach=20), [40], 4, "zigzag")
     plans = [halo(ContextLayout(40, rank, 4).plan(Sequence.of([40]).cu_seqlens), 20) for rank in range(4)]
     assert wide == 5 + 10 + 15 + (20 - 5) + 20 + 20 == sum(p.stop - p.start for plan in plans for pieces in plan.read.values() for p in pieces)
+
+
+def test_what_a_scan_sends_between_nodes() -> None:
+    """Of what the plans' rounds send, the maps that leave a node of 2; and the numbers of docs/context-parallelism.md."""
+    need, whole = ExchangeNeed("scan", 3, map=5), Sequence.of([96])
+    crossing = 0
+    for rank in range(8):
+        traffic = scan(ContextLayout(96, rank, 8, "zigzag").plan(whole.cu_seqlens)).forward
+        assert isinstance(traffic, Composed)
+        sent = [(to, met) for each in (*traffic.rounds, traffic.last) for to, met in each.sent.items() if to // 2 != rank // 2]
+        crossing += sum(4 * (3 + 5 * (tokens > 0)) for _, met in sent for *_, tokens in met)
+    assert sent_bytes(need, ContextLayout(96, 0, 8, "zigzag"), [96], 4, 2) == crossing > 0
+    layer, found = ExchangeNeed("scan", 16 * 128 * 128, map=16 * 128 * 128), []
+    for size in (64, 512):
+        for kind in ("contiguous", "zigzag"):
+            layout = ContextLayout(2**20, 0, size, kind)
+            found.append([sent_bytes(layer, layout, [2**20], 2, inside) // 2**20 for inside in (1, 8)])
+    assert found == [[631, 316], [1500, 841], [8177, 5566], [18378, 13127]]
+    assert sent_bytes(ExchangeNeed("ring", 1), ContextLayout(40, 0, 4, "contiguous"), [40], 1, 2) == 20 + 20  # two ranks of the second node
