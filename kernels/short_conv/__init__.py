@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltrain.kernels.segments import accumulator, boundaries, choose, gather_rows, permitted, scatter_rows, wants_triton
+from ltrain.kernels.segments import accumulator, boundaries, choose, gather_rows, permitted, plain_refusal, scatter_rows, wants_triton
 from ltrain.kernels.short_conv import reference
 
 __all__ = ["short_conv", "step"]
@@ -78,7 +78,7 @@ def short_conv(
     if len(x) and wants_triton(backend, x):
         from ltrain.kernels.short_conv import triton_conv
 
-        if permitted(triton_conv.refusal(x), backend, "shifted or auto"):
+        if permitted(plain_refusal(x), backend, "shifted or auto"):
             y = triton_conv.short_conv(x, weight, bounds, activation == "silu", initial_state)
             return y, _last_inputs(x, bounds, before, initial_state) if return_final_state else None
     if initial_state is None:
@@ -97,12 +97,12 @@ def _last_inputs(x: Tensor, bounds: list[int], before: int, initial_state: Tenso
     """The last `before` inputs of each segment, those before it included, which are zeros without a state -> [N, before, C]"""
     starts, ends = (torch.tensor(cuts, dtype=torch.int64).unsqueeze(1) for cuts in (bounds[:-1], bounds[1:]))
     rows = ends - torch.arange(before, 0, -1)  # [N, before]
-    inside = rows >= starts
-    earlier = (rows - starts + before).clamp(max=before - 1)  # among the inputs before a segment
-    rows, inside, earlier = (table.to(x.device, non_blocking=True) for table in (rows.clamp(min=0), inside.unsqueeze(-1), earlier.unsqueeze(-1)))
+    last = x[rows.clamp(min=0).to(x.device, non_blocking=True)]
+    inside = (rows >= starts).unsqueeze(-1).to(x.device, non_blocking=True)
     if initial_state is None:
-        return x[rows] * inside
-    return torch.where(inside, x[rows], initial_state.gather(1, earlier.expand_as(initial_state)))
+        return last * inside
+    earlier = (rows - starts + before).clamp(max=before - 1)  # among the inputs before a segment
+    return torch.where(inside, last, initial_state.gather(1, earlier.unsqueeze(-1).to(x.device, non_blocking=True).expand_as(initial_state)))
 
 
 def _packed(x: Tensor, weight: Tensor, bounds: list[int], initial_state: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ltrain.kernels.segments import ceil_div, plain_refusal
+from ltrain.kernels.segments import ceil_div
 from ltrain.kernels.short_conv import triton_kernels as kernels
 
 TOKENS, CHANNELS = 64, 64  # of one program
-
-
-def refusal(x: Tensor) -> str | None:
-    """Why the kernels do not take these tensors, or None."""
-    return plain_refusal(x)
 
 
 class _Places(NamedTuple):

@@ -309,12 +309,15 @@ def test_a_rank_on_a_cpu_has_no_measurement():
 SHAPES = [(16, 16), (32, 48), (64, 64), (64, 128), (128, 64), (128, 128), (192, 96), (128, 256), (256, 256)]
 
 
-@EACH
-@pytest.mark.parametrize(("width", "value_width"), SHAPES)
+@pytest.mark.parametrize(
+    ("kind", "width", "value_width"),
+    [
+        *(pytest.param(kind, *shape, marks=FLA) for kind in (CONSTANT, DELTA) for shape in SHAPES),
+        pytest.param(GATED_DELTA, 128, 128, marks=QLA),  # FlashQLA has no other heads
+    ],
+)
 def test_every_shape_on_the_gpu(kind, width, value_width):
     """As of our own kernels: documents of one token more or less than a chunk, of none, of one; decays of every strength."""
-    if kind == GATED_DELTA and not width == value_width == 128:
-        pytest.skip("FlashQLA has heads of 128")
     groups = [1, 8] if kind == GATED_DELTA else [1]
     levels = [None] if kind == DELTA else [-1e-3, -1.0, -5.0, None]
     for lengths, group, level in itertools.product([[500], MIXED, [1] * 70, [257, 700, 1, 255, 256]], groups, levels):
