@@ -17,7 +17,11 @@ from ltrain.kernels.linear_recurrence import linear_recurrence
 from ltrain.kernels.norm import l2_norm
 from ltrain.kernels.rope import rotate
 from ltrain.kernels.routing import combine, permutation, spread
+from ltrain.kernels.routing.gate import Gate, route
+from ltrain.kernels.segments import parts
 from ltrain.kernels.short_conv import short_conv
+from ltrain.kernels.sparse_attention import select
+from ltrain.kernels.sparse_attention.latent import latent_attention, latent_index_loss
 from ltrain.plan.operators import Operator, Sizes, operators
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -34,10 +38,36 @@ def once(operator: Operator, tokens: int) -> list[torch.Tensor]:
     return [out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))]
 
 
-@pytest.mark.parametrize("name", TRITON)
+def index_loss(sizes: Sizes, tokens: int) -> list[torch.Tensor]:
+    """The loss of DSA's indexer and its gradients."""
+    x = operators(sizes)["dsa"].inputs(tokens, torch.bfloat16, torch.Generator("cuda").manual_seed(0))
+    q, latent, index = x["q"], x["latent"], (x["iq"].requires_grad_(), x["ik"].requires_grad_(), x["iw"].requires_grad_())
+    chosen = select(*index, parts(bounds(tokens), tokens), min(sizes.selected, tokens), backend="triton")
+    _, lse = latent_attention(q, latent, chosen, width=4 * sizes.head_dim, scale=0.1, backend="triton")
+    loss = latent_index_loss(q, latent, lse, index, chosen, scale=0.1, heads=q.shape[1], backend="triton")
+    return [loss, *torch.autograd.grad(loss, index)]
+
+
+def gate(sizes: Sizes, tokens: int) -> list[torch.Tensor]:
+    """The router's weights, choice, loads and shares, and its gradients."""
+    logits = torch.randn(tokens, sizes.experts, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).requires_grad_()
+    routed = route(logits, torch.zeros(sizes.experts, device="cuda"), Gate(min(2, sizes.experts), "sigmoid", True, 1.5), backend="triton")
+    return [*routed, *torch.autograd.grad(routed.weights.square().sum() + routed.shares.square().sum(), logits)]
+
+
+BESIDE: dict[str, Callable[[Sizes, int], list[torch.Tensor]]] = {
+    "index_loss": index_loss,
+    "gate": gate,
+}  # programs that no operator of the bench runs
+
+
+def results(name: str, sizes: Sizes, tokens: int) -> list[torch.Tensor]:
+    return BESIDE[name](sizes, tokens) if name in BESIDE else once(operators(sizes)[name], tokens)
+
+
+@pytest.mark.parametrize("name", [*TRITON, *BESIDE])
 def test_the_same_bits_twice(name: str) -> None:
-    operator = operators(SIZES)[name]
-    for a, b in zip(once(operator, 3000), once(operator, 3000), strict=True):
+    for a, b in zip(results(name, SIZES, 3000), results(name, SIZES, 3000), strict=True):
         assert torch.equal(a, b)
 
 
@@ -156,12 +186,12 @@ SMALL = Sizes(heads=2, kv_heads=1, head_dim=64, window=64, selected=64, hidden=1
 
 
 def run_small(name: str) -> None:
-    once(operators(SMALL)[name], 200)
+    results(name, SMALL, 200)
     torch.cuda.synchronize()
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
-@pytest.mark.parametrize("name", TRITON)
+@pytest.mark.parametrize("name", [*TRITON, *BESIDE])
 def test_compute_sanitizer_is_clean(name: str) -> None:
     words = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c"]
     done = subprocess.run([*words, f"from tests.gpu.test_kernels import run_small; run_small({name!r})"], capture_output=True, text=True, timeout=280)
