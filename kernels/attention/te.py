@@ -130,6 +130,30 @@ def _parted(pairs: tuple[Pair, ...]) -> tuple[list[Call], list[Pair]]:
 
 
 @lru_cache(maxsize=256)
+def turned(pairs: tuple[Pair, ...]) -> tuple[list[Pair], list[Pair]]:
+    """Pairs, where of a window over keys before all of its queries only what has no mask is left; and its corner: squares that are causal for rows
+    that are counted from the last to the first, in numbers of the same rows."""
+    kept: list[Pair] = []
+    corners: list[Pair] = []
+    for pair in pairs:
+        if pair.causal or not pair.window or pair.gap < pair.q_len - 1:
+            kept.append(pair)
+            continue
+        # counted from the last, query i sees the keys 0 .. i + more
+        more = pair.window - 1 - pair.gap
+        every = max(min(more, pair.k_len), 0)
+        side = min(pair.q_len, pair.k_len - every)
+        end, first = pair.k_start + pair.k_len - every, pair.q_start + pair.q_len - side
+        if every:
+            kept.append(Pair(pair.q_start, pair.q_len, end, every, False))
+        if side:
+            corners.append(Pair(first, side, end - side, side, True))
+            if first > pair.q_start:
+                kept.append(Pair(pair.q_start, first - pair.q_start, pair.k_start, end - pair.k_start, False))
+    return kept, corners
+
+
+@lru_cache(maxsize=256)
 def triangles(pairs: tuple[Pair, ...]) -> tuple[list[Pair], list[Pair]]:
     """Pairs, where of those without a mask, in squares, only what lies on and below the diagonal is left; and what lies above it: squares that
     are causal for rows that are counted from the last to the first, in numbers of the same rows."""
@@ -225,10 +249,11 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
         return lacking
     if torch.cuda.get_device_capability(q.device)[0] == 12 or _cudnn() < OLDEST:
         return "is for GPUs of another capability than 12.0, with cuDNN 9.6 or newer"
-    calls = _parted(tuple(pairs))[0]
-    if not calls:
-        return "takes windows on the diagonal, and there are only others"
-    reasons = (_lacks(kind, q.dtype, q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.device) for kind in {call.kind for call in calls})
+    kept, corners = turned(tuple(pairs))
+    kinds = {call.kind for some in (kept, corners) for call in _parted(tuple(some))[0]}
+    if not kinds:
+        return "takes windows on the diagonal and at cuts, and there are only others"
+    reasons = (_lacks(kind, q.dtype, q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.device) for kind in kinds)
     return next((why for why in reasons if why is not None), None)
 
 
@@ -239,8 +264,9 @@ def worthwhile(pairs: list[Pair]) -> bool:
         keys = min(pair.window or pair.k_len, pair.k_len)
         return pair.q_len * keys / (2 if pair.causal and not pair.window else 1)
 
-    calls, rest = _parted(tuple(pairs))
-    taken = [pair for call in calls for pair in call.pairs]
+    kept, corners = turned(tuple(pairs))
+    calls, rest = _parted(tuple(kept))
+    taken = [pair for call in calls for pair in call.pairs] + corners
     return sum(pair.q_len for pair in taken) >= LEAST * len(taken) and sum(map(scores, taken)) > sum(map(scores, rest))
 
 
@@ -284,6 +310,20 @@ def _span(pairs: list[Pair]) -> tuple[slice, slice, list[Pair]]:
     return queries, keys, [pair.moved(-queries.start, -keys.start) for pair in pairs]
 
 
+@lru_cache(maxsize=256)
+def _turned_calls(pairs: tuple[Pair, ...]) -> tuple[slice, slice, list[Call]]:
+    """The queries and the keys that causal squares lie in, and the calls for these rows when they are counted from the last to the first."""
+    rows, keys, moved = _span(list(pairs))
+    queries, others = rows.stop - rows.start, keys.stop - keys.start
+    placed = [p._replace(q_start=queries - p.q_start - p.q_len, k_start=others - p.k_start - p.k_len) for p in moved]
+    return rows, keys, _parted(tuple(placed))[0]
+
+
+def _count(corners: list[Pair]) -> int:
+    """Calls that they take."""
+    return len(_turned_calls(tuple(corners))[2]) if corners else 0
+
+
 def _parts(q: Tensor, k: Tensor, v: Tensor, calls: list[Call], rest: list[Pair], scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Of each call its queries, what it finds for these [rows, H, Dv], and the log-sum-exps [rows, H]."""
     for call in calls:
@@ -301,12 +341,26 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, calls: list[Call], rest: list[Pair],
         yield rows, *for_others(q, k, v, scale, rest).forward_pairs(q[rows], k[keys], v[keys], moved, scale)
 
 
+def _turned(rows: slice, inside: slice) -> slice:
+    """Where these rows, counted from the last of `rows` on, lie."""
+    return slice(rows.stop - inside.stop, rows.stop - inside.start)
+
+
+def _turned_parts(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """As `_parts`, of causal squares of queries and keys that are counted from the last to the first."""
+    rows, keys, calls = _turned_calls(tuple(pairs))
+    for inside, *found in _parts(q[rows].flip(0), k[keys].flip(0), v[keys].flip(0), calls, [], scale):
+        part, part_lse = (x.flip(0) for x in found)
+        yield _turned(rows, inside), part, part_lse
+
+
 def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float) -> tuple[Tensor, Tensor]:
     """out may come back in q's type, where no piece had to be merged."""
-    calls, rest = _parted(tuple(pairs))
+    kept, corners = turned(tuple(pairs))
+    calls, rest = _parted(tuple(kept))
     q, k, v = (x.contiguous() for x in (q, k, v))
-    parts = _parts(q, k, v, calls, rest, scale)
-    if len(calls) + bool(rest) == 1 and _queries(pairs) == slice(0, len(q)):
+    parts = chain(_parts(q, k, v, calls, rest, scale), _turned_parts(q, k, v, corners, scale) if corners else ())
+    if len(calls) + bool(rest) + _count(corners) == 1 and _queries(pairs) == slice(0, len(q)):
         _, out, lse = next(parts)
         return out, lse
     wide = accumulator(q.dtype)
@@ -346,13 +400,10 @@ def _gradients(
 def _turned_gradients(inputs: tuple[Tensor, ...], lse: Tensor, pairs: list[Pair], scale: float) -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
     """As `_gradients`, of causal squares of queries and keys that are counted from the last to the first."""
     dout, q, k, v, out = inputs
-    rows, keys, pairs = _span(pairs)
-    turned = tuple(x[of].flip(0) for x, of in ((dout, rows), (q, rows), (k, keys), (v, keys), (out, rows)))
-    queries, others = rows.stop - rows.start, keys.stop - keys.start
-    placed = [p._replace(q_start=queries - p.q_start - p.q_len, k_start=others - p.k_start - p.k_len) for p in pairs]
-    for some, of, parts in _gradients(turned, lse[rows].flip(0), *_parted(tuple(placed)), scale):
-        back = [slice(whole.stop - part.stop, whole.stop - part.start) for whole, part in ((rows, some), (keys, of))]
-        yield back[0], back[1], tuple(part.flip(0) for part in parts)
+    rows, keys, calls = _turned_calls(tuple(pairs))
+    flipped = tuple(x[of].flip(0) for x, of in ((dout, rows), (q, rows), (k, keys), (v, keys), (out, rows)))
+    for some, of, parts in _gradients(flipped, lse[rows].flip(0), calls, [], scale):
+        yield _turned(rows, some), _turned(keys, of), tuple(part.flip(0) for part in parts)
 
 
 def _unmasked_is_slow(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -363,15 +414,18 @@ def backward_pairs(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse: over all keys. -> dq, dk, dv in float32 or wider, or in q's type, where one call is all there is."""
-    below, above = triangles(tuple(pairs)) if _unmasked_is_slow(q, k, v) else (pairs, [])
+    kept, corners = turned(tuple(pairs))
+    below, above = triangles(tuple(kept)) if _unmasked_is_slow(q, k, v) else (kept, [])
+    above = above + corners
     calls, rest = _parted(tuple(below))
     inputs = tuple(x.to(q.dtype).contiguous() for x in (dout, q, k, v, out))
     lse = lse.float().contiguous()
-    parts = _gradients(inputs, lse, calls, rest, scale)
-    if not above and len(calls) + bool(rest) == 1 and (_queries(pairs), _keys(pairs)) == (slice(0, len(q)), slice(0, len(k))):
-        return next(parts)[2]
+    parts = chain(_gradients(inputs, lse, calls, rest, scale), _turned_gradients(inputs, lse, above, scale) if above else ())
+    if len(calls) + bool(rest) + _count(above) == 1 and (_queries(pairs), _keys(pairs)) == (slice(0, len(q)), slice(0, len(k))):
+        dq, dk, dv = next(parts)[2]
+        return dq, dk, dv
     dq, dk, dv = (torch.zeros(x.shape, dtype=accumulator(q.dtype), device=x.device) for x in (q, k, v))
-    for rows, keys, part in chain(parts, _turned_gradients(inputs, lse, above, scale) if above else ()):
+    for rows, keys, part in parts:
         for total, of, found in zip((dq, dk, dv), (rows, keys, keys), part, strict=True):
             total[of] += found
     return dq, dk, dv

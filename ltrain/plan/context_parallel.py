@@ -27,6 +27,7 @@ from ltrain.kernels.sparse_attention.block_means import block_attention
 from ltrain.kernels.sparse_attention.latent import latent_attention
 from ltrain.model.mixers.base import ExchangeNeed
 from ltrain.model.sequence import Latent, LocalExchange, Sequence
+from ltrain.parallel.context.balance import CAUSAL, FLAT, Cost
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.layout import ContextLayout
 from ltrain.parallel.context.needs import sent_bytes
@@ -38,7 +39,9 @@ from ltrain.schema import ConfigError, divides_heads
 
 Inputs = dict[str, Tensor]
 DOCUMENTS = ("one", "long", "short")
-WARM_UP = 2  # runs that are not timed
+WARM_UP = 2  # rounds that are not timed
+ROUND = 0.1  # seconds that a round of calls is to take on a GPU,
+CALLS = 8  # and so many calls at most
 
 
 class Sizes(NamedTuple):
@@ -220,24 +223,32 @@ def lengths(documents: str, tokens: int) -> list[int]:
     return found
 
 
+def cost_of(need: ExchangeNeed, longest: int) -> Cost:
+    """What documents cost an operator, by which `balanced` cuts them: attention the keys that it sees, what goes along the stream the tokens."""
+    if need.kind in ("scan", "halo"):
+        return FLAT
+    window = need.mask.window
+    return Cost.of(lambda n: min(n, window) * (min(n, window) + 1) / 2 + max(n - window, 0) * window, longest) if window else CAUSAL
+
+
 def expected_of_attention(
     heads: Heads, need: ExchangeNeed, layout: ContextLayout, documents: list[int], itemsize: int, ulysses: int
 ) -> tuple[int, int]:
     """What all ranks together must send in a forward and in a backward of softmax attention; layout: of this stream.
 
     Members of a group swap all but their own share of q, k, v and the output, K/V heads repeated where there are fewer than members, and
-    the gradients back. Between groups the ring carries keys and values of the joined spans. Its backward carries them again, and
-    gradients: those of keys and values in float32 or wider, those of latents in their own type.
+    the gradients back. Between groups the ring carries keys and values of the joined spans, or latents. Its backward carries them again, and
+    their gradients.
     """
     kv_width = heads.kv_heads * (heads.key_dim + heads.value_dim)
     if ulysses == 1:
         ring = sent_bytes(need, layout, documents, itemsize)
-        return ring, ring + ring // itemsize * (itemsize if need.width < kv_width else max(itemsize, 4))
+        return ring, 2 * ring
     kv_width = max(heads.kv_heads, ulysses) * (heads.key_dim + heads.value_dim)
     swap = layout.tokens * (ulysses - 1) * (heads.heads * (heads.key_dim + heads.value_dim) + kv_width) // ulysses * itemsize
     # each of the members' rings carries its share of the width
     ring = sent_bytes(replace(need, width=kv_width), layout_over_groups(layout, ulysses), documents, itemsize)
-    return swap + ring, swap + ring + ring // itemsize * max(itemsize, 4)
+    return swap + ring, swap + 2 * ring
 
 
 def inputs(
@@ -260,17 +271,25 @@ def as_leaves(x: Inputs) -> Inputs:
 
 
 def timed(run: Callable[[], None], steps: int, mesh: Mesh) -> float:
-    """Seconds that a call takes on the slowest rank; the median of `steps`."""
+    """Seconds that a call takes on the slowest rank; the median of `steps` rounds.
+
+    On a GPU the calls of a round follow each other, as layers do in a step: there the host is ahead of the device, and how long it takes to
+    launch the first kernel of each is no part of its time.
+    """
     times = []
+    calls = 1
     for n in range(WARM_UP + steps):
         synchronise(mesh.device)
         mesh.barrier()
         began = time.perf_counter()
-        run()
+        for _ in range(calls):
+            run()
         synchronise(mesh.device)
-        taken = max(mesh.all_gather_object(time.perf_counter() - began))
+        taken = max(mesh.all_gather_object(time.perf_counter() - began)) / calls
         if n >= WARM_UP:
             times.append(taken)
+        elif mesh.device.type == "cuda":
+            calls = min(max(round(ROUND / taken), 1), CALLS)
     return statistics.median(times)
 
 
@@ -340,7 +359,7 @@ def measure(
         "ranks": layout.size,
         "ulysses": exchange.members if operator.heads else 1,
         "layout": layout.kind,
-        "expected_imbalance": layout.imbalance(whole.cu_seqlens),  # of attention to all earlier tokens
+        "expected_imbalance": layout.imbalance(whole.cu_seqlens),
         "seconds_on_one_rank": alone,
         "seconds": together,
         "seconds_of_computing": computing,
@@ -430,7 +449,7 @@ def bench(
     for n in tokens:
         for stream in streams:
             for name in names:
-                found = measure(name, known[name], exchange.resized(n), lengths(stream, n), dtype, steps, mesh)
+                found = measure(name, known[name], exchange.resized(n, cost_of(known[name].need, n)), lengths(stream, n), dtype, steps, mesh)
                 beside = measure_peers(name, lengths(stream, n), dtype, steps, sizes, mesh)
                 results.append({"stream": stream, **found, "peers": beside})
                 if rank == 0:

@@ -52,6 +52,7 @@ class Cost:
         return self.until(stop) - self.until(start)
 
 
+FLAT = Cost((1, 1 << 30), (1.0, 1.0))  # every token costs the same
 CAUSAL = Cost((1, 1 << 30), (1.0, (1 << 29) + 0.5))  # a token sees those before it: the mean of 1..n is (n + 1) / 2
 
 

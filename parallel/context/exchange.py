@@ -14,6 +14,7 @@ from ltrain.kernels.recurrence import Recurrence
 from ltrain.kernels.segments import Part
 from ltrain.model.sequence import Latent, Sequence, shifted
 from ltrain.parallel.context import decode
+from ltrain.parallel.context.balance import Cost
 from ltrain.parallel.context.cache import Cache
 from ltrain.parallel.context.gather import Gather, Units, gather
 from ltrain.parallel.context.halo import halo
@@ -65,10 +66,10 @@ class ContextExchange:
         self._nodes = None if nodes is None else Links.over(*nodes, self.bytes, fp8)
         self._fp8 = fp8
 
-    def resized(self, tokens: int) -> "ContextExchange":
-        """The same ranks, and the same count of bytes, for streams of another length."""
+    def resized(self, tokens: int, cost: Cost | None = None) -> "ContextExchange":
+        """The same ranks, and the same count of bytes, for streams of another length. cost: of the layers, None: as here."""
         other = copy.copy(self)
-        other.layout, other._plans = replace(self.layout, tokens=tokens, tail=0), Cache(PLANS_KEPT)
+        other.layout, other._plans = replace(self.layout, tokens=tokens, tail=0, cost=cost or self.layout.cost), Cache(PLANS_KEPT)
         return other
 
     def silent(self) -> "ContextExchange":

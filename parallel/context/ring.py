@@ -6,8 +6,8 @@ rows that its receiver's masks can see: (P-1)/P of K and V is the most that arri
 is at most 3/4 of that, for a window the rows that it reaches over a cut (both ways: on either side of it) and the anchors once, for chunks
 those of a chunk that is cut, and nothing travels between ranks that share no document. Step s + 1 is under way while step s
 is computed. The outputs of the steps merge by log-sum-exp. The backward is a second ring; a step's key and value
-gradients go straight back to their owner, in float32 or wider. Keys and values that are made of something smaller
-(the latents of multi-head latent attention) may be made on arrival: then that travels, and its gradient.
+gradients go straight back to their owner, rounded once to the type of what came, and are added up there in float32 or wider. Keys and
+values that are made of something smaller (the latents of multi-head latent attention) may be made on arrival: then that travels, and its gradient.
 
 Between nodes the same rows would travel once for each rank that reads them. In a double ring (Gu et al. 2024, LoongTrain)
 they come once, to the rank with their owner's place in its node, while the steps on the node before are computed; it
@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltrain.kernels.attention import Mask, Pair, Score, backward_pairs, forward_pairs, merge_into, seen, sinks_gradient, with_sinks
-from ltrain.kernels.segments import accumulator
 from ltrain.model.sequence import Tape
 from ltrain.parallel.context import wire
 from ltrain.parallel.context.balance import joined
@@ -308,7 +307,7 @@ def _forward(
         if not step.reads.pairs:
             continue
         k_step, v_step = expansion(arrived)
-        out_step, lse_step = forward_pairs(take(q, step.reads.queries), k_step, v_step, step.reads.pairs, scale=scale, score=score)
+        out_step, lse_step = forward_pairs(take(q, step.reads.queries), k_step, v_step, step.reads.pairs, scale=scale, score=score, wide=False)
         done = 0
         for a, b in step.reads.queries:
             part = slice(done, done + b - a)
@@ -341,8 +340,7 @@ def _backward(
     expanded = expansion.weight is not None
     of = expansion.of or carried
     own = [x.new_zeros(x.shape, dtype=dk.dtype) for x in of] if expanded else [dk, dv]
-    # K and V come home in float32 or wider; what they were made of, as its own products gave it
-    home = Home(own, plan, of[0].dtype if expanded else accumulator(k.dtype), links)
+    home = Home(own, plan, of[0].dtype, links)
     dweight = None
     for stage, step, arrived in steps:
         found: list[Tensor] = []
@@ -352,7 +350,7 @@ def _backward(
                 nonlocal dbias
                 q_step, dout_step, out_step, lse_step = (take(x, step.reads.queries) for x in (q, dout, out, lse))
                 dq_step, dk_step, dv_step, dbias_step = backward_pairs(
-                    dout_step, q_step, k_step, v_step, out_step, lse_step, step.reads.pairs, scale=scale, score=score
+                    dout_step, q_step, k_step, v_step, out_step, lse_step, step.reads.pairs, scale=scale, score=score, wide=False
                 )
                 dbias = dbias if dbias_step is None else dbias_step if dbias is None else dbias + dbias_step
                 _add([dq], [dq_step], step.reads.queries)
@@ -371,7 +369,7 @@ def _backward(
 class Home:
     """Brings gradients back the way that the rows came: through the rank that held them for the node, which adds up those of its node.
 
-    own: where this rank's arrive, one tensor for each that is carried. Those of a step travel while the next one is computed.
+    own: where this rank's arrive, one tensor for each that is carried. dtype: of a message. Those of a step travel while the next one is computed.
     """
 
     def __init__(self, own: list[Tensor], plan: Ring, dtype: torch.dtype, links: Links):
@@ -384,7 +382,7 @@ class Home:
         """What a step found, to where its rows came from."""
         transit = NONE
         if step.source is not None:
-            sends = {step.source: torch.cat([x.flatten() for x in found]).to(self.dtype)} if found else {}
+            sends = {step.source: torch.cat([x.flatten().to(self.dtype) for x in found])} if found else {}
             receives = {step.destination: count(step.sent) * _width(tuple(self.own))} if step.sent else {}
             transit = self.links.inside.post("ring", sends, receives, dtype=self.dtype, device=self.own[0].device)
         self._arrive()
@@ -404,7 +402,7 @@ class Home:
             _add(self.held, _split(arrived[step.destination], count(step.sent), tuple(self.own)), step.sent)
         if number and step is stage.steps[-1]:
             assert self.links.across is not None  # the rows came over it
-            sends = {stage.source: torch.cat([x.flatten() for x in self.held]).to(self.dtype)} if stage.arriving else {}
+            sends = {stage.source: torch.cat([x.flatten().to(self.dtype) for x in self.held])} if stage.arriving else {}
             receives = {stage.destination: count(stage.sent) * _width(tuple(self.own))} if stage.sent else {}
             self.across.append((stage, self.links.across.post(ACROSS, sends, receives, dtype=self.dtype, device=self.own[0].device)))
 

@@ -42,7 +42,7 @@ def index_loss(sizes: Sizes, tokens: int) -> list[torch.Tensor]:
     """The loss of DSA's indexer and its gradients."""
     x = operators(sizes)["dsa"].inputs(tokens, torch.bfloat16, torch.Generator("cuda").manual_seed(0))
     q, latent, index = x["q"], x["latent"], (x["iq"].requires_grad_(), x["ik"].requires_grad_(), x["iw"].requires_grad_())
-    chosen = select(*index, parts(bounds(tokens), tokens), min(sizes.selected, tokens), backend="triton")
+    chosen = select(*index, parts(torch.tensor([0, tokens // 3, tokens], dtype=torch.int32), tokens), min(sizes.selected, tokens), backend="triton")
     _, lse = latent_attention(q, latent, chosen, width=4 * sizes.head_dim, scale=0.1, backend="triton")
     loss = latent_index_loss(q, latent, lse, index, chosen, scale=0.1, heads=q.shape[1], backend="triton")
     return [loss, *torch.autograd.grad(loss, index)]

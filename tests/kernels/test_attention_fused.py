@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ltrain.kernels.attention import Mask, Pair, attention, backward_pairs, by_pair, cudnn, forward_pairs, te
-from ltrain.kernels.attention.pairs import combined
+from ltrain.kernels.attention.pairs import combined, seen
 from tests.kernels.test_attention import PAIRS, cu, tensors
 
 # loaded before a test runs cuDNN through torch: where the two bring different copies of it, the later one does not load
@@ -134,6 +134,21 @@ def test_scores_without_a_mask_are_those_of_causal_squares_both_ways(monkeypatch
         assert torch.equal(scores(below) + scores(turned).flip(0, 1), scores([*wide, Pair(50, 20, 50, 25, True)]))
 
 
+def test_windows_over_a_cut_are_causal_squares_from_behind():
+    """What earlier and later tokens of a document share under a window, however short either of them are, and masks that look ahead."""
+    draw = random.Random(0)
+    for n in range(300):
+        cuts = sorted(draw.sample(range(70), 4))
+        pairs = seen((cuts[2], cuts[3]), (cuts[0], cuts[1]), Mask(window=draw.randint(1, 40), causal=n % 3 > 0))
+        pairs.append(Pair(0, 30, 0, 30, True, 7))  # a square on the diagonal stays
+        kept, corners = te.turned(tuple(pairs))
+        assert not any(pair.window for pair in kept[:-1]) and kept[-1] == pairs[-1]
+        assert all(pair.causal and pair.q_len == pair.k_len and not pair.window for pair in corners)
+        behind = [pair._replace(q_start=80 - pair.q_start - pair.q_len, k_start=80 - pair.k_start - pair.k_len) for pair in corners]
+        assert torch.equal(scores(kept) + scores(behind).flip(0, 1), scores(pairs))
+    assert te.turned((Pair(0, 4095, 9, 4095, False, 4096, 4095),)) == ([], [Pair(0, 4095, 9, 4095, True)])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     ("backend", "heads", "kv_heads", "width", "value_width"),
@@ -170,6 +185,9 @@ def test_fused_on_cuda(backend, heads, kv_heads, width, value_width, monkeypatch
     k, v = torch.cat([k, k[:30].flip(0)]), torch.cat([v, v[:30].flip(0)])  # [100, Hk, .]
     kept = [p for p in PAIRS if p.k_len]
     some = (kept[-2:-1], kept[-1:]) if backend == "flash" else (kept[:1], kept[1:2], kept[2:3])  # one query is a case of its own for flash
+    corners = [Pair(0, 30, 40, 30, False, 31, 30), Pair(30, 20, 0, 35, False, 31, 22), Pair(50, 9, 60, 40, False, 20, 12)]
+    if backend == "te":
+        some = (*some, corners, [*kept, *corners], [Pair(0, 70, 0, 70, False, 71, 70)])
     for pairs in (kept, *some):
         out, lse = forward_pairs(q, k, v, pairs, scale=scale, backend=backend)
         expected_out, expected_lse = forward_pairs(q.double(), k.double(), v.double(), pairs, scale=scale, backend="reference")

@@ -150,8 +150,8 @@ def test_ring_sends_the_keys_that_causal_masks_see(pool: Any, size: int) -> None
     contiguous = _bytes(pool, size, "contiguous", op="attention", lengths=(n * size,), dtype=torch.bfloat16)
     # Rank r's keys go to the ranks after it.
     assert [b.get("ring forward", 0) for b in contiguous] == [(size - 1 - r) * n * row * 2 for r in range(size)]
-    # Backward: keys again, and for what was read, gradients in float32.
-    assert [b["ring"] for b in contiguous] == [(size - 1 - r) * n * row * 2 * 2 + r * n * row * 4 for r in range(size)]
+    # Backward: keys again, and for what was read, gradients.
+    assert [b["ring"] for b in contiguous] == [(size - 1 - r) * n * row * 2 * 2 + r * n * row * 2 for r in range(size)]
     zigzag = _bytes(pool, size, "zigzag", op="attention", lengths=(n * size,), dtype=torch.bfloat16)
     # Later ranks see the first span only, earlier ones both.
     assert [b.get("ring forward", 0) for b in zigzag] == [((size - 1 - r) * n // 2 + r * n) * row * 2 for r in range(size)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ltrain.model.sequence import Sequence
-from ltrain.parallel.context.balance import CAUSAL, Cost, balance
+from ltrain.parallel.context.balance import CAUSAL, FLAT, Cost, balance
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.gather import gather
 from ltrain.parallel.context.layout import KINDS, ContextLayout
@@ -136,8 +136,7 @@ def test_work_is_what_the_cost_says() -> None:
     window = Cost.of(lambda n: float(sum(min(i + 1, 8) for i in range(n))), 4096)
     assert window.until(4096) == pytest.approx(8 * 4096 - 28) and window.between(1000, 1010) == pytest.approx(80, rel=0.02)
     # Where every token costs the same, nothing is worth an exchange that equal tokens do not need.
-    flat = Cost((1, 1 << 20), (1.0, 1.0))
-    assert balance((0, 6000, 6400, 12800), 2, flat).rows == 0
+    assert balance((0, 6000, 6400, 12800), 2, FLAT).rows == 0
     uneven = balance((0, 6000, 6400, 12800), 2, CAUSAL)
     assert uneven.rows > 0 and uneven.imbalance < 0.02  # whole documents would leave one rank 6% more than the other
 

@@ -50,4 +50,4 @@ def test_half_the_bytes_go_forward_and_gradients_as_they_are(pool: Any) -> None:
     case = Case(op="attention", lengths=(2 * n,), dtype=torch.bfloat16)
     ((_, sent),) = over_ranks(pool, 2, "contiguous", [case], 1, 1, True)
     assert [b.get("ring forward", 0) for b in sent] == [n * (KEY + 4), 0]
-    assert [b["ring"] for b in sent] == [2 * n * (KEY + 4), n * KEY * 4]
+    assert [b["ring"] for b in sent] == [2 * n * (KEY + 4), n * KEY * 2]
