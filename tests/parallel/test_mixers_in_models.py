@@ -1,15 +1,16 @@
 """Every mixer in a whole model that the engine trains: cross entropy, experts, and context ranks with each other kind of ranks and
 each recomputation, against one device without megatron: losses, gradients before and after an update, and their norms, in float64.
 
-A model has up to six mixers of different families, and each model is trained on a few layouts that have all pairs (of context ranks with tensor,
-expert, pipeline and data ranks and with each recomputation); with LTRAIN_TEST_ALL=1 on all of them.
+A model has up to six mixers of different families. Each model is trained on two layouts, which between them have context ranks with tensor, expert
+and pipeline ranks; over the models all pairs of degrees, ways to cut the stream and recomputations are there. LTRAIN_TEST_ALL=1 trains each model on
+all of them.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 from unittest.mock import patch
 
@@ -51,22 +52,35 @@ def model_of(names: tuple[str, ...]) -> ModelConfig:
     return ModelConfig(hidden=HIDDEN, depth=len(layers), pattern=list(layers), layers=layers, ffn=ffn, init_std=0.2)
 
 
-def layouts(names: tuple[str, ...], number: int) -> list[tuple[int, Layout]]:
-    """Ranks and their layout, for the so-manieth model: between them context ranks meet tensor, expert, pipeline and data ranks, each once with
-    another recomputation than in the models before and behind."""
+def everywhere(names: tuple[str, ...]) -> list[tuple[int, dict[str, int]]]:
+    """Ranks and degrees that such a model is trained on: first those that have tensor, context, expert and pipeline ranks at once."""
     heads = [name for name in names if any(spec.options.softmax_heads() for spec in specs_of(name))]
     ulysses = 2 if heads and all(supported(name, ParallelConfig(tensor=2, context=2, ulysses=2)) for name in heads) else 1
     stages: dict[str, int] = {"expert": 4} if any(refused(name, "pipeline") for name in names) else {"pipeline": 2, "expert": 2}
-    ranks: list[tuple[int, dict[str, int]]] = [
+    return [
         (8, {"tensor": 2, "context": 2, **stages}),
         (4, {"context": 2, "expert": 2}),  # and data
-        (4, {"tensor": 2, "context": 2, "ulysses": ulysses} if number % 2 else {"context": 4, "ulysses": ulysses}),
+        (4, {"tensor": 2, "context": 2, "ulysses": ulysses}),
+        (4, {"context": 4, "ulysses": ulysses}),
     ]
-    if ALL:
-        return [(world, Layout(**sizes, context_layout=kind, recompute=how)) for (world, sizes), kind, how in product(ranks, KINDS, RECOMPUTE)]
+
+
+def every_layout(names: tuple[str, ...]) -> list[tuple[int, Layout]]:
     return [
-        (world, Layout(**sizes, context_layout=KINDS[(i + number // 3) % 3], recompute=RECOMPUTE[(i + number) % 3]))
-        for i, (world, sizes) in enumerate(ranks)
+        (world, Layout(**sizes, context_layout=kind, recompute=how)) for (world, sizes), kind, how in product(everywhere(names), KINDS, RECOMPUTE)
+    ]
+
+
+def layouts(names: tuple[str, ...], number: int) -> list[tuple[int, Layout]]:
+    """Ranks and their layout, for the so-manieth model: all degrees at once, and in turn one of the others with another recomputation. Three models
+    after one another, and every third one, differ in all that goes round."""
+    if ALL:
+        return every_layout(names)
+    first, *others = everywhere(names)
+    turn = number + number // 3
+    return [
+        (world, Layout(**sizes, context_layout=KINDS[kind % 3], recompute=RECOMPUTE[how % 3]))
+        for (world, sizes), kind, how in ((first, turn + number, number), (others[turn % 3], number, number + 1))
     ]
 
 
@@ -146,10 +160,25 @@ def test_every_mixer_is_in_a_model_that_is_trained() -> None:
     assert mixers == set(MIXERS) - {"cross_attention", "none"}, "a mixer without a case"
     for number, names in enumerate(MODELS):
         chosen = [layout for _, layout in layouts(names, number)]
-        assert {layout.recompute for layout in chosen} == set(RECOMPUTE)
+        assert len({layout.recompute for layout in chosen}) > 1
         assert all(layout.context > 1 for layout in chosen)
         assert any(layout.tensor > 1 for layout in chosen) and any(layout.expert > 1 for layout in chosen)
         assert any(layout.pipeline > 1 for layout in chosen) or any(refused(name, "pipeline") for name in names)
+
+
+def test_the_models_have_all_pairs_of_what_a_layout_is() -> None:
+    """Two degrees, a way to cut the stream or a recomputation that any model could have together, some model has."""
+
+    def pairs(of: Iterable[tuple[int, Layout]]) -> set[Any]:
+        found = set()
+        for world, layout in of:
+            parts = {key: value for key, value in vars(layout).items() if key not in ("tie", "inner_ring")}
+            parts["data"] = world // (layout.tensor * layout.context * layout.pipeline)
+            found |= set(combinations(parts.items(), 2))
+        return found
+
+    possible = pairs(run for names in MODELS for run in every_layout(names))
+    assert possible - pairs(run for number, names in enumerate(MODELS) for run in layouts(names, number)) == set()
 
 
 @pytest.mark.parametrize(("names", "world", "layout"), RUNS)

@@ -18,6 +18,7 @@ from ltrain.parallel.context import ring
 from ltrain.parallel.context.exchange import ContextExchange
 from ltrain.parallel.context.layout import ContextLayout
 from ltrain.parallel.context.trace import FREE, Batch, Event, Network, Trace, replay
+from ltrain.plan import simulate
 from ltrain.plan.context_parallel import DOCUMENTS, Sizes, as_leaves, both, inputs, lengths, operators
 from ltrain.plan.simulate import Cut, Layer, check, expected, extrapolated, layers_of_config, layers_of_operators, record, total, traced_ranks
 
@@ -71,7 +72,8 @@ def sent_on_rank(cut: Cut) -> dict[str, Any]:
         (4, Cut("contiguous", inner_ring=2)),
     ],
 )
-def test_each_rank_of_a_simulation_sends_what_a_real_one_counts(pool: Any, size: int, cut: Cut) -> None:
+def test_each_rank_of_a_simulation_sends_what_a_real_one_counts(pool: Any, monkeypatch: pytest.MonkeyPatch, size: int, cut: Cut) -> None:
+    monkeypatch.setattr(simulate, "WARM_UP", 0)  # times are not judged, and what is sent is the same each time
     counted = pool(size).run(sent_on_rank, cut, timeout=240)
     for number, layer in enumerate(layers()):
         for stream in DOCUMENTS:

@@ -1,4 +1,7 @@
-"""Attention whose heads are divided over some of the context ranks, alone and between rings, against one rank."""
+"""Attention whose heads are divided over some of the context ranks, alone and between rings, against one rank.
+
+Any three of mixer, ranks, layout and stream of documents meet; with LTRAIN_TEST_ALL=1 all four.
+"""
 
 from typing import Any
 
@@ -6,7 +9,7 @@ import pytest
 import torch
 
 from tests.parallel.context.streams import Case, error, over_ranks, streams, whole
-from tests.parallel.context.test_context_exchange import MIXERS, drawn
+from tests.parallel.context.test_context_exchange import MIXERS, drawn, of_layout
 
 ATTENTION = [name for name, options in MIXERS.items() if options["op"] in ("attention", "latent")]
 WORLDS = [(2, 2), (4, 2), (4, 4), (8, 2), (8, 4)]  # ranks, and those of them that divide 4 heads and 2 K/V heads
@@ -16,7 +19,8 @@ WORLDS = [(2, 2), (4, 2), (4, 4), (8, 2), (8, 4)]  # ranks, and those of them th
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag", "balanced"])
 @pytest.mark.parametrize(("size", "ulysses"), WORLDS[:3])
 def test_divided_heads_give_the_output_and_gradients_of_one_rank(pool: Any, size: int, ulysses: int, kind: str, mixer: str) -> None:
-    cases = {name: Case(lengths=tuple(lengths), **MIXERS[mixer]) for name, lengths in streams(size).items()}
+    every = {name: Case(lengths=tuple(lengths), **MIXERS[mixer]) for name, lengths in streams(size).items()}
+    cases = of_layout(every, kind, ATTENTION.index(mixer) + WORLDS.index((size, ulysses)))
     results = over_ranks(pool, size, kind, list(cases.values()), ulysses)
     errors = {name: error(values, whole(case)) for (name, case), (values, _) in zip(cases.items(), results, strict=True)}
     assert {name: e for name, e in errors.items() if e[0] > 1e-10} == {}
