@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ltrain.kernels import elementwise_recurrence
 from ltrain.kernels.carry import Carry
-from ltrain.kernels.linear_recurrence import linear_recurrence, over_ranks, segment_map, state_gradient
+from ltrain.kernels.linear_recurrence import linear_recurrence, over_ranks, segment_map
 from ltrain.kernels.linear_recurrence.generalised import generalised_delta
 from ltrain.kernels.segments import accumulator
 
@@ -175,10 +175,6 @@ class Linear(_Matrices):
         dense = begun and self.beta is not None
         m, e = segment_map(self.k, self.v, self.decay, self.beta, with_map=dense)
         return m if dense or not begun else self.product(), e
-
-    def state_gradient(self, dout: Tensor) -> Tensor:
-        found = state_gradient(self.q, self.k, self.v, self.decay, self.beta, dout, scale=self.scale)
-        return super().state_gradient(dout) if found is None else found
 
     def product(self) -> Tensor:
         if self.steady:

@@ -11,7 +11,7 @@ values of up to 256 channels) and `fla` (flash-linear-attention's and FlashQLA's
 Source: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" and "Gated Delta Networks".
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ltrain.kernels.carry import Carry
 from ltrain.kernels.linear_recurrence import chunked, fla, reference
 from ltrain.kernels.segments import accumulator, boundaries, choose, permitted, plain_only, wants_triton
 
-__all__ = ["Result", "linear_recurrence", "over_ranks", "segment_map", "state_gradient", "step"]
+__all__ = ["Result", "linear_recurrence", "over_ranks", "segment_map", "step"]
 
 
 class Result(NamedTuple):
@@ -115,17 +115,16 @@ def linear_recurrence(
     return Result(output, final if return_final_state else None, maps)
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor) -> Any:
-    """The module of its programs where `auto` takes them, or None."""
+def _on_triton(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if not wants_triton("auto", v):
-        return None
+        return False
     from ltrain.kernels.linear_recurrence import triton_chunked
 
-    return triton_chunked if triton_chunked.refusal(q, k, v, triton_chunked.BLOCK) is None else None
+    return triton_chunked.refusal(q, k, v, triton_chunked.BLOCK) is None
 
 
 def segment_map(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, *, with_map: bool) -> tuple[Tensor | None, Tensor]:
-    """What one segment makes of the state S before it: M S + E. What context ranks send; without gradient, and without outputs where these cost.
+    """What one segment makes of the state S before it: M S + E, without gradient. What context ranks send where no kernel has `over_ranks`.
 
     Args:
         k, v, decay, beta: as for `linear_recurrence`, of the segment's tokens.
@@ -138,8 +137,6 @@ def segment_map(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None,
         ValueError: shapes or types do not fit.
     """
     _check(k, k, v, decay, beta)
-    if beta is None and not with_map and (kernels := _triton(k, k, v)) is not None:  # the delta rule's have `over_ranks`
-        return None, kernels.segment_map(k, v, decay)
     cu_seqlens = torch.tensor([0, len(v)], dtype=torch.int32)
     with torch.no_grad():
         _, final, maps = linear_recurrence(k, k, v, decay, beta, cu_seqlens, scale=1.0, return_final_state=not with_map, return_segment_map=with_map)
@@ -147,25 +144,6 @@ def segment_map(k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None,
         return maps[0][0], maps[1][0]
     assert final is not None  # it was asked for
     return None, final[0]
-
-
-def state_gradient(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, dout: Tensor, *, scale: float) -> Tensor | None:
-    """The gradient of the state before one segment from the gradient of its outputs alone, which is the same for each such state, in one pass.
-
-    Args:
-        q, k, v, decay, beta, scale: as for `linear_recurrence`, of the segment's tokens.
-        dout: [T, H, V].
-
-    Returns:
-        [H, K, V] in float32; None where only `linear_recurrence` has it, as the gradient of its initial_state, with beta always.
-
-    Raises:
-        ValueError: shapes or types do not fit.
-    """
-    _check(q, k, v, decay, beta)
-    kernels = None if beta is not None else _triton(q, k, v)
-    found: Tensor | None = None if kernels is None else kernels.state_gradient(q, k, v, decay, dout, scale)
-    return found
 
 
 def over_ranks(
@@ -187,19 +165,19 @@ def over_ranks(
         carry: where the states before and after them come from and go to, in the backward too.
 
     Returns:
-        output [T, H, V] and, without gradient, the state after each segment [N, H, K, V] in float32 or None; None in place of both where no kernel
-        has phases: without beta, or where triton does not run. It runs also where `auto` takes fla for one rank: that has no phases.
+        output [T, H, V] and, without gradient, the state after each segment [N, H, K, V] in float32 or None; None in place of both where triton does
+        not run, which alone has phases. It runs also where `auto` takes fla for one rank.
 
     Raises:
         ValueError: shapes, types or boundaries do not fit.
     """
     _check(q, k, v, decay, beta)
     bounds = boundaries(cu_seqlens, len(v))
-    if beta is None or _triton(q, k, v) is None:
+    if not _on_triton(q, k, v):
         return None
-    from ltrain.kernels.linear_recurrence.triton_over_ranks import delta_over_ranks
+    from ltrain.kernels.linear_recurrence import triton_over_ranks
 
-    return delta_over_ranks(q, k, v, decay, beta, bounds, scale, carry, return_final_state)
+    return triton_over_ranks.over_ranks(q, k, v, decay, beta, bounds, scale, carry, return_final_state)
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ltrain.kernels.linear_recurrence.triton_kernels import additive
-from ltrain.kernels.linear_recurrence.triton_kernels import heads as of_heads
-from ltrain.kernels.linear_recurrence.triton_launches import BLOCK, Chunks, Shapes, chunks_of, padded
+from ltrain.kernels.linear_recurrence.triton_launches import BLOCK, Chunks, Shapes, chunks_of
 from ltrain.kernels.linear_recurrence.triton_parts import (
-    LEVELS,
     Laid,
-    Prepared,
     identity_of,
     key_gradients,
     passed,
@@ -26,9 +22,9 @@ from ltrain.kernels.linear_recurrence.triton_parts import (
     prepared,
     read,
     score_gradients,
-    wider,
+    token_gradients,
 )
-from ltrain.kernels.segments import TRITON_TYPES, ceil_div, device_refusal
+from ltrain.kernels.segments import TRITON_TYPES, device_refusal
 
 WIDEST = 256  # of keys and values: what the state of one program in `pass_states` holds
 
@@ -44,48 +40,6 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> str | None:
     if chunk != BLOCK:
         return f"has chunks of {BLOCK} tokens, not {chunk}"
     return None
-
-
-def _head_gradients(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    decay: Tensor | None,
-    through: tuple[Tensor, Tensor],
-    left: Tensor | None,
-    grads: tuple[Tensor, Tensor],
-    chunks: Chunks,
-    shapes: Shapes,
-    made: Prepared,
-    scale: float,
-    moves: bool,
-) -> Tensor | None:
-    """Of `_gradients`, without decays or with one per head, from q, k, v, dO and the states and their gradients: fills dq and dk -> ddecay, if
-    wanted: moves"""
-    (q, k, v, do), (states, dstates), (dq, dk) = inputs, through, grads
-    blocks, (tokens, heads, _) = chunks.block_count, v.shape
-    options = shapes.options("pair_gradients of heads")
-    parts, grouped = ceil_div(shapes.key, options["BK"]), shapes.group > 1
-    ddecay = of_reads = of_writes = recalled = None
-    if moves and decay is not None:
-        # Grouped, a part for each of the blocks that a token of a chunk may meet.
-        slots = parts + (shapes.blocks if grouped else 0)
-        of_reads, of_writes = (v.new_empty(slots, tokens, heads, dtype=torch.float32) for _ in range(2))
-        recalled = v.new_empty(parts, blocks, heads, dtype=torch.float32)
-        ddecay = torch.empty_like(decay, memory_format=torch.contiguous_format)
-    if not blocks:
-        return ddecay
-    axes = {"KEYS": padded(shapes.key), "VALUES": padded(shapes.value), "GROUPED": grouped, "MOVES": ddecay is not None}
-    reads = do, v, k, q, made.sums, made.reader, states, *chunks.places, dq, of_reads, recalled
-    writes = v, do, q, k, made.sums, made.writer, dstates, *chunks.places, dk, of_writes, recalled
-    for args, later in ((reads, False), (writes, True)):
-        of_heads.pair_gradients[blocks, parts, heads // shapes.group](*args, scale, blocks, tokens, *shapes.numbers, LATER=later, **axes, **options)
-    if ddecay is not None:
-        options = shapes.options("decay_gradients of heads", without=("DECAY", "DOT"))
-        of_heads.decay_gradients[chunks.chunk_count, heads](
-            *(of_reads, of_writes, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, blocks, tokens),
-            *(heads, shapes.key, shapes.value, parts),
-            **{"GROUPED": grouped, **options},
-        )
-    return ddecay
 
 
 def _gradients(
@@ -104,34 +58,10 @@ def _gradients(
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """Where nothing is erased: dq, dk, dv, ddecay, None, dinitial; wanted: whether the gradients of the decays and of the initial states are"""
-    blocks, count, (tokens, heads, _) = chunks.block_count, chunks.chunk_count, v.shape
     made = prepared(q, k, v, decay, beta, chunks, shapes, solved)
     states, _, left = passed(k, initial, chunks, shapes, made, ends=False)
     dstates, dinitial = passed_back(q, k, do, None, dfinal, chunks, shapes, made, scale, wanted[1])
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), read(q, k, do, decay, dstates, chunks, shapes, made, scale, later=True)
-    if shapes.of_heads:
-        ddecay = _head_gradients((q, k, v, do), decay, (states, dstates), left, (dq, dk), chunks, shapes, made, scale, wanted[0])
-        return dq, dk, dv, ddecay, None, dinitial
-    assert decay is not None
-    options = shapes.options("pair_gradients", without=("DECAY",))
-    parts = ceil_div(shapes.key, options["BK"])
-    moved, recalled = (v.new_empty(n, heads, shapes.key, dtype=torch.float32) for n in (tokens, blocks))
-    # it is as large as moved, and takes its place where the type is the same
-    ddecay = moved if decay.dtype == torch.float32 else torch.empty_like(decay)
-    if count:
-        axes = {"BLOCKS": shapes.blocks, "VALUES": padded(shapes.value), "GROUPED": shapes.group > 1}
-        additive.pair_gradients[blocks * parts, heads // shapes.group](
-            *(q, k, v, do, decay, made.reader, made.writer, made.fade, made.firsts, states, dstates, *chunks.places, dq, dk, moved, recalled),
-            *(scale, *shapes.numbers, LEVELS),
-            **axes,
-            **options,
-        )
-        options = shapes.options("decay_gradients", without=("DECAY",))
-        additive.decay_gradients[count, heads, ceil_div(shapes.key, options["BK"])](
-            *(moved, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, heads, shapes.key, shapes.value),
-            **options,
-        )
-    return dq, dk, dv, ddecay, None, dinitial
+    return *token_gradients(q, k, v, decay, do, (states, dstates), left, chunks, shapes, made, scale, wanted[0]), None, dinitial
 
 
 def _delta_gradients(
@@ -194,27 +124,6 @@ class _Recurrence(torch.autograd.Function):
         args = *inputs, (scores, solve, firsts), do, dfinal, ctx.chunks, ctx.shapes, ctx.scale, wanted
         found = (_delta_gradients if ctx.shapes.delta else _gradients)(*args)
         return *found, None, None, None
-
-
-@torch.no_grad()
-def segment_map(k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
-    """-> E [H, K, V], where nothing is erased: one pass of states, and no output is made."""
-    laid, width, value = Laid.of(k, k, v, decay, None), k.shape[2], v.shape[2]
-    shapes, chunks = laid.alone
-    final = passed(laid.k, None, chunks, shapes, prepared(*laid, chunks, shapes), True)[1]
-    assert final is not None  # it was asked for
-    return final[0, :, :width, :value]
-
-
-@torch.no_grad()
-def state_gradient(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, do: Tensor, scale: float) -> Tensor:
-    """do [T, H, V] -> [H, K, V], where nothing is erased: one pass of gradients of states, and of nothing else."""
-    laid, width, value = Laid.of(q, k, v, decay, None), k.shape[2], v.shape[2]
-    do = wider(do, laid.v.shape[2] - value).contiguous()
-    shapes, chunks = laid.alone
-    dinitial = passed_back(laid.q, laid.k, do, None, None, chunks, shapes, prepared(*laid, chunks, shapes), scale, True)[1]
-    assert dinitial is not None  # it was asked for
-    return dinitial[0, :, :width, :value]
 
 
 def linear_recurrence(

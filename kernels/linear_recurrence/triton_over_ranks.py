@@ -1,10 +1,14 @@
-"""The delta rule over ranks that have parts of its documents, in phases: what needs no message is done while these are under way, and once.
+"""Recurrences over ranks that have parts of their documents, in phases: what needs no message is done while these are under way, and once.
 
-Forward, a rank prepares the chunks of the segments whose documents go on, makes the maps of these from them, and starts to send. A segment that
-begins its document makes its map by the pass of states that it needs anyway; one in the middle of a document goes over its chunks for M and for E,
-and again from the state that arrives. Everything of the other segments but what waits for a state, and the outputs of those that begin their
-document, comes before the answer. The backward is the same the other way round: the gradients of the states before the segments that continue
-a document come first, by the only pass of those that end theirs, and what is made again of the chunks is made while these are under way.
+Of the delta rule, forward, a rank prepares the chunks of the segments whose documents go on, makes the maps of these from them, and starts to
+send. A segment that begins its document makes its map by the pass of states that it needs anyway; one in the middle of a document goes over its
+chunks for M and for E, and again from the state that arrives. Everything of the other segments but what waits for a state, and the outputs of
+those that begin their document, comes before the answer. The backward is the same the other way round: the gradients of the states before the
+segments that continue a document come first, by the only pass of those that end theirs, and what is made again of the chunks is made while these
+are under way.
+
+Where nothing is erased, what each chunk adds to a state is found first, for all chunks at once; maps are sums over it, and so are, when the answer
+is there, the states: to be in the middle of a document costs one more pass of sums.
 
 Kept between the phases is what they share, W, U and the faded queries and keys, as `triton_chunked` has them together from the first program to
 the last; and from forward to backward what it keeps, with the arrived states and M.
@@ -20,7 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from ltrain.kernels.carry import Carry, Map
 from ltrain.kernels.linear_recurrence import triton_parts as parts
-from ltrain.kernels.linear_recurrence.triton_launches import Chunks, Shapes, chunks_among
+from ltrain.kernels.linear_recurrence.triton_launches import BLOCK, Chunks, Shapes, chunks_among
+from ltrain.kernels.segments import ceil_div
 
 # Groups of segments, in the order in which their chunks lie here, so that those of each step are neighbours: whole documents, those that begin
 # a document that goes on, those in the middle of one, and those that end one.
@@ -34,40 +39,37 @@ class _Part(NamedTuple):
     places: slice  # of these among all segments
     chunks: Chunks
     range: slice  # of these among all chunks
+    blocks: slice  # of theirs among all blocks
 
 
 @lru_cache(maxsize=64)  # all layers of a micro-batch share it
-def _parts_of(cuts: tuple[int, ...], heads: tuple[int, ...], tails: tuple[int, ...], device: torch.device) -> dict[tuple[int, int], _Part]:
-    """By their first and last group"""
+def _parts_of(
+    cuts: tuple[int, ...], heads: tuple[int, ...], tails: tuple[int, ...], blocks: int, device: torch.device
+) -> dict[tuple[int, int], _Part]:
+    """By their first and last group. blocks: of a chunk"""
     groups: list[list[int]] = [[], [], [], []]
     continued, going_on = set(heads), set(tails)
     for n in range(len(cuts) - 1):
         groups[(MIDDLE if n in going_on else LAST) if n in continued else FIRST if n in going_on else WHOLE].append(n)
-    found, segment, chunk = {}, 0, 0
+    found, segment, chunk, block = {}, 0, 0, 0
     for first in range(4):
         for last in range(first, 4):
             segments = [n for group in groups[first : last + 1] for n in group]
-            chunks = chunks_among(cuts, segments, 1, device)  # the delta rule has chunks of one block
-            found[first, last] = _Part(segments, slice(segment, segment + len(segments)), chunks, slice(chunk, chunk + chunks.chunk_count))
-        segment, chunk = found[first, first].places.stop, found[first, first].range.stop
+            chunks = chunks_among(cuts, segments, blocks, device)
+            places = slice(segment, segment + len(segments))
+            found[first, last] = _Part(segments, places, chunks, slice(chunk, chunk + chunks.chunk_count), slice(block, block + chunks.block_count))
+        segment, chunk, block = (x.stop for x in (found[first, first].places, found[first, first].range, found[first, first].blocks))
     return found
 
 
-class _Phases:
-    """The inputs, and what is made of the chunks of some groups after the others. A group is named by its first and last."""
+class _Inputs:
+    """Those of this rank, its groups, and what both kinds make of these. A part is named by its first and last group."""
 
-    def __init__(self, laid: parts.Laid, cuts: tuple[int, ...], carry: Carry, scale: float, solved: tuple[Tensor | None, ...] | None = None):
-        self.laid, self.scale, self.solved = laid, scale, solved is not None
+    def __init__(self, laid: parts.Laid, cuts: tuple[int, ...], carry: Carry, scale: float):
+        self.laid, self.cuts, self.scale = laid, cuts, scale
         self.shapes = Shapes.of(laid.k, laid.v, laid.decay, laid.beta)
-        self.parts = _parts_of(cuts, carry.heads, carry.tails, laid.v.device)
+        self.parts = _parts_of(cuts, carry.heads, carry.tails, self.shapes.blocks, laid.v.device)
         self.all = self.parts[WHOLE, LAST]
-        self.made = parts.room(laid.k, laid.v, self.all.chunks.block_count, self.shapes, solved)
-        self.states = self.of_chunks()
-
-    def of_chunks(self) -> Tensor:
-        """[chunks, H, K, V] to be filled"""
-        shapes = self.shapes
-        return self.laid.k.new_empty(self.all.chunks.chunk_count, shapes.heads, shapes.key, shapes.value)
 
     def of_segments(self, part: _Part) -> Tensor:
         """[N, H, K, V] float32 to be filled"""
@@ -79,6 +81,25 @@ class _Phases:
             return None
         found = torch.stack([states[n] for n in part.segments])
         return F.pad(found, (0, self.shapes.value - found.shape[3], 0, self.shapes.key - found.shape[2])).float().contiguous()
+
+    def in_order(self, after: Tensor) -> Tensor:
+        """Of all segments, in the order in which they lie"""
+        return after[torch.tensor(self.all.segments).argsort().to(after.device, non_blocking=True)]
+
+
+class _Phases(_Inputs):
+    """Of the delta rule: what is made of the chunks of some groups after the others."""
+
+    def __init__(self, laid: parts.Laid, cuts: tuple[int, ...], carry: Carry, scale: float, solved: tuple[Tensor | None, ...] | None = None):
+        super().__init__(laid, cuts, carry, scale)
+        self.solved = solved is not None
+        self.made = parts.room(laid.k, laid.v, self.all.chunks.block_count, self.shapes, solved)
+        self.states = self.of_chunks()
+
+    def of_chunks(self) -> Tensor:
+        """[chunks, H, K, V] to be filled"""
+        shapes = self.shapes
+        return self.laid.k.new_empty(self.all.chunks.chunk_count, shapes.heads, shapes.key, shapes.value)
 
     def _made(self, part: _Part) -> parts.Prepared:
         """Of its chunks what is kept for each chunk; what is kept for each token is of all."""
@@ -118,7 +139,7 @@ class _Phases:
         parts.pass_gradients(self.laid.q, self.laid.k, do, du, dfinal, part.chunks, self.shapes, self._made(part), self.scale, through, dinitial)
 
 
-class _OverRanks(torch.autograd.Function):
+class _Delta(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -164,7 +185,7 @@ class _OverRanks(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # zeros for the final states would be as large as these
         if after is None:
             return out, None
-        after = after[torch.tensor(phases.all.segments).argsort().to(after.device, non_blocking=True)]
+        after = phases.in_order(after)
         ctx.mark_non_differentiable(after)
         return out, after
 
@@ -198,10 +219,131 @@ class _OverRanks(torch.autograd.Function):
         return *parts.key_gradients(q, k, decay, beta, do, (states, dstates), scored, chunks, shapes, made, scale), *[None] * 5
 
 
-def delta_over_ranks(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor, bounds: list[int], scale: float, carry: Carry, final: bool
+class _Sums(_Inputs):
+    """Where nothing is erased: sums over what each chunk has added, of some groups after the others."""
+
+    def __init__(self, laid: parts.Laid, cuts: tuple[int, ...], carry: Carry, scale: float, solved: tuple[Tensor | None, ...] | None = None):
+        super().__init__(laid, cuts, carry, scale)
+        q, k, v, decay, _ = laid
+        self.made = parts.prepared(q, k, v, decay, None, self.all.chunks, self.shapes, solved)
+
+    def chunks_added(self, rows: Tensor, z: Tensor, *, back: bool) -> tuple[Tensor, Tensor | None]:
+        """See `triton_parts.chunks_added`, of all chunks."""
+        return parts.chunks_added(rows, z, self.all.chunks, self.shapes, self.made, self.scale if back else 1.0, back)
+
+    def accumulate(
+        self,
+        groups: tuple[int, int],
+        states: Tensor,
+        left: Tensor | None,
+        before: Tensor | None,
+        after: Tensor | None,
+        *,
+        back: bool,
+        trace: bool = True,
+    ) -> None:
+        """states and left: of all chunks; before and after: of these segments."""
+        part = self.parts[groups]
+        leaves = None if left is None else left[part.range]
+        parts.accumulate(states[part.range], leaves, before, after, part.chunks, self.shapes, back, trace)
+
+    def product(self, place: int, left: Tensor | None) -> Tensor:
+        """M of a segment in the middle, what is left of each number of a state: [H, K], [H] or, the identity, [0]"""
+        if left is None:
+            return self.laid.v.new_empty(0, dtype=torch.float32)
+        part = self.parts[MIDDLE, MIDDLE]
+        chunks = [ceil_div(self.cuts[n + 1] - self.cuts[n], self.shapes.blocks * BLOCK) for n in part.segments[: place + 1]]
+        stop = part.range.start + sum(chunks)
+        return left[stop - chunks[-1] : stop].prod(0)
+
+    def read(self, groups: tuple[int, int], states: Tensor, out: Tensor) -> None:
+        part, (q, k, v, decay, _) = self.parts[groups], self.laid
+        fade = self.made.fade
+        if fade is not None:
+            fade = fade[part.range if self.shapes.of_heads else part.blocks]
+        parts.read(q, k, v, decay, states[part.range], part.chunks, self.shapes, self.made._replace(fade=fade), self.scale, False, out)
+
+
+class _Additive(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor | None,
+        sizes: tuple[int, int],
+        cuts: tuple[int, ...],
+        scale: float,
+        final: bool,
+        carry: Carry,
+    ) -> tuple[Tensor, Tensor | None]:
+        """sizes: K and V of the states, to which the inputs' may have zeros added."""
+        key, value = sizes
+        sums = _Sums(parts.Laid(q, k, v, decay, None), cuts, carry, scale)
+        first, middle, rest = (sums.parts[groups] for groups in ((FIRST, FIRST), (MIDDLE, MIDDLE), (MIDDLE, LAST)))
+        states, left = sums.chunks_added(k, v, back=False)
+        after = sums.of_segments(sums.all) if final else None
+        begun = sums.of_segments(first) if after is None else after[first.places]
+        sums.accumulate((FIRST, FIRST), states, left, None, begun, back=False)
+
+        def maps() -> dict[int, Map]:
+            found: dict[int, Map] = {n: (None, e[:, :key, :value]) for n, e in zip(first.segments, begun, strict=True)}
+            if middle.segments:
+                ends = sums.of_segments(middle)
+                sums.accumulate((MIDDLE, MIDDLE), states, left, None, ends, back=False, trace=False)
+                for place, (n, e) in enumerate(zip(middle.segments, ends, strict=True)):
+                    m = sums.product(place, left)
+                    found[n] = m[:, :key] if m.dim() == 2 else m, e[:, :key, :value]
+            return found
+
+        arriving = carry.states(maps)
+        out = torch.empty_like(v)
+        sums.accumulate((WHOLE, WHOLE), states, left, None, None if after is None else after[: first.places.start], back=False)
+        sums.read((WHOLE, FIRST), states, out)
+        before, matrices = arriving()
+        initial = sums.stacked(before, rest)
+        sums.accumulate((MIDDLE, LAST), states, left, initial, None if after is None else after[rest.places], back=False)
+        sums.read((MIDDLE, LAST), states, out)
+        ctx.save_for_backward(q, k, v, decay, initial, *sums.made[:3], *matrices.values())
+        ctx.given = cuts, scale, carry, sizes, list(matrices)
+        ctx.set_materialize_grads(False)  # zeros for the final states would be as large as these
+        if after is None:
+            return out, None
+        after = sums.in_order(after)
+        ctx.mark_non_differentiable(after)
+        return out, after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, _: Tensor | None) -> Any:
+        q, k, v, decay, initial, scores, solve, firsts, *saved = ctx.saved_tensors
+        cuts, scale, carry, (key, value), numbers = ctx.given
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        sums = _Sums(parts.Laid(q, k, v, decay, None), cuts, carry, scale, (scores, solve, firsts))
+        rest = sums.parts[MIDDLE, LAST]
+        dstates, left = sums.chunks_added(q, do, back=True)
+        dinitial = sums.of_segments(rest)
+        middles = len(sums.parts[MIDDLE, MIDDLE].segments)
+        sums.accumulate((MIDDLE, MIDDLE), dstates, left, None, dinitial[:middles], back=True, trace=False)
+        sums.accumulate((LAST, LAST), dstates, left, None, dinitial[middles:], back=True)
+        own = dict(zip(rest.segments, dinitial[:, :, :key, :value], strict=True))
+        arriving = carry.gradients(own, dict(zip(numbers, saved, strict=True)))
+        states, _ = sums.chunks_added(k, v, back=False)
+        sums.accumulate((WHOLE, FIRST), states, left, None, None, back=False)
+        sums.accumulate((MIDDLE, LAST), states, left, initial, None, back=False)
+        sums.accumulate((WHOLE, WHOLE), dstates, left, None, None, back=True)
+        dfinal = sums.stacked(arriving(), sums.parts[FIRST, MIDDLE])
+        sums.accumulate((FIRST, MIDDLE), dstates, left, dfinal, None, back=True)
+        args = (states, dstates), left, sums.all.chunks, sums.shapes, sums.made, scale, ctx.needs_input_grad[3]
+        return *parts.token_gradients(q, k, v, decay, do, *args), *[None] * 5
+
+
+def over_ranks(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, bounds: list[int], scale: float, carry: Carry, final: bool
 ) -> tuple[Tensor, Tensor | None]:
     """-> output [T, H, V], final states [N, H, K, V] float32 if final, without gradient"""
     key, value = k.shape[2], v.shape[2]
-    out, after = _OverRanks.apply(*parts.Laid.of(q, k, v, decay, beta), (key, value), tuple(bounds), scale, final, carry)
+    laid, given = parts.Laid.of(q, k, v, decay, beta), ((key, value), tuple(bounds), scale, final, carry)
+    out, after = _Additive.apply(*laid[:4], *given) if beta is None else _Delta.apply(*laid, *given)
     return out[..., :value] if out.shape[2] != value else out, None if after is None else after[..., :key, :value]

@@ -146,33 +146,40 @@ def ends_of(x: Tensor, chunks: Chunks, shapes: Shapes) -> Tensor:
     return x.new_empty(chunks.segments, shapes.heads, shapes.key, shapes.value, dtype=torch.float32)
 
 
-def summed(
-    x: Tensor,
-    y: Tensor,
-    factors: Tensor | None,
-    fade: Tensor | None,
-    before: Tensor | None,
-    chunks: Chunks,
-    shapes: Shapes,
-    scale: float,
-    back: bool,
-    ends: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What is there before each chunk [chunks, H, K, V], in their order or from the last one back, and if wanted, ends: after all of a segment
-    [N, H, K, V], when each adds scale sum_t f_t x_t y_t^T and fades what there was; and what each leaves of it [chunks, H, K] or [chunks, H]."""
+def add_chunks(
+    x: Tensor, y: Tensor, factors: Tensor | None, fade: Tensor | None, chunks: Chunks, shapes: Shapes, scale: float, back: bool
+) -> tuple[Tensor, Tensor | None]:
+    """scale sum_t f_t x_t y_t^T of each chunk [chunks, H, K, V], f_t what is left at its end or, back, at its start; and what each leaves of a state
+    [chunks, H, K] or [chunks, H]."""
     count, heads, key, value = chunks.chunk_count, shapes.heads, shapes.key, shapes.value
-    states, after = y.new_empty(count, heads, key, value), ends_of(y, chunks, shapes) if ends else None
+    added = y.new_empty(count, heads, key, value)
     left = fade if fade is None or shapes.of_heads else fade.new_empty(count, *fade.shape[1:])
     if count:
         options = shapes.options("add_chunks of heads" if shapes.of_heads else "add_chunks")
         grid = count, heads, ceil_div(key, options["BK"]) * ceil_div(value, options["BV"])
-        args = x, y, factors, fade, chunks.begins, chunks.ends, chunks.firsts, states, left, scale
+        args = x, y, factors, fade, chunks.begins, chunks.ends, chunks.firsts, added, left, scale
         additive.add_chunks[grid](*args, *shapes.numbers, BACKWARD=back, **options)
+    return added, left
+
+
+def chunks_added(rows: Tensor, z: Tensor, chunks: Chunks, shapes: Shapes, made: Prepared, scale: float, back: bool) -> tuple[Tensor, Tensor | None]:
+    """Where nothing is erased: what the writes of each chunk, keys and V, add to the state, or, back, its reads, queries and dO, to the gradient."""
+    factors = made.reader if back else made.writer
+    if shapes.decay == 2:
+        assert factors is not None  # the rows are in them
+        rows, factors = factors, None
+    return add_chunks(rows, z, factors, made.fade, chunks, shapes, scale, back)
+
+
+def accumulate(
+    states: Tensor, left: Tensor | None, before: Tensor | None, after: Tensor | None, chunks: Chunks, shapes: Shapes, back: bool, trace: bool = True
+) -> None:
+    """Turns what each chunk adds into what is there before it, in their order or from the last one back, unless no trace is wanted; fills after
+    [N, H, K, V] with what is there behind all of a segment."""
     if chunks.segments:
-        grid = chunks.segments, heads, ceil_div(key * value, NUMBERS)
-        axes = {"N": NUMBERS, "DECAY": shapes.decay, "BACKWARD": back}
-        additive.accumulate[grid](states, left, chunks.bounds, before, after, heads, key, value, num_warps=4, **axes)
-    return states, after, left
+        grid = chunks.segments, shapes.heads, ceil_div(shapes.key * shapes.value, NUMBERS)
+        axes = {"N": NUMBERS, "DECAY": shapes.decay, "BACKWARD": back, "TRACE": trace}
+        additive.accumulate[grid](states, left, chunks.bounds, before, after, *(shapes.heads, shapes.key, shapes.value), num_warps=4, **axes)
 
 
 def passed(
@@ -180,12 +187,12 @@ def passed(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The state before each chunk [chunks, H, K, V], if wanted, ends: the final states [N, H, K, V], and what each chunk leaves of a state where
     nothing is erased; made.u turns from U0 to U."""
-    if not shapes.delta:
-        keys, factors = (made.writer, None) if shapes.decay == 2 else (k, made.writer)
-        assert keys is not None
-        return summed(keys, made.u, factors, made.fade, initial, chunks, shapes, 1.0, back=False, ends=ends)
-    states = k.new_empty(chunks.chunk_count, shapes.heads, shapes.key, shapes.value)
     final = ends_of(k, chunks, shapes) if ends else None
+    if not shapes.delta:
+        states, left = chunks_added(k, made.u, chunks, shapes, made, 1.0, back=False)
+        accumulate(states, left, initial, final, chunks, shapes, back=False)
+        return states, final, left
+    states = k.new_empty(chunks.chunk_count, shapes.heads, shapes.key, shapes.value)
     pass_states(k, made.u, initial, chunks, shapes, made, states, final)
     return states, final, None
 
@@ -272,12 +279,12 @@ def passed_back(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of the state after each chunk [chunks, H, K, V] and, if wanted, ends: of that before each segment [N, H, K, V]; du: of U, of the
     delta rule, which it completes."""
-    if not shapes.delta:
-        queries, factors = (made.reader, None) if shapes.decay == 2 else (q, made.reader)
-        assert queries is not None
-        return summed(queries, do, factors, made.fade, dfinal, chunks, shapes, scale, back=True, ends=ends)[:2]
-    dstates = k.new_empty(chunks.chunk_count, shapes.heads, shapes.key, shapes.value)
     dinitial = ends_of(k, chunks, shapes) if ends else None
+    if not shapes.delta:
+        dstates, left = chunks_added(q, do, chunks, shapes, made, scale, back=True)
+        accumulate(dstates, left, dfinal, dinitial, chunks, shapes, back=True)
+        return dstates, dinitial
+    dstates = k.new_empty(chunks.chunk_count, shapes.heads, shapes.key, shapes.value)
     pass_gradients(q, k, do, du, dfinal, chunks, shapes, made, scale, dstates, dinitial)
     return dstates, dinitial
 
@@ -377,3 +384,88 @@ def key_gradients(
     sums = of_beta, dbeta, of_decay, None if of_decay is None else ddecay
     backward.sum_parts[(ceil_div(tokens * heads, ROWS),)](dv, beta, *sums, tokens * heads, pieces, shapes.value, ROWS, padded(shapes.value))
     return dq, dk, dv, ddecay, dbeta
+
+
+def _head_gradients(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    decay: Tensor | None,
+    through: tuple[Tensor, Tensor],
+    left: Tensor | None,
+    grads: tuple[Tensor, Tensor],
+    chunks: Chunks,
+    shapes: Shapes,
+    made: Prepared,
+    scale: float,
+    moves: bool,
+) -> Tensor | None:
+    """Of `token_gradients`, without decays or with one per head, from q, k, v, dO and the states and their gradients: fills dq and dk -> ddecay, if
+    wanted: moves"""
+    (q, k, v, do), (states, dstates), (dq, dk) = inputs, through, grads
+    blocks, (tokens, heads, _) = chunks.block_count, v.shape
+    options = shapes.options("pair_gradients of heads")
+    parts, grouped = ceil_div(shapes.key, options["BK"]), shapes.group > 1
+    ddecay = of_reads = of_writes = recalled = None
+    if moves and decay is not None:
+        # Grouped, a part for each of the blocks that a token of a chunk may meet.
+        slots = parts + (shapes.blocks if grouped else 0)
+        of_reads, of_writes = (v.new_empty(slots, tokens, heads, dtype=torch.float32) for _ in range(2))
+        recalled = v.new_empty(parts, blocks, heads, dtype=torch.float32)
+        ddecay = torch.empty_like(decay, memory_format=torch.contiguous_format)
+    if not blocks:
+        return ddecay
+    axes = {"KEYS": padded(shapes.key), "VALUES": padded(shapes.value), "GROUPED": grouped, "MOVES": ddecay is not None}
+    reads = do, v, k, q, made.sums, made.reader, states, *chunks.places, dq, of_reads, recalled
+    writes = v, do, q, k, made.sums, made.writer, dstates, *chunks.places, dk, of_writes, recalled
+    for args, later in ((reads, False), (writes, True)):
+        of_heads.pair_gradients[blocks, parts, heads // shapes.group](*args, scale, blocks, tokens, *shapes.numbers, LATER=later, **axes, **options)
+    if ddecay is not None:
+        options = shapes.options("decay_gradients of heads", without=("DECAY", "DOT"))
+        of_heads.decay_gradients[chunks.chunk_count, heads](
+            *(of_reads, of_writes, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, blocks, tokens),
+            *(heads, shapes.key, shapes.value, parts),
+            **{"GROUPED": grouped, **options},
+        )
+    return ddecay
+
+
+def token_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    do: Tensor,
+    through: tuple[Tensor, Tensor],
+    left: Tensor | None,
+    chunks: Chunks,
+    shapes: Shapes,
+    made: Prepared,
+    scale: float,
+    moves: bool,
+) -> tuple[Tensor | None, ...]:
+    """Where nothing is erased, from the states before and their gradients after each chunk, and what each leaves of one: dq, dk, dv, ddecay; moves:
+    whether the last is wanted"""
+    blocks, count, (tokens, heads, _), (states, dstates) = chunks.block_count, chunks.chunk_count, v.shape, through
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), read(q, k, do, decay, dstates, chunks, shapes, made, scale, later=True)
+    if shapes.of_heads:
+        ddecay = _head_gradients((q, k, v, do), decay, (states, dstates), left, (dq, dk), chunks, shapes, made, scale, moves)
+        return dq, dk, dv, ddecay
+    assert decay is not None
+    options = shapes.options("pair_gradients", without=("DECAY",))
+    parts = ceil_div(shapes.key, options["BK"])
+    moved, recalled = (v.new_empty(n, heads, shapes.key, dtype=torch.float32) for n in (tokens, blocks))
+    # it is as large as moved, and takes its place where the type is the same
+    ddecay = moved if decay.dtype == torch.float32 else torch.empty_like(decay)
+    if count:
+        axes = {"BLOCKS": shapes.blocks, "VALUES": padded(shapes.value), "GROUPED": shapes.group > 1}
+        additive.pair_gradients[blocks * parts, heads // shapes.group](
+            *(q, k, v, do, decay, made.reader, made.writer, made.fade, made.firsts, states, dstates, *chunks.places, dq, dk, moved, recalled),
+            *(scale, *shapes.numbers, LEVELS),
+            **axes,
+            **options,
+        )
+        options = shapes.options("decay_gradients", without=("DECAY",))
+        additive.decay_gradients[count, heads, ceil_div(shapes.key, options["BK"])](
+            *(moved, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, heads, shapes.key, shapes.value),
+            **options,
+        )
+    return dq, dk, dv, ddecay

@@ -79,21 +79,6 @@ def test_program_of_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found) == 2
 
 
-@pytest.mark.parametrize("decay", [None, (200, 2), (200, 2, 128)], ids=["none", "head", "channel"])
-def test_programs_of_what_context_ranks_exchange(decay: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ltrain.kernels.linear_recurrence import triton_chunked
-    from tests.kernels.compiled import compiling
-
-    k, v = (torch.zeros(200, 2, 128, dtype=torch.bfloat16) for _ in range(2))
-    faded = None if decay is None else torch.zeros(decay)
-    with compiling(monkeypatch) as found:
-        triton_chunked.segment_map(k, v, faded)
-        triton_chunked.state_gradient(k, k, v, faded, v, 1.0)
-    names = {key.split()[0] for key in found}
-    assert {"add_chunks", "accumulate"} <= names
-    assert not names & {"pair_gradients", "decay_gradients"}
-
-
 class Answered:
     """The first of three segments begins a document and the last ends it; of the other ranks come zeros."""
 
@@ -107,16 +92,19 @@ class Answered:
         return lambda: {n: torch.zeros_like(own[1]) for n in self.tails}
 
 
+@pytest.mark.parametrize("delta", [True, False])
 @pytest.mark.parametrize("decay", [None, (200, 2), (200, 2, 128)], ids=["none", "head", "channel"])
-def test_programs_of_the_delta_rule_over_ranks(decay: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ltrain.kernels.linear_recurrence.triton_over_ranks import delta_over_ranks
+def test_programs_of_recurrences_over_ranks(decay: tuple[int, ...] | None, delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ltrain.kernels.linear_recurrence.triton_over_ranks import over_ranks
     from tests.kernels.compiled import compiling
 
     q, k, v = (torch.zeros(200, 2, 128, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    faded, beta = None if decay is None else torch.zeros(decay), torch.zeros(200, 2)
+    faded, beta = None if decay is None else torch.zeros(decay), torch.zeros(200, 2) if delta else None
     with compiling(monkeypatch) as found:
-        out, after = delta_over_ranks(q, k, v, faded, beta, [0, 64, 128, 200], 1.0, Answered(), True)
+        out, after = over_ranks(q, k, v, faded, beta, [0, 64, 128, 200], 1.0, Answered(), True)
         assert after is not None and after.shape == (3, 2, 128, 128)
         torch.autograd.grad(out.sum(), (q, k, v))
-    # forward that of each group of segments, of M and of E, and in the backward two that make states again; back, of each group
-    assert [sum(key.split()[0] == name for key in found) for name in ("pass_states", "pass_gradients")] == [6, 3]
+    counts = {name: sum(key.split()[0] == name for key in found) for name in ("pass_states", "pass_gradients", "add_chunks", "accumulate")}
+    # kinds of them: forward those of each group of segments, of M and of E, and in the backward two that make states again; back, of each group
+    of_delta_rule, of_sums = {"pass_states": 6, "pass_gradients": 3}, {"add_chunks": 2, "accumulate": 8}
+    assert {name: count for name, count in counts.items() if count} == (of_delta_rule if delta else of_sums)

@@ -118,9 +118,10 @@ def _of_chunk(states, left, chunk, exists, h, H, K, V, place, inside, DECAY: tl.
 
 
 @triton.jit
-def _meet(states, chunk, exists, state, added, leaves, h, H, K, V, place, inside):
+def _meet(states, chunk, exists, state, added, leaves, h, H, K, V, place, inside, TRACE: tl.constexpr):
     """Of `accumulate`: the state is kept, fades and is added to."""
-    tl.store(states + (chunk * H + h).to(tl.int64) * K * V + place, state.to(states.dtype.element_ty), mask=inside & exists)
+    if TRACE:
+        tl.store(states + (chunk * H + h).to(tl.int64) * K * V + place, state.to(states.dtype.element_ty), mask=inside & exists)
     return state * leaves + added.to(tl.float32)
 
 
@@ -137,9 +138,11 @@ def accumulate(
     N: tl.constexpr,
     DECAY: tl.constexpr,
     BACKWARD: tl.constexpr,
+    TRACE: tl.constexpr,
 ):
     """Grid (segments, H, K V / N): turns states [chunks, H, K, V] from what each chunk adds to what is there before it, in the order of the
-    chunks or from the last one back; initial (None: zeros) and final (None: not wanted) [N, H, K, V] stand before and after all of a segment."""
+    chunks or from the last one back, and without a TRACE leaves them; initial (None: zeros) and final (None: not wanted) [N, H, K, V] stand
+    before and after all of a segment."""
     segment, h = tl.program_id(0), tl.program_id(1)
     place = tl.program_id(2) * N + tl.arange(0, N)
     inside = place < K * V
@@ -164,10 +167,10 @@ def accumulate(
         next_b, remain_b = _of_chunk(states, left, a + 5 * step, more > 5, h, H, K, V, place, inside, DECAY)
         next_c, remain_c = _of_chunk(states, left, a + 6 * step, more > 6, h, H, K, V, place, inside, DECAY)
         next_d, remain_d = _of_chunk(states, left, a + 7 * step, more > 7, h, H, K, V, place, inside, DECAY)
-        state = _meet(states, a, True, state, add_a, leave_a, h, H, K, V, place, inside)
-        state = _meet(states, a + step, more > 1, state, add_b, leave_b, h, H, K, V, place, inside)
-        state = _meet(states, a + 2 * step, more > 2, state, add_c, leave_c, h, H, K, V, place, inside)
-        state = _meet(states, a + 3 * step, more > 3, state, add_d, leave_d, h, H, K, V, place, inside)
+        state = _meet(states, a, True, state, add_a, leave_a, h, H, K, V, place, inside, TRACE)
+        state = _meet(states, a + step, more > 1, state, add_b, leave_b, h, H, K, V, place, inside, TRACE)
+        state = _meet(states, a + 2 * step, more > 2, state, add_c, leave_c, h, H, K, V, place, inside, TRACE)
+        state = _meet(states, a + 3 * step, more > 3, state, add_d, leave_d, h, H, K, V, place, inside, TRACE)
         add_a, add_b, add_c, add_d = next_a, next_b, next_c, next_d
         leave_a, leave_b, leave_c, leave_d = remain_a, remain_b, remain_c, remain_d
         a += 4 * step

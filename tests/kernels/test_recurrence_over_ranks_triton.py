@@ -1,4 +1,4 @@
-"""The delta rule's Triton programs over context ranks that are threads of one process: what each rank runs, in which order, and what it gives."""
+"""Linear recurrences' Triton programs over context ranks that are threads of one process: what each rank runs, in which order, and what it gives."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -17,10 +17,10 @@ from ltrain.parallel.context import scan as scans
 from ltrain.parallel.context.layout import ContextLayout
 from ltrain.parallel.context.messages import Messages, Transit
 from tests.kernels.interpreter import INTERPRETED
-from tests.parallel.context.streams import Case, streams, whole
+from tests.parallel.context.streams import SHARED, Case, streams, whole
 
 if INTERPRETED:
-    from ltrain.kernels.linear_recurrence import triton_parts
+    from ltrain.kernels.linear_recurrence import triton_launches, triton_parts
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED, reason="ranks are threads, and autograd's backward stays in its caller's for tensors of the CPU alone"
@@ -102,7 +102,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> threading.local:
 
         monkeypatch.setattr(module, name, watched)
 
-    for name in ("prepare", "pass_states", "read", "pass_gradients", "score_gradients", "key_gradients"):
+    of_delta_rule = "prepare", "pass_states", "pass_gradients", "score_gradients", "key_gradients"
+    of_sums = "prepared", "add_chunks", "accumulate", "token_gradients"
+    for name in (*of_delta_rule, *of_sums, "read"):
         watch(triton_parts, name)
     return here
 
@@ -116,11 +118,13 @@ def over_threads(
     def work(rank: int, office: Office) -> tuple[dict[str, Tensor], str, Tensor | None]:
         plan = ContextLayout(case.tokens, rank, size, kind).plan(case.cu_seqlens)
         here.log, tape = [], Tape()
-        leaves = {name: plan.layout.take(x).requires_grad_() for name, x in inputs.items() if name != "dout"}
+        leaves = {name: (x.clone() if name in SHARED else plan.layout.take(x)).requires_grad_() for name, x in inputs.items() if name != "dout"}
         scan = scans.scan(plan)
 
         def forward() -> tuple[Tensor, Tensor | None]:
-            linear = Linear(leaves["q"], leaves["k"], leaves["v"], leaves.get("decay"), leaves["beta"], 0.3)
+            rate = leaves.get("rate")
+            decay, constant = (leaves.get("decay"), None) if rate is None else (rate.expand(len(leaves["q"]), -1), rate.detach())
+            linear = Linear(leaves["q"], leaves["k"], leaves["v"], decay, leaves.get("beta"), 0.3, constant)
             if not scan.needed:
                 return linear.run(plan.cu_seqlens, final=final)
             return scans.recurrence_over_ranks(linear, plan.cu_seqlens, scan, Threaded(office, rank, here.log), tape, final=final)
@@ -136,7 +140,10 @@ def over_threads(
     found = on_threads(size, work)
     layout = ContextLayout(case.tokens, 0, size, kind).of(case.cu_seqlens)
     order = torch.cat([torch.arange(a, b) for rank in range(size) for a, b in layout.spans(rank)])
-    values = {name: torch.cat([of[name] for of, *_ in found])[order.argsort()] for name in found[0][0]}
+    values = {
+        name: sum(of[name] for of, *_ in found) if name in SHARED else torch.cat([of[name] for of, *_ in found])[order.argsort()]
+        for name in found[0][0]
+    }
     return values, [log for _, log, _ in found], [after for *_, after in found]
 
 
@@ -170,6 +177,13 @@ RUN = {
     (2, "zigzag"): [BOTH, MIDDLE],
     (3, "zigzag"): [BOTH, MIDDLE, MIDDLE],
 }
+# And where nothing is erased: what chunks add is found once forward and once each way backward; sums over it once more in the middle of a document.
+ADDED, SUMMED = "prepared 2, add_chunks 2", "token_gradients 2, read 2"
+BEGIN_SUMS = f"{ADDED}, accumulate 2, post, read 2, wait | {ADDED}, post, add_chunks 2, accumulate 2, wait, accumulate 2, {SUMMED}"
+MIDDLE_SUMS = (
+    f"{ADDED}, accumulate 2, post, wait, accumulate 2, read 2 | {ADDED}, accumulate 2, post, add_chunks 2, accumulate 2, wait, accumulate 2, {SUMMED}"
+)
+END_SUMS = f"{ADDED}, post, wait, accumulate 2, read 2 | {ADDED}, accumulate 2, post, add_chunks 2, accumulate 2, wait, {SUMMED}"
 
 
 @pytest.mark.parametrize(("size", "kind"), RUN)
@@ -177,6 +191,14 @@ def test_what_each_rank_runs(size: int, kind: str, here: threading.local) -> Non
     case = Case("linear_recurrence", (128 * size,), dtype=torch.float32)
     values, ran, _ = over_threads(case, size, kind, here)
     assert ran == RUN[size, kind]
+    check(case, values)
+
+
+@pytest.mark.parametrize("decay", ["none", "constant", "head", "channel"])
+def test_what_each_rank_runs_where_nothing_is_erased(decay: str, here: threading.local) -> None:
+    case = Case("linear_recurrence", (384,), dtype=torch.float32, update="add", decay=decay)
+    values, ran, _ = over_threads(case, 3, "contiguous", here)
+    assert [log.replace(", prepare 2", "") for log in ran] == [BEGIN_SUMS, MIDDLE_SUMS, END_SUMS]  # a part of `prepared`, of channels
     check(case, values)
 
 
@@ -189,28 +211,40 @@ def test_recomputed_blocks_make_no_map_again(here: threading.local) -> None:
     check(case, values)
 
 
-@pytest.mark.parametrize(("kind", "decay"), [("contiguous", "none"), ("zigzag", "head"), ("zigzag", "channel"), ("balanced", "channel")])
-def test_outputs_and_gradients_are_those_of_one_rank(kind: str, decay: str, here: threading.local) -> None:
+@pytest.mark.parametrize(
+    ("kind", "decay", "update"),
+    [
+        *(("contiguous", "none", "delta"), ("zigzag", "head", "delta"), ("zigzag", "channel", "delta"), ("balanced", "channel", "delta")),
+        *(("balanced", "none", "add"), ("zigzag", "constant", "add"), ("contiguous", "head", "add"), ("zigzag", "channel", "add")),
+    ],
+)
+def test_outputs_and_gradients_are_those_of_one_rank(
+    kind: str, decay: str, update: str, here: threading.local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_launches, "BLOCKS", 1)  # so that a short segment has several chunks
     for lengths in (*(streams(3)[name] for name in ("with empty documents", "over several chunks")), [70, 0, 129, 101]):
-        case = Case("linear_recurrence", tuple(lengths), dtype=torch.float32, decay=decay)
+        case = Case("linear_recurrence", tuple(lengths), dtype=torch.float32, decay=decay, update=update)
         check(case, over_threads(case, 3, kind, here)[0])
 
 
-def test_as_many_spans_as_have_maps_composed_in_rounds(here: threading.local) -> None:
+@pytest.mark.parametrize(("update", "decay"), [("delta", "head"), ("add", "channel"), ("add", "constant")])
+def test_as_many_spans_as_have_maps_composed_in_rounds(update: str, decay: str, here: threading.local) -> None:
     assert 2 * 6 - 2 > scans.LONGEST
-    case = Case("linear_recurrence", (10, 220, 10), dtype=torch.float32)
+    case = Case("linear_recurrence", (10, 220, 10), dtype=torch.float32, update=update, decay=decay)
     check(case, over_threads(case, 6, "zigzag", here)[0])
 
 
-def test_final_states_of_all_segments(here: threading.local) -> None:
-    case = Case("linear_recurrence", (30, 0, 170, 1, 99), dtype=torch.float32)
+@pytest.mark.parametrize("update", ["delta", "add"])
+def test_final_states_of_all_segments(update: str, here: threading.local) -> None:
+    case = Case("linear_recurrence", (30, 0, 170, 1, 99), dtype=torch.float32, update=update)
     inputs = {name: x.double() for name, x in case.inputs().items()}
     _, _, after = over_threads(case, 3, "zigzag", here, final=True)
     for rank, states in enumerate(after):
         plan = ContextLayout(case.tokens, rank, 3, "zigzag").plan(case.cu_seqlens)
         assert states is not None and len(states) == len(plan.segments)
         for segment, state in zip(plan.segments, states, strict=True):
-            q, k, v, decay, beta = (inputs[name][segment.begin : segment.stop] for name in ("q", "k", "v", "decay", "beta"))
+            names = "q", "k", "v", "decay", "beta"
+            q, k, v, decay, beta = (inputs[name][segment.begin : segment.stop] if name in inputs else None for name in names)
             one = Linear(q, k, v, decay, beta, 0.3)
             expected = family.linear_recurrence(q, k, v, decay, beta, one.alone, scale=0.3, return_final_state=True, backend="chunked").final_state
             assert expected is not None
