@@ -89,6 +89,10 @@ class Call(NamedTuple):
     def keys(self) -> slice:
         return _keys(self.pairs)
 
+    def covers(self, queries: int, keys: int) -> bool:
+        """Whether it has each of so many queries and of so many keys."""
+        return sum(p.q_len for p in self.pairs) >= queries and sum(p.k_len for p in self.pairs) >= keys
+
 
 class Places(NamedTuple):
     """Where the pairs of a call lie, on the device: [pairs + 1] int32 each, and what queries between them are covered, None: all."""
@@ -110,11 +114,14 @@ def _kind(pair: Pair) -> Kind | None:
 
 @lru_cache(maxsize=256)  # all layers of a micro-batch with the same mask have the same
 def _parted(pairs: tuple[Pair, ...]) -> tuple[list[Call], list[Pair]]:
-    """Calls, and the pairs that are for others."""
+    """Calls, that of most queries first, and the pairs that are for others."""
     calls: list[tuple[Kind, list[Pair]]] = []
     rest: list[Pair] = []
     plain, windows = [pair for pair in pairs if not pair.window], [pair for pair in pairs if pair.window]
+    widest = max((kind.window for pair in windows if (kind := _kind(pair)) is not None), default=0)
     for pair in sorted([*by_pair.squares(plain), *windows]):
+        if pair.causal and not pair.window and pair.q_len <= widest:
+            pair = pair._replace(window=widest, gap=0)  # hides nothing of it: it goes in one call with the documents of which it does
         kind = _kind(pair)
         if kind is None:
             rest.append(pair)
@@ -126,7 +133,8 @@ def _parted(pairs: tuple[Pair, ...]) -> tuple[list[Call], list[Pair]]:
                 break
         else:
             calls.append((kind, [pair]))
-    return [Call(kind, tuple(some)) for kind, some in calls], rest
+    found = [Call(kind, tuple(some)) for kind, some in calls]
+    return sorted(found, key=lambda call: -sum(pair.q_len for pair in call.pairs)), rest
 
 
 @lru_cache(maxsize=256)
@@ -355,17 +363,18 @@ def _turned_parts(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: flo
 
 
 def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float) -> tuple[Tensor, Tensor]:
-    """out may come back in q's type, where no piece had to be merged."""
+    """out may come back in q's type, where no more than two pieces had to be merged."""
     kept, corners = turned(tuple(pairs))
     calls, rest = _parted(tuple(kept))
     q, k, v = (x.contiguous() for x in (q, k, v))
     parts = chain(_parts(q, k, v, calls, rest, scale), _turned_parts(q, k, v, corners, scale) if corners else ())
-    if len(calls) + bool(rest) + _count(corners) == 1 and _queries(pairs) == slice(0, len(q)):
+    count, wide = len(calls) + bool(rest) + _count(corners), accumulator(q.dtype)
+    if count == 1 and _queries(pairs) == slice(0, len(q)) or calls and calls[0].covers(len(q), 0):
         _, out, lse = next(parts)
-        return out, lse
-    wide = accumulator(q.dtype)
-    out = torch.zeros(*q.shape[:2], v.shape[2], dtype=wide, device=q.device)
-    lse = q.new_full(q.shape[:2], -torch.inf, dtype=wide)
+        out = out.to(wide) if count > 2 else out
+    else:
+        out = torch.zeros(*q.shape[:2], v.shape[2], dtype=wide, device=q.device)
+        lse = q.new_full(q.shape[:2], -torch.inf, dtype=wide)
     for rows, part, part_lse in parts:
         merge_into(out[rows], lse[rows], part, part_lse)
     return out, lse
@@ -413,7 +422,7 @@ def _unmasked_is_slow(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def backward_pairs(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse: over all keys. -> dq, dk, dv in float32 or wider, or in q's type, where one call is all there is."""
+    """out, lse: over all keys. -> dq, dk, dv in float32 or wider, or in q's type, where two parts at most are added up."""
     kept, corners = turned(tuple(pairs))
     below, above = triangles(tuple(kept)) if _unmasked_is_slow(q, k, v) else (kept, [])
     above = above + corners
@@ -421,11 +430,23 @@ def backward_pairs(
     inputs = tuple(x.to(q.dtype).contiguous() for x in (dout, q, k, v, out))
     lse = lse.float().contiguous()
     parts = chain(_gradients(inputs, lse, calls, rest, scale), _turned_gradients(inputs, lse, above, scale) if above else ())
-    if len(calls) + bool(rest) + _count(above) == 1 and (_queries(pairs), _keys(pairs)) == (slice(0, len(q)), slice(0, len(k))):
-        dq, dk, dv = next(parts)[2]
-        return dq, dk, dv
-    dq, dk, dv = (torch.zeros(x.shape, dtype=accumulator(q.dtype), device=x.device) for x in (q, k, v))
+    count, wide = len(calls) + bool(rest) + _count(above), accumulator(q.dtype)
+    if count == 1 and (_queries(pairs), _keys(pairs)) == (slice(0, len(q)), slice(0, len(k))):
+        whole = True, True
+    else:
+        whole = (calls[0].covers(len(q), 0), calls[0].covers(0, len(k))) if calls else (False, False)
+    sums: list[Tensor] = []
     for rows, keys, part in parts:
-        for total, of, found in zip((dq, dk, dv), (rows, keys, keys), part, strict=True):
-            total[of] += found
+        places = rows, keys, keys
+        if sums:
+            for total, of, found in zip(sums, places, part, strict=True):
+                total[of] += found
+            continue
+        for x, of, found, all_of_it in zip((q, k, v), places, part, (*whole, whole[1]), strict=True):
+            if all_of_it:
+                sums.append(found.to(wide) if count > 2 else found)
+            else:
+                sums.append(torch.zeros(x.shape, dtype=wide, device=x.device))
+                sums[-1][of] += found
+    dq, dk, dv = sums or [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v)]
     return dq, dk, dv

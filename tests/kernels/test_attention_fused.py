@@ -2,12 +2,13 @@
 their results."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
 
-from ltrain.kernels.attention import Mask, Pair, attention, backward_pairs, by_pair, cudnn, forward_pairs, te
-from ltrain.kernels.attention.pairs import combined, seen
+from ltrain.kernels.attention import Mask, Pair, attention, backward_pairs, blockwise, by_pair, cudnn, forward_pairs, te
+from ltrain.kernels.attention.pairs import combined, masked_pairs, seen
 from tests.kernels.test_attention import PAIRS, cu, tensors
 
 # loaded before a test runs cuDNN through torch: where the two bring different copies of it, the later one does not load
@@ -147,6 +148,62 @@ def test_windows_over_a_cut_are_causal_squares_from_behind():
         behind = [pair._replace(q_start=80 - pair.q_start - pair.q_len, k_start=80 - pair.k_start - pair.k_len) for pair in corners]
         assert torch.equal(scores(kept) + scores(behind).flip(0, 1), scores(pairs))
     assert te.turned((Pair(0, 4095, 9, 4095, False, 4096, 4095),)) == ([], [Pair(0, 4095, 9, 4095, True)])
+
+
+class Fused:
+    """What Transformer Engine's calls promise, in plain torch: of a call of packed pairs, each by itself."""
+
+    class FusedAttnBackend:
+        F16_arbitrary_seqlen = None
+
+    calls = 0
+
+    def _pairs(self, options):
+        bounds = [options[name].tolist() for name in ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")]
+        causal, window = options["attn_mask_type"] == "padding_causal", options["window_size"][0] + 1
+        for (a, b), (c, d), first, begin in zip(pairwise(bounds[0]), pairwise(bounds[1]), *bounds[2:], strict=False):
+            yield Pair(first, b - a, begin, d - c, causal, window)
+
+    def fused_attn_fwd(self, q, k, v, attn_scale, is_training, rng_gen, **options):
+        self.calls += 1
+        out, lse = blockwise.forward_pairs(q, k, v, list(self._pairs(options)), attn_scale)
+        return out.to(q.dtype), (lse.unsqueeze(-1),)
+
+    def fused_attn_bwd(self, q, k, v, o, d_o, aux_ctx_tensors, attn_scale, do_format, dqkv_layout, **options):
+        self.calls += 1
+        lse = aux_ctx_tensors[0].squeeze(-1).to(q.dtype)
+        return blockwise.backward_pairs(d_o, q, k, v, o, lse, list(self._pairs(options)), attn_scale)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_calls_put_together_are_attention(narrow, monkeypatch):
+    """Which calls are made of any pairs, and what becomes of their parts, in float64: all of the back end but the kernels."""
+    fused = Fused()
+    monkeypatch.setattr(te, "engine", lambda: fused)
+    monkeypatch.setattr(te, "_lacks", lambda *kind: None)
+    monkeypatch.setattr(te, "SPLIT", 6)
+    q, k, v = (x.detach() for x in tensors(70, 4, 2, 8, 6 if narrow else 8))
+    dout, draw = torch.randn_like(q[..., : v.shape[2]]), random.Random(0)
+    for n in range(60):
+        if n % 2:
+            cuts = [0, *sorted(draw.sample(range(1, 70), 3)), 70]
+            mask = Mask(window=draw.randint(1, 40), anchors=draw.choice([0, 3])) if n % 3 else Mask()
+            pairs = masked_pairs(cuts, mask, [0] * 4) if n % 4 == 1 else seen((cuts[2], 70), (cuts[0], cuts[2]), mask)
+        else:
+            pairs = [p for p in draw.sample(PAIRS, 4) if p.k_len] + [Pair(40, 30, 5, 30, False, 31, 30)] * (n % 4 == 0)
+        pairs = [pair for pair in pairs if pair.k_start + pair.k_len <= 70]
+        out, lse = te.forward_pairs(q, k, v, pairs, 0.3)
+        expected, expected_lse = blockwise.forward_pairs(q, k, v, pairs, 0.3)
+        torch.testing.assert_close((out, lse), (expected, expected_lse))
+        found = te.backward_pairs(dout, q, k, v, out, lse, pairs, 0.3)
+        torch.testing.assert_close(found, blockwise.backward_pairs(dout, q, k, v, expected, expected_lse, pairs, 0.3), rtol=1e-5, atol=1e-5)
+    assert fused.calls > 100
+
+
+def test_short_documents_go_with_those_that_a_window_cuts(monkeypatch):
+    pairs = masked_pairs([0, 30, 35, 70], Mask(window=8), [0, 0, 0])
+    assert {pair.window for pair in pairs} == {0, 8}
+    assert te._parted(tuple(pairs)) == ([te.Call(te.Kind(True, 8), tuple(pair._replace(window=8, gap=pair.gap) for pair in pairs))], [])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
