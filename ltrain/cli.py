@@ -421,7 +421,7 @@ def bench_context_parallel(args: argparse.Namespace) -> None:
 
     from ltrain.config import ParallelConfig
     from ltrain.parallel import mesh as ranks
-    from ltrain.plan.context_parallel import Sizes, bench, write
+    from ltrain.plan.context_parallel import Sizes, bench
     from ltrain.schema import ConfigError, check_multiple
 
     for name, default in args.simulated.items():
@@ -443,9 +443,8 @@ def bench_context_parallel(args: argparse.Namespace) -> None:
 
             main(args, sizes, dtype, mesh)
         else:
-            results = bench(args.operators or args.every, args.documents, args.tokens or [32768], args.layout, dtype, args.steps, sizes, mesh)
-            if mesh.rank == 0:
-                write(results, sizes, dtype, device, Path(args.out))
+            chosen = args.operators or args.every, args.documents, args.tokens or [32768], args.layout
+            bench(*chosen, dtype, args.steps, sizes, mesh, Path(args.out))
         mesh.close()
     finally:
         ranks.stop()

@@ -420,9 +420,18 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def bench(
-    names: list[str], streams: list[str], tokens: list[int], kind: str, dtype: torch.dtype, steps: int, sizes: Sizes, mesh: Mesh
+    names: list[str],
+    streams: list[str],
+    tokens: list[int],
+    kind: str,
+    dtype: torch.dtype,
+    steps: int,
+    sizes: Sizes,
+    mesh: Mesh,
+    out: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Every operator on every stream over the context ranks of the mesh, which are all ranks.
+    """Every operator on every stream over the context ranks of the mesh, which are all ranks. out: folder for bench-context-parallel.json, which is
+    written again with each row, so that a run that is cut short keeps what it has measured, and .png.
 
     Raises ConfigError for an operator, stream or length that does not fit.
     """
@@ -454,13 +463,16 @@ def bench(
                 results.append({"stream": stream, **found, "peers": beside})
                 if rank == 0:
                     print("\n".join(table(results[-1:]).splitlines()[len(results) > 1 :]), flush=True)
+                    if out is not None:
+                        write(results, sizes, dtype, mesh.device, out)
+    if rank == 0 and out is not None:
+        draw(results, out / "bench-context-parallel.png")
+        print(f"written to {out / 'bench-context-parallel.json'} and .png")
     return results
 
 
 def write(results: list[dict[str, Any]], sizes: Sizes, dtype: torch.dtype, device: torch.device, out: Path) -> None:
-    """bench-context-parallel.json and .png in the folder."""
+    """bench-context-parallel.json in the folder."""
     out.mkdir(parents=True, exist_ok=True)
     about = {"device": device_name(device), "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch."), "sizes": sizes._asdict()}
     (out / "bench-context-parallel.json").write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
-    draw(results, out / "bench-context-parallel.png")
-    print(f"written to {out / 'bench-context-parallel.json'} and .png")

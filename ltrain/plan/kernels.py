@@ -184,9 +184,16 @@ def _cleared(device: torch.device) -> bool:
 
 
 def bench(
-    names: list[str], tokens: list[int], dtype: torch.dtype, steps: int, sizes: Sizes, machine: Machine, log: Callable[[str], object] = print
+    names: list[str],
+    tokens: list[int],
+    dtype: torch.dtype,
+    steps: int,
+    sizes: Sizes,
+    machine: Machine,
+    log: Callable[[str], object] = print,
+    keep: Callable[[list[dict[str, Any]]], object] = lambda results: None,
 ) -> list[dict[str, Any]]:
-    """Every implementation of each operator of these names or families on streams of these lengths.
+    """Every implementation of each operator of these names or families on streams of these lengths. keep: called with all results after each.
 
     Raises ConfigError for a name that does not exist.
     """
@@ -213,6 +220,7 @@ def bench(
             for row in reversed(rows):
                 results.append({**far, **row})
                 log(line(results[-1]))
+            keep(results)
             if not (working and _cleared(machine.device)):
                 log(f"the GPU does not answer any more after {one.name}: nothing further is measured")
                 return results
@@ -278,7 +286,6 @@ def main(names: list[str], tokens: list[int], dtype: torch.dtype, steps: int, si
     synchronise(device)
     kind = str(dtype).removeprefix("torch.")
     print(f"{device_name(device)}: {kind} products at {machine.flops / 1e12:.2f} TFLOP/s, copies at {machine.bandwidth / 1e9:.1f} GB/s", flush=True)
-    results = bench(names, tokens, dtype, steps, sizes, machine, lambda text: print(text, flush=True))
     packages = {package: installed_version(package) for package in PACKAGES}  # None: not there
     if missing := [package for package, there in packages.items() if there is None]:
         print(f"not installed: {', '.join(missing)}")
@@ -292,7 +299,11 @@ def main(names: list[str], tokens: list[int], dtype: torch.dtype, steps: int, si
         "measured_bytes_per_second": machine.bandwidth,
         "checked_tokens": CHECKED,
     }
-    (out / "bench-kernels.json").write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+
+    def keep(results: list[dict[str, Any]]) -> None:  # so that a run that is cut short keeps what it has measured
+        (out / "bench-kernels.json").write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+
+    results = bench(names, tokens, dtype, steps, sizes, machine, lambda text: print(text, flush=True), keep)
     draw(results, f"{device_name(device)}, {kind}", out / "bench-kernels.png")
     print(f"written to {out / 'bench-kernels.json'} and .png")
     return results

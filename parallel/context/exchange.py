@@ -73,7 +73,7 @@ class ContextExchange:
         return other
 
     def silent(self) -> "ContextExchange":
-        """The same without messages, to measure what these cost: zeros arrive. Of no use for training."""
+        """The same without messages, to measure what these cost: noise arrives. Of no use for training."""
         other = copy.copy(self)
         other._messages = Silence()
         other._nodes = None if self._nodes is None else self._nodes.silent()

@@ -50,8 +50,10 @@ def test_a_peer_that_breaks_says_why_and_one_that_is_wrong_is_seen(monkeypatch: 
         Peer("absent", "a_package_that_is_not_there", "absent", breaks),
     ]
     monkeypatch.setitem(PEERS, "norm", peers)
-    results = bench(["norm"], [5], torch.float32, 1, SIZES, Machine(CPU, 1e9, 1e9), log=lambda text: None)
-    assert [r["implementation"] for r in results] == ["ltrain", "breaks", "wrong"]
+    kept: list[int] = []
+    machine = Machine(CPU, 1e9, 1e9)
+    results = bench(["norm"], [5], torch.float32, 1, SIZES, machine, log=lambda text: None, keep=lambda found: kept.append(len(found)))
+    assert [r["implementation"] for r in results] == ["ltrain", "breaks", "wrong"] and kept == [1, 2, 3]
     assert results[1]["reason"] == "RuntimeError: no kernel for this" and kernels.line(results[1]).endswith(results[1]["reason"])
     assert results[0]["error"] < 1e-5 < 0.01 < results[2]["error"]
 

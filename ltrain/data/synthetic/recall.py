@@ -29,7 +29,6 @@ ALIKE = 0.3  # share of these that differ from another line of the document in o
 OWN = 0.5  # share of the others, and of keys and values, whose words are the haystack's: none of them alone tells where the line is
 FEWEST = 8  # different words of the haystack that lines are made of: a table of numbers has none
 FIRST = 0.03  # share of training's needles that are the very first line
-BACKWARDS = 0.5  # share of training's documents that end by asking for the last needle first
 WORD = re.compile(r"[A-Za-z]{2,12}")
 
 
@@ -242,9 +241,8 @@ def sample(
 def document(task: str, tokens: int, rng: random.Random, tokenizer: Tokenizer, haystack: Haystack, *, per_1k: float, most: int) -> Ids:
     """A training document of `tokens` ids (its end-of-document token included) with many needles, each of them asked for once.
 
-    At the end all that is hidden is asked for, in any order or, in BACKWARDS of them, the first needle last: five hundred questions are an eighth of
-    131072 tokens, and in random order next to none of them is as far from its needle as the one question of an evaluation may be. In multi_query half
-    of it is asked for in the middle already. No question has its needle at a depth of evaluation.
+    At the end all that is hidden is asked for, in any order; in multi_query half of it in the middle already. No question has its needle at a
+    depth of evaluation.
 
     Args:
         per_1k: needles (or chains' lines) per 1000 tokens; kv has at most 8.
@@ -274,20 +272,18 @@ def document(task: str, tokens: int, rng: random.Random, tokenizer: Tokenizer, h
     cuts = haystack.cuts(hay)
     placed: list[tuple[int, Ids]] = []
     asked: list[tuple[int, Ids]] = []
-    ending: list[tuple[int, Ids]] = []
+    ending: list[Ids] = []
     for number, fact in enumerate(facts):
         first = _outside_bands(rng, cuts.at, len(hay))
         placed += _spread(fact, first, cuts, rng)
         question = np.concatenate([fact.lead, fact.question, fact.answer, fact.rest])
         at = _later(rng, cuts.at, first) if number < len(middle) else None
         if at is None:
-            ending.append((first, question))
+            ending.append(question)
         else:
             asked.append((at, question[: len(question) - len(haystack.newline)]))
     rng.shuffle(ending)
-    if rng.random() < BACKWARDS:
-        ending.sort(key=lambda asked: asked[0], reverse=True)
-    return np.concatenate([*_insert(hay, cuts, placed + asked, haystack), *(question for _, question in ending)])
+    return np.concatenate([*_insert(hay, cuts, placed + asked, haystack), *ending])
 
 
 def _outside_bands(rng: random.Random, at: NDArray[np.int64], tokens: int) -> int:
