@@ -181,7 +181,7 @@ def over_ranks(
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-    """One token for each of N sequences, for decoding.
+    """One token for each of N sequences, for decoding. Several at once are `linear_recurrence` of as many segments, each behind its state.
 
     Args:
         q, k: [N, Hk, K].

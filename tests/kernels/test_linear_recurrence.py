@@ -148,6 +148,19 @@ def test_step_by_step_is_the_stream(decay, delta):
     torch.testing.assert_close(state, result.final_state)
 
 
+@pytest.mark.parametrize(("decay", "delta"), BOTH)
+def test_few_tokens_at_a_time_are_the_stream(decay, delta):
+    """As a guess of several tokens is verified: those of each sequence are a segment behind its state."""
+    x = inputs([7, 7, 7], group=2, value_width=5, decay=decay, delta=delta)
+    result, state, begin = run(x, [7, 7, 7]), x[5], 0
+    for few in (3, 1, 3):
+        rows = [7 * n + t for n in range(3) for t in range(begin, begin + few)]
+        got = run([*(None if tensor is None else tensor[rows] for tensor in x[:5]), state], [few] * 3)
+        torch.testing.assert_close(got.output, result.output[rows])
+        state, begin = got.final_state, begin + few
+    torch.testing.assert_close(state, result.final_state)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
