@@ -270,7 +270,7 @@ def worthwhile(pairs: list[Pair]) -> bool:
 
     def scores(pair: Pair) -> float:
         keys = min(pair.window or pair.k_len, pair.k_len)
-        return pair.q_len * keys / (2 if pair.causal and not pair.window else 1)
+        return pair.q_len * keys / (2 if pair.causal and keys == pair.k_len else 1)
 
     kept, corners = turned(tuple(pairs))
     calls, rest = _parted(tuple(kept))
@@ -332,6 +332,13 @@ def _count(corners: list[Pair]) -> int:
     return len(_turned_calls(tuple(corners))[2]) if corners else 0
 
 
+def _first(calls: list[Call], rest: list[Pair], corners: list[Pair]) -> Call | None:
+    """The one whose part comes first, None: pairs for others are. Where it has all rows, the other parts are merged with it or added to it."""
+    if calls:
+        return calls[0]
+    return None if rest or not corners else _turned_calls(tuple(corners))[2][0]
+
+
 def _parts(q: Tensor, k: Tensor, v: Tensor, calls: list[Call], rest: list[Pair], scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Of each call its queries, what it finds for these [rows, H, Dv], and the log-sum-exps [rows, H]."""
     for call in calls:
@@ -363,15 +370,16 @@ def _turned_parts(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: flo
 
 
 def forward_pairs(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair], scale: float) -> tuple[Tensor, Tensor]:
-    """out may come back in q's type, where no more than two pieces had to be merged."""
+    """out may come back in q's type, where one call is all there is."""
     kept, corners = turned(tuple(pairs))
     calls, rest = _parted(tuple(kept))
     q, k, v = (x.contiguous() for x in (q, k, v))
     parts = chain(_parts(q, k, v, calls, rest, scale), _turned_parts(q, k, v, corners, scale) if corners else ())
     count, wide = len(calls) + bool(rest) + _count(corners), accumulator(q.dtype)
-    if count == 1 and _queries(pairs) == slice(0, len(q)) or calls and calls[0].covers(len(q), 0):
+    first = _first(calls, rest, corners)
+    if first is not None and first.covers(len(q), 0):
         _, out, lse = next(parts)
-        out = out.to(wide) if count > 2 else out
+        out = out.to(wide) if count > 1 else out
     else:
         out = torch.zeros(*q.shape[:2], v.shape[2], dtype=wide, device=q.device)
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=wide)
@@ -422,7 +430,7 @@ def _unmasked_is_slow(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def backward_pairs(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse: over all keys. -> dq, dk, dv in float32 or wider, or in q's type, where two parts at most are added up."""
+    """out, lse: over all keys. -> dq, dk, dv in float32 or wider, or in q's type, where one call is all there is."""
     kept, corners = turned(tuple(pairs))
     below, above = triangles(tuple(kept)) if _unmasked_is_slow(q, k, v) else (kept, [])
     above = above + corners
@@ -431,10 +439,8 @@ def backward_pairs(
     lse = lse.float().contiguous()
     parts = chain(_gradients(inputs, lse, calls, rest, scale), _turned_gradients(inputs, lse, above, scale) if above else ())
     count, wide = len(calls) + bool(rest) + _count(above), accumulator(q.dtype)
-    if count == 1 and (_queries(pairs), _keys(pairs)) == (slice(0, len(q)), slice(0, len(k))):
-        whole = True, True
-    else:
-        whole = (calls[0].covers(len(q), 0), calls[0].covers(0, len(k))) if calls else (False, False)
+    first = _first(calls, rest, above)
+    whole = (False, False) if first is None else (first.covers(len(q), 0), first.covers(0, len(k)))
     sums: list[Tensor] = []
     for rows, keys, part in parts:
         places = rows, keys, keys
@@ -444,7 +450,7 @@ def backward_pairs(
             continue
         for x, of, found, all_of_it in zip((q, k, v), places, part, (*whole, whole[1]), strict=True):
             if all_of_it:
-                sums.append(found.to(wide) if count > 2 else found)
+                sums.append(found.to(wide) if count > 1 else found)
             else:
                 sums.append(torch.zeros(x.shape, dtype=wide, device=x.device))
                 sums[-1][of] += found

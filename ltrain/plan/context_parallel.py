@@ -39,7 +39,7 @@ from ltrain.schema import ConfigError, divides_heads
 
 Inputs = dict[str, Tensor]
 DOCUMENTS = ("one", "long", "short")
-WARM_UP = 2  # rounds that are not timed
+WARM_UP = 2  # rounds that are not timed: the first compiles, the second tells how many calls a round is to have
 ROUND = 0.1  # seconds that a round of calls is to take on a GPU,
 CALLS = 8  # and so many calls at most
 
@@ -224,7 +224,8 @@ def lengths(documents: str, tokens: int) -> list[int]:
 
 
 def cost_of(need: ExchangeNeed, longest: int) -> Cost:
-    """What documents cost an operator, by which `balanced` cuts them: attention the keys that it sees, what goes along the stream the tokens."""
+    """What documents cost an operator, by which `balanced` cuts them: attention the keys that it sees, of which a sparse one goes over all for its
+    choice; what goes along the stream the tokens."""
     if need.kind in ("scan", "halo"):
         return FLAT
     window = need.mask.window

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+SMALL = 0.01  # spread of noise: maps of states made of it do not grow
+
 
 class ExchangeError(RuntimeError):
     """Another context rank did not do its part: which one, and in which exchange."""
@@ -128,20 +130,28 @@ class Messages:
         return parts
 
 
+class Noise:
+    """In place of what others would send, where time is measured: small numbers that are there at no cost. Products of zeros take less power, by
+    which a GPU's clock goes, and so less time than those of others. (Bytes, as rows in FP8 are packed into, are zeros.)"""
+
+    def __init__(self) -> None:
+        self._of: dict[torch.dtype, Tensor] = {}
+
+    def __call__(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[count], not to be written to"""
+        if not dtype.is_floating_point:
+            return torch.zeros(count, dtype=dtype, device=device)
+        if dtype not in self._of or len(self._of[dtype]) < count:
+            self._of[dtype] = (torch.randn(count, device=device) * SMALL).to(dtype)
+        return self._of[dtype][:count]
+
+
 class Silence(Messages):
-    """Messages that arrive at once and say nothing, between none: what is left is the time of computing. They hold noise: products of zeros take less
-    power, by which a GPU's clock goes, and so less time than true ones."""
+    """Messages that arrive at once and say nothing, between none: what is left is the time of computing."""
 
     def __init__(self) -> None:
         super().__init__(None, 1)
-        self._noise: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._noise = Noise()
 
     def post(self, kind: str, sends: Mapping[int, Tensor], receives: Mapping[int, int], *, dtype: torch.dtype, device: torch.device) -> Transit:
-        def noise(n: int) -> Tensor:
-            if (n, dtype, device) not in self._noise:
-                self._noise[n, dtype, device] = torch.zeros(n, dtype=dtype, device=device)
-                if dtype.is_floating_point:
-                    self._noise[n, dtype, device].normal_(std=1 / 8, generator=torch.Generator(device).manual_seed(0))
-            return self._noise[n, dtype, device].clone()  # who gets it may write over it
-
-        return Transit([], [], {peer: noise(n) for peer, n in receives.items() if n})
+        return Transit([], [], {peer: self._noise(n, dtype, device) for peer, n in receives.items() if n})

@@ -6,7 +6,7 @@ rows that its receiver's masks can see: (P-1)/P of K and V is the most that arri
 is at most 3/4 of that, for a window the rows that it reaches over a cut (both ways: on either side of it) and the anchors once, for chunks
 those of a chunk that is cut, and nothing travels between ranks that share no document. Step s + 1 is under way while step s
 is computed. The outputs of the steps merge by log-sum-exp. The backward is a second ring; a step's key and value
-gradients go straight back to their owner, rounded once to the type of what came, and are added up there in float32 or wider. Keys and
+gradients go straight back to their owner in the type of what came, and are added up there, in float32 or wider where there are several. Keys and
 values that are made of something smaller (the latents of multi-head latent attention) may be made on arrival: then that travels, and its gradient.
 
 Between nodes the same rows would travel once for each rank that reads them. In a double ring (Gu et al. 2024, LoongTrain)

@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ltrain.parallel.context.messages import Messages, Transit
-
-SMALL = 0.01  # spread of the numbers that stand for arriving ones: maps of states made of them do not grow
+from ltrain.parallel.context.messages import Messages, Noise, Transit
 
 
 def moment(device: torch.device) -> Any:
@@ -70,7 +68,7 @@ class Recorder:
     def __init__(self, rank: int, now: Callable[[], Any]):
         self.rank, self.now = rank, now
         self.bytes: Counter[str] = Counter()
-        self._noise: dict[torch.dtype, Tensor] = {}
+        self.noise = Noise()
         self.begin()
 
     def begin(self) -> None:
@@ -106,14 +104,6 @@ class Recorder:
 
     def wait(self, batch: int) -> None:
         self._moments.append((batch, False, self.now()))
-
-    def noise(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[count] that is there at no cost: a GPU multiplies zeros faster than other numbers, so that these are others."""
-        if not dtype.is_floating_point:
-            return torch.zeros(count, dtype=dtype, device=device)
-        if dtype not in self._noise or len(self._noise[dtype]) < count:
-            self._noise[dtype] = (torch.randn(count, device=device) * SMALL).to(dtype)
-        return self._noise[dtype][:count]
 
 
 class _Recorded(Messages):

@@ -75,6 +75,8 @@ def test_calls_share_no_rows():
         squares = [part for pair in pairs for part in ([pair] if pair.window else by_pair.squares([pair]))]
         assert sorted([p for call in calls for p in call.pairs] + rest) == sorted(squares)
         assert all(p.window and (p.gap or not p.causal or p.q_len < p.k_len) for p in rest)
+        rows = [sum(pair.q_len for pair in call.pairs) for call in calls]
+        assert rows == sorted(rows, reverse=True)  # the first may have all, and the others are merged with it
         for call in calls:
             assert {(p.causal, p.window) for p in call.pairs} == {call.kind}
             for start, length in (("q_start", "q_len"), ("k_start", "k_len")):
@@ -167,23 +169,69 @@ class Fused:
     def fused_attn_fwd(self, q, k, v, attn_scale, is_training, rng_gen, **options):
         self.calls += 1
         out, lse = blockwise.forward_pairs(q, k, v, list(self._pairs(options)), attn_scale)
-        return out.to(q.dtype), (lse.unsqueeze(-1),)
+        missing = lse == -torch.inf  # where no pair is, memory holds anything
+        return out.masked_fill(missing.unsqueeze(-1), 1e3).to(q.dtype), (lse.masked_fill(missing, 5.0).unsqueeze(-1),)
 
     def fused_attn_bwd(self, q, k, v, o, d_o, aux_ctx_tensors, attn_scale, do_format, dqkv_layout, **options):
         self.calls += 1
-        lse = aux_ctx_tensors[0].squeeze(-1).to(q.dtype)
-        return blockwise.backward_pairs(d_o, q, k, v, o, lse, list(self._pairs(options)), attn_scale)
+        lse = aux_ctx_tensors[0].squeeze(-1)
+        found = blockwise.backward_pairs(d_o, q, k, v, o, lse, list(self._pairs(options)), attn_scale)
+        return tuple(x.to(q.dtype) for x in found)
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_calls_put_together_are_attention(narrow, monkeypatch):
-    """Which calls are made of any pairs, and what becomes of their parts, in float64: all of the back end but the kernels."""
+# Of 70 queries and 70 keys: those that have all of one side, beside others or alone, and of windows over a cut, whose first keys none may see
+WHOLE = [
+    [Pair(0, 70, 0, 70, True)],
+    [Pair(0, 70, 0, 70, False, 71, 70)],
+    [Pair(0, 30, 0, 30, True, 9), Pair(30, 10, 30, 10, True), Pair(40, 30, 40, 30, True)],  # one token more than the window, and longer
+    [Pair(0, 70, 0, 40, False), Pair(10, 50, 45, 20, False)],
+    [Pair(0, 40, 0, 70, False), Pair(45, 20, 10, 50, False), Pair(50, 3, 60, 9, False)],
+    [Pair(0, 70, 0, 70, True), Pair(10, 20, 30, 20, False, 21, 20)],
+    [Pair(0, 10, 0, 40, False, 11, 10)],
+    [Pair(0, 25, 0, 70, False, 31, 28)],
+    [Pair(0, 50, 20, 50, True), Pair(50, 20, 0, 20, True)],
+]
+
+
+@pytest.fixture
+def fused(monkeypatch):
     fused = Fused()
     monkeypatch.setattr(te, "engine", lambda: fused)
     monkeypatch.setattr(te, "_lacks", lambda *kind: None)
     monkeypatch.setattr(te, "SPLIT", 6)
+    return fused
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("pairs", WHOLE, ids=str)
+def test_parts_are_added_up_in_float32(pairs, narrow, fused):
+    """One call comes back as it is, in 16 bits; the sums of several are as near to float64 as their parts are."""
+    wide = [x.detach() for x in tensors(70, 4, 2, 8, 6 if narrow else 8)]
+    q, k, v = (x.bfloat16() for x in wide)
+    wide = [x.double() for x in (q, k, v)]
+    dout = torch.randn(70, 4, v.shape[2], generator=torch.Generator().manual_seed(1)).bfloat16()
+    fused.calls = 0
+    out, lse = te.forward_pairs(q, k, v, pairs, 0.3)
+    seen = lse > -torch.inf
+    expected, expected_lse = blockwise.forward_pairs(*wide, pairs, 0.3)
+    assert torch.equal(seen, expected_lse > -torch.inf) and not out[~seen].any()
+    assert out.dtype == (torch.bfloat16 if fused.calls == 1 and seen.all() else torch.float32)
+    assert (out.double() - expected).norm() < 2**-8 * expected.norm()
+    fused.calls = 0
+    found = te.backward_pairs(dout, q, k, v, expected.bfloat16(), expected_lse.float(), pairs, 0.3)
+    exact = blockwise.backward_pairs(dout.double(), *wide, expected, expected_lse, pairs, 0.3)
+    for got, true in zip(found, exact, strict=True):
+        assert got.shape == true.shape and (got.dtype == torch.float32 or fused.calls == 1)
+        assert (got.double() - true).norm() < 2**-6 * true.norm()
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_calls_put_together_are_attention(narrow, fused):
+    """Which calls are made of any pairs, and what becomes of their parts, in float64: all of the back end but the kernels."""
     q, k, v = (x.detach() for x in tensors(70, 4, 2, 8, 6 if narrow else 8))
     dout, draw = torch.randn_like(q[..., : v.shape[2]]), random.Random(0)
+    for pairs in WHOLE:
+        compared(q, k, v, dout, pairs)
     for n in range(60):
         if n % 2:
             cuts = [0, *sorted(draw.sample(range(1, 70), 3)), 70]
@@ -191,19 +239,22 @@ def test_calls_put_together_are_attention(narrow, monkeypatch):
             pairs = masked_pairs(cuts, mask, [0] * 4) if n % 4 == 1 else seen((cuts[2], 70), (cuts[0], cuts[2]), mask)
         else:
             pairs = [p for p in draw.sample(PAIRS, 4) if p.k_len] + [Pair(40, 30, 5, 30, False, 31, 30)] * (n % 4 == 0)
-        pairs = [pair for pair in pairs if pair.k_start + pair.k_len <= 70]
-        out, lse = te.forward_pairs(q, k, v, pairs, 0.3)
-        expected, expected_lse = blockwise.forward_pairs(q, k, v, pairs, 0.3)
-        torch.testing.assert_close((out, lse), (expected, expected_lse))
-        found = te.backward_pairs(dout, q, k, v, out, lse, pairs, 0.3)
-        torch.testing.assert_close(found, blockwise.backward_pairs(dout, q, k, v, expected, expected_lse, pairs, 0.3), rtol=1e-5, atol=1e-5)
+        compared(q, k, v, dout, [pair for pair in pairs if pair.k_start + pair.k_len <= 70])
     assert fused.calls > 100
 
 
-def test_short_documents_go_with_those_that_a_window_cuts(monkeypatch):
+def compared(q, k, v, dout, pairs):
+    out, lse = te.forward_pairs(q, k, v, pairs, 0.3)
+    expected, expected_lse = blockwise.forward_pairs(q, k, v, pairs, 0.3)
+    torch.testing.assert_close((out, lse), (expected, expected_lse))
+    found = te.backward_pairs(dout, q, k, v, out, lse, pairs, 0.3)
+    torch.testing.assert_close(found, blockwise.backward_pairs(dout, q, k, v, expected, expected_lse, pairs, 0.3), rtol=1e-5, atol=1e-5)
+
+
+def test_short_documents_go_with_those_that_a_window_cuts():
     pairs = masked_pairs([0, 30, 35, 70], Mask(window=8), [0, 0, 0])
     assert {pair.window for pair in pairs} == {0, 8}
-    assert te._parted(tuple(pairs)) == ([te.Call(te.Kind(True, 8), tuple(pair._replace(window=8, gap=pair.gap) for pair in pairs))], [])
+    assert te._parted(tuple(pairs)) == ([te.Call(te.Kind(True, 8), tuple(pair._replace(window=8) for pair in pairs))], [])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
