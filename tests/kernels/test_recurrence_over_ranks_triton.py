@@ -202,11 +202,14 @@ def test_what_each_rank_runs_where_nothing_is_erased(decay: str, here: threading
     check(case, values)
 
 
-def test_recomputed_blocks_make_no_map_again(here: threading.local) -> None:
-    case = Case("linear_recurrence", (384,), dtype=torch.float32, recompute=True)
+@pytest.mark.parametrize(
+    ("update", "middle", "again"),  # where nothing is posted
+    [("delta", MIDDLE, "prepare 2, pass_states 2, read 2"), ("add", MIDDLE_SUMS, f"{ADDED}, accumulate 2, read 2")],
+)
+def test_recomputed_blocks_make_no_map_again(update: str, middle: str, again: str, here: threading.local) -> None:
+    case = Case("linear_recurrence", (384,), dtype=torch.float32, update=update, recompute=True)
     values, ran, _ = over_threads(case, 3, "contiguous", here)
-    forward, backward = MIDDLE.split(" | ")
-    again = "prepare 2, pass_states 2, read 2"  # and nothing is posted
+    forward, backward = middle.split(" | ")
     assert ran[1] == f"{forward} | {again}, {backward}"
     check(case, values)
 
