@@ -146,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
     sub = bench.add_parser("fp8", help="the same training in bf16 and in each FP8 recipe: losses, time and memory")
     sub.add_argument("--steps", type=_count, default=300, help="steps of each run (default 300)")
     sub.add_argument("--recipes", default="none,delayed,current,blockwise", help="with commas; none is bf16 (default %(default)s)")
+    sub.add_argument("--seeds", type=_count, default=1, help="runs of each recipe, with as many seeds: their means are compared (default 1)")
     _add_config(sub)
     sub.set_defaults(verb=bench_fp8)
     sub = bench.add_parser("context-parallel", help="each kind of mixing over the ranks that torchrun started, beside one rank: time and bytes")
@@ -413,7 +414,7 @@ def bench_fp8(args: argparse.Namespace) -> None:
     config = _load(args)
     from ltrain.plan.fp8 import compare
 
-    compare(config, recipes, args.steps)
+    compare(config, recipes, args.steps, args.seeds)
 
 
 def bench_context_parallel(args: argparse.Namespace) -> None:

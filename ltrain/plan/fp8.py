@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from ltrain.config import Config, ConfigError, FP8Config, load, to_yaml, validate
@@ -30,10 +30,13 @@ def variant(config: Config, recipe: str, steps: int) -> Config:
     return made
 
 
-def compare(config: Config, recipes: list[str], steps: int) -> dict[str, Any]:
-    """Run each recipe; print a table and write run.dir/bench-fp8.json and .png. Without `none` there is nothing to compare with.
+def compare(config: Config, recipes: list[str], steps: int, seeds: int = 1) -> dict[str, list[dict[str, Any]]]:
+    """Run each recipe with so many seeds, from the config's on; print a table and write run.dir/bench-fp8.json and .png. Without `none` there is
+    nothing to compare with. One short run does not tell a hundredth of the loss: of the same in bf16, on three machines, the ends lay 0.6% apart.
 
-    Raises ConfigError for what cannot run, before anything runs, and RuntimeError at the end where a run has failed.
+    Returns the runs of each recipe, in the order of the seeds.
+
+    Raises ConfigError for what cannot run, before anything runs, and RuntimeError where a run fails: those before it are written.
     """
     import torch
 
@@ -46,21 +49,21 @@ def compare(config: Config, recipes: list[str], steps: int) -> dict[str, Any]:
         fp8.refuse(made, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {}
-    for recipe, made in variants.items():
-        written, found = folder / f"bench-fp8-{recipe}.yaml", folder / f"bench-fp8-{recipe}.json"
-        written.write_text(to_yaml(made))
-        found.unlink(missing_ok=True)
-        subprocess.run([sys.executable, "-m", "ltrain.plan.fp8", str(written), str(found)], check=False)
-        if found.is_file():
-            results[recipe] = json.loads(found.read_text())
-            print(f"{recipe}: final loss {results[recipe]['final_loss']:.4f}", flush=True)
-    (folder / "bench-fp8.json").write_text(json.dumps(results, indent=2) + "\n")
+    results: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
+    for seed in range(config.seed, config.seed + seeds):
+        for recipe, made in variants.items():
+            written, found = (folder / f"bench-fp8-{recipe}-{seed}{ending}" for ending in (".yaml", ".json"))
+            written.write_text(to_yaml(replace(made, seed=seed)))
+            found.unlink(missing_ok=True)
+            subprocess.run([sys.executable, "-m", "ltrain.plan.fp8", str(written), str(found)], check=False)
+            if not found.is_file():
+                raise RuntimeError(f"the run in {recipe} with seed={seed} has failed: see above")
+            results[recipe].append(json.loads(found.read_text()))
+            print(f"{recipe}, seed {seed}: final loss {results[recipe][-1]['final_loss']:.4f}", flush=True)
+            (folder / "bench-fp8.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
     draw(results, folder / "bench-fp8.png")
     print(f"written to {folder / 'bench-fp8.json'} and bench-fp8.png")
-    if missing := [recipe for recipe in recipes if recipe not in results]:
-        raise RuntimeError(f"the run in {' and in '.join(missing)} has failed: see above")
     return results
 
 
@@ -107,21 +110,23 @@ def run(config: Config) -> dict[str, Any]:
         }
 
 
-def table(results: dict[str, Any]) -> str:
-    """One line for each run, beside the one in bf16."""
-    lines = [f"{'recipe':10} {'final loss':>10} {'to bf16':>8} {'ms/step':>8} {'to bf16':>8} {'peak GiB':>9} {'to bf16':>8}"]
-    half = results.get("none")
-    for recipe, found in results.items():
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """One line for each recipe, beside bf16: means over the seeds, and of each seed's distance, with its standard error, where there are several."""
+    lines = [f"{'recipe':10} {'final loss':>10} {'to bf16':>16} {'ms/step':>8} {'to bf16':>8} {'peak GiB':>9} {'to bf16':>8}"]
+    for recipe, runs in results.items():
         cells = []
         for key, width, form in (("final_loss", 10, ".4f"), ("seconds_per_step", 8, ".1f"), ("peak_memory_bytes", 9, ".2f")):
             unit = {"seconds_per_step": 1e3, "peak_memory_bytes": 2**-30}.get(key, 1.0)
-            cells += [f"{found[key] * unit:{width}{form}}", f"{found[key] / half[key] - 1:+8.2%}" if half else " " * 8]
+            apart = [found[key] / half[key] - 1 for found, half in zip(runs, results["none"], strict=True)]
+            error = f" +- {stdev(apart) / len(apart) ** 0.5:.2%}" if key == "final_loss" and len(apart) > 1 else ""
+            told = f"{fmean(apart):+.2%}{error}"
+            cells += [f"{fmean(found[key] for found in runs) * unit:{width}{form}}", f"{told:>{16 if key == 'final_loss' else 8}}"]
         lines.append(f"{'bf16' if recipe == 'none' else recipe:10} {' '.join(cells)}")
     return "\n".join(lines)
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """The loss curves, and below each one's distance from bf16's, both as means over LAST steps."""
+def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """The loss curves, and below each one's distance from bf16's, both as means over the seeds and LAST steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -129,14 +134,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
 
-    def smooth(values: list[float]) -> list[float]:
+    def smooth(runs: list[dict[str, Any]]) -> list[float]:
+        values = [fmean(of_step) for of_step in zip(*(found["losses"] for found in runs), strict=True)]
         return [fmean(values[max(0, i + 1 - LAST) : i + 1]) for i in range(len(values))]
 
-    for recipe, found in results.items():
-        line = smooth(found["losses"])
+    half = smooth(results["none"])
+    for recipe, runs in results.items():
+        line = smooth(runs)
         top.plot(range(1, len(line) + 1), line, label="bf16" if recipe == "none" else recipe, linewidth=1.2)
-        if recipe != "none" and "none" in results:
-            half = smooth(results["none"]["losses"])
+        if recipe != "none":
             below.plot(range(1, len(line) + 1), [100 * (a / b - 1) for a, b in zip(line, half, strict=True)], label=recipe, linewidth=1.2)
     top.set(ylabel="loss, nats per token")
     top.legend()

@@ -16,14 +16,15 @@ from tests.train.runs import small
 def test_the_run_in_bf16_is_written_with_its_curve(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = small(tmp_path, steps=50, precision="bf16")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    main(["bench", "fp8", str(tmp_path / "config.yaml"), "--steps", "3", "--recipes", "none"])
+    main(["bench", "fp8", str(tmp_path / "config.yaml"), "--steps", "3", "--recipes", "none", "--seeds", "2"])
     folder = Path(config.run.dir)
-    result = json.loads((folder / "bench-fp8.json").read_text())["none"]
+    result, other = json.loads((folder / "bench-fp8.json").read_text())["none"]
+    assert 0 < abs(result["losses"][0] - other["losses"][0]) < 1  # another seed
     assert len(result["losses"]) == 3 and result["losses"][2] < result["losses"][0] < 8
     assert result["final_loss"] == pytest.approx(sum(result["losses"]) / 3)
     assert result["seconds_per_step"] > 0 and result["peak_memory_bytes"] > 2**20
     assert (folder / "bench-fp8.png").read_bytes().startswith(b"\x89PNG")
-    assert f"{result['final_loss']:.4f}" in capfd.readouterr().out
+    assert f"{(result['final_loss'] + other['final_loss']) / 2:.4f}" in capfd.readouterr().out
 
 
 def test_every_run_differs_in_the_recipe_alone(tmp_path: Path) -> None:
@@ -44,10 +45,13 @@ def test_the_table_compares_with_bf16(tmp_path: Path) -> None:
     def result(loss: float, seconds: float, gigabytes: float) -> dict[str, Any]:
         return {"final_loss": loss, "seconds_per_step": seconds, "peak_memory_bytes": gigabytes * 2**30, "losses": [4.0, loss]}
 
-    results = {"none": result(2.0, 0.1, 8), "current": result(2.01, 0.075, 6)}
+    results = {"none": [result(2.0, 0.1, 8)], "current": [result(2.01, 0.075, 6)]}
     half, current = fp8.table(results).splitlines()[1:]
     assert half.split() == ["bf16", "2.0000", "+0.00%", "100.0", "+0.00%", "8.00", "+0.00%"]
     assert current.split() == ["current", "2.0100", "+0.50%", "75.0", "-25.00%", "6.00", "-25.00%"]
+    results["none"].append(result(3.0, 0.1, 8))
+    results["current"].append(result(2.991, 0.075, 6))  # 0.3% below its own bf16
+    assert fp8.table(results).splitlines()[2].split()[:5] == ["current", "2.5005", "+0.10%", "+-", "0.40%"]
     fp8.draw(results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
