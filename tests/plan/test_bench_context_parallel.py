@@ -24,16 +24,13 @@ def on_rank(size: int, kind: str, folder: str) -> list[dict[str, Any]]:
     from ltrain.config import ParallelConfig
     from ltrain.parallel import cpu
     from ltrain.parallel.mesh import Mesh
-    from ltrain.plan.context_parallel import DOCUMENTS, Sizes, bench, operators, write
+    from ltrain.plan.context_parallel import DOCUMENTS, Sizes, bench, operators
 
     cpu.install()
     mesh = Mesh(ParallelConfig(context=size), torch.device("cpu"))
     try:
         sizes = Sizes(heads=4, kv_heads=2, head_dim=8, window=20, latent=12, rope=4, states=4)
-        results = bench(list(operators(sizes)), list(DOCUMENTS), [TOKENS], kind, torch.float32, 1, sizes, mesh)
-        if mesh.rank == 0:
-            write(results, sizes, torch.float32, mesh.device, Path(folder))
-        return results
+        return bench(list(operators(sizes)), list(DOCUMENTS), [TOKENS], kind, torch.float32, 1, sizes, mesh, Path(folder))
     finally:
         mesh.close()
 
