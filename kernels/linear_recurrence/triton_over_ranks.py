@@ -65,6 +65,8 @@ def _parts_of(
 class _Inputs:
     """Those of this rank, its groups, and what both kinds make of these. A part is named by its first and last group."""
 
+    made: parts.Prepared
+
     def __init__(self, laid: parts.Laid, cuts: tuple[int, ...], carry: Carry, scale: float):
         self.laid, self.cuts, self.scale = laid, cuts, scale
         self.shapes = Shapes.of(laid.k, laid.v, laid.decay, laid.beta)
@@ -82,9 +84,18 @@ class _Inputs:
         found = torch.stack([states[n] for n in part.segments])
         return F.pad(found, (0, self.shapes.value - found.shape[3], 0, self.shapes.key - found.shape[2])).float().contiguous()
 
-    def in_order(self, after: Tensor) -> Tensor:
-        """Of all segments, in the order in which they lie"""
-        return after[torch.tensor(self.all.segments).argsort().to(after.device, non_blocking=True)]
+    def keep(
+        self, ctx: Any, initial: Tensor | None, matrices: dict[int, Tensor], carry: Carry, sizes: tuple[int, int], after: Tensor | None
+    ) -> Tensor | None:
+        """What the backward takes, in ctx; -> the states after all segments, in the order in which these lie"""
+        ctx.save_for_backward(*self.laid, initial, *self.made[:3], *matrices.values())
+        ctx.given = self.cuts, self.scale, carry, sizes, list(matrices)
+        ctx.set_materialize_grads(False)  # zeros for the final states would be as large as these
+        if after is None:
+            return None
+        after = after[torch.tensor(self.all.segments).argsort().to(after.device, non_blocking=True)]
+        ctx.mark_non_differentiable(after)
+        return after
 
 
 class _Phases(_Inputs):
@@ -180,14 +191,7 @@ class _Delta(torch.autograd.Function):
         initial = phases.stacked(states, rest)
         phases.pass_states(MIDDLE, LAST, initial, None if after is None else after[rest.places])
         phases.read(MIDDLE, LAST, phases.made.u, out, later=False)
-        ctx.save_for_backward(q, k, v, decay, beta, initial, *phases.made[:3], *matrices.values())
-        ctx.given = cuts, scale, carry, sizes, list(matrices)
-        ctx.set_materialize_grads(False)  # zeros for the final states would be as large as these
-        if after is None:
-            return out, None
-        after = phases.in_order(after)
-        ctx.mark_non_differentiable(after)
-        return out, after
+        return out, phases.keep(ctx, initial, matrices, carry, sizes, after)
 
     @staticmethod
     @once_differentiable
@@ -227,9 +231,9 @@ class _Sums(_Inputs):
         q, k, v, decay, _ = laid
         self.made = parts.prepared(q, k, v, decay, None, self.all.chunks, self.shapes, solved)
 
-    def chunks_added(self, rows: Tensor, z: Tensor, *, back: bool) -> tuple[Tensor, Tensor | None]:
-        """See `triton_parts.chunks_added`, of all chunks."""
-        return parts.chunks_added(rows, z, self.all.chunks, self.shapes, self.made, self.scale if back else 1.0, back)
+    def add_chunks(self, rows: Tensor, z: Tensor, *, back: bool) -> tuple[Tensor, Tensor | None]:
+        """See `triton_parts.add_chunks`, of all chunks."""
+        return parts.add_chunks(rows, z, self.all.chunks, self.shapes, self.made, self.scale if back else 1.0, back)
 
     def accumulate(
         self,
@@ -282,7 +286,7 @@ class _Additive(torch.autograd.Function):
         key, value = sizes
         sums = _Sums(parts.Laid(q, k, v, decay, None), cuts, carry, scale)
         first, middle, rest = (sums.parts[groups] for groups in ((FIRST, FIRST), (MIDDLE, MIDDLE), (MIDDLE, LAST)))
-        states, left = sums.chunks_added(k, v, back=False)
+        states, left = sums.add_chunks(k, v, back=False)
         after = sums.of_segments(sums.all) if final else None
         begun = sums.of_segments(first) if after is None else after[first.places]
         sums.accumulate((FIRST, FIRST), states, left, None, begun, back=False)
@@ -305,31 +309,24 @@ class _Additive(torch.autograd.Function):
         initial = sums.stacked(before, rest)
         sums.accumulate((MIDDLE, LAST), states, left, initial, None if after is None else after[rest.places], back=False)
         sums.read((MIDDLE, LAST), states, out)
-        ctx.save_for_backward(q, k, v, decay, initial, *sums.made[:3], *matrices.values())
-        ctx.given = cuts, scale, carry, sizes, list(matrices)
-        ctx.set_materialize_grads(False)  # zeros for the final states would be as large as these
-        if after is None:
-            return out, None
-        after = sums.in_order(after)
-        ctx.mark_non_differentiable(after)
-        return out, after
+        return out, sums.keep(ctx, initial, matrices, carry, sizes, after)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, _: Tensor | None) -> Any:
-        q, k, v, decay, initial, scores, solve, firsts, *saved = ctx.saved_tensors
+        q, k, v, decay, _, initial, scores, solve, firsts, *saved = ctx.saved_tensors
         cuts, scale, carry, (key, value), numbers = ctx.given
         do = torch.zeros_like(v) if do is None else do.contiguous()
         sums = _Sums(parts.Laid(q, k, v, decay, None), cuts, carry, scale, (scores, solve, firsts))
         rest = sums.parts[MIDDLE, LAST]
-        dstates, left = sums.chunks_added(q, do, back=True)
+        dstates, left = sums.add_chunks(q, do, back=True)
         dinitial = sums.of_segments(rest)
         middles = len(sums.parts[MIDDLE, MIDDLE].segments)
         sums.accumulate((MIDDLE, MIDDLE), dstates, left, None, dinitial[:middles], back=True, trace=False)
         sums.accumulate((LAST, LAST), dstates, left, None, dinitial[middles:], back=True)
         own = dict(zip(rest.segments, dinitial[:, :, :key, :value], strict=True))
         arriving = carry.gradients(own, dict(zip(numbers, saved, strict=True)))
-        states, _ = sums.chunks_added(k, v, back=False)
+        states, _ = sums.add_chunks(k, v, back=False)
         sums.accumulate((WHOLE, FIRST), states, left, None, None, back=False)
         sums.accumulate((MIDDLE, LAST), states, left, initial, None, back=False)
         sums.accumulate((WHOLE, WHOLE), dstates, left, None, None, back=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ltrain.kernels.linear_recurrence.triton_kernels import additive, backward, forward
 from ltrain.kernels.linear_recurrence.triton_kernels import heads as of_heads
-from ltrain.kernels.linear_recurrence.triton_launches import BLOCK, Chunks, Shapes, chunks_of, padded
+from ltrain.kernels.linear_recurrence.triton_launches import BLOCK, Chunks, Shapes, padded
 from ltrain.kernels.segments import ceil_div
 
 # Numbers that rows are made a multiple of: 16-byte loads, and heads of 60 in bfloat16 had wrong gradients on an H200 (Triton 3.6), of 64 not.
@@ -48,12 +48,6 @@ class Laid(NamedTuple):
             decay = decay.contiguous()  # but for `heads.sum_decays`, which takes one row for all tokens, as constant decays have
         q, k, v = (x.contiguous() for x in (wider(q, keys), wider(k, keys), wider(v, values)))
         return cls(q, k, v, decay, None if beta is None else beta.contiguous())
-
-    @property
-    def alone(self) -> tuple[Shapes, Chunks]:
-        """Of all tokens as one segment"""
-        shapes = Shapes.of(self.k, self.v, self.decay, self.beta)
-        return shapes, chunks_of((0, len(self.v)), shapes.blocks, self.v.device)
 
 
 class Prepared(NamedTuple):
@@ -146,29 +140,22 @@ def ends_of(x: Tensor, chunks: Chunks, shapes: Shapes) -> Tensor:
     return x.new_empty(chunks.segments, shapes.heads, shapes.key, shapes.value, dtype=torch.float32)
 
 
-def add_chunks(
-    x: Tensor, y: Tensor, factors: Tensor | None, fade: Tensor | None, chunks: Chunks, shapes: Shapes, scale: float, back: bool
-) -> tuple[Tensor, Tensor | None]:
-    """scale sum_t f_t x_t y_t^T of each chunk [chunks, H, K, V], f_t what is left at its end or, back, at its start; and what each leaves of a state
-    [chunks, H, K] or [chunks, H]."""
+def add_chunks(rows: Tensor, z: Tensor, chunks: Chunks, shapes: Shapes, made: Prepared, scale: float, back: bool) -> tuple[Tensor, Tensor | None]:
+    """Where nothing is erased: what the writes of each chunk, keys and V, add to the state, or, back, its reads, queries and dO, to the gradient
+    [chunks, H, K, V], times scale; and what each leaves of a state [chunks, H, K] or [chunks, H]."""
     count, heads, key, value = chunks.chunk_count, shapes.heads, shapes.key, shapes.value
-    added = y.new_empty(count, heads, key, value)
+    fade, factors = made.fade, made.reader if back else made.writer
+    if shapes.decay == 2:
+        assert factors is not None  # the rows are in them
+        rows, factors = factors, None
+    added = z.new_empty(count, heads, key, value)
     left = fade if fade is None or shapes.of_heads else fade.new_empty(count, *fade.shape[1:])
     if count:
         options = shapes.options("add_chunks of heads" if shapes.of_heads else "add_chunks")
         grid = count, heads, ceil_div(key, options["BK"]) * ceil_div(value, options["BV"])
-        args = x, y, factors, fade, chunks.begins, chunks.ends, chunks.firsts, added, left, scale
+        args = rows, z, factors, fade, chunks.begins, chunks.ends, chunks.firsts, added, left, scale
         additive.add_chunks[grid](*args, *shapes.numbers, BACKWARD=back, **options)
     return added, left
-
-
-def chunks_added(rows: Tensor, z: Tensor, chunks: Chunks, shapes: Shapes, made: Prepared, scale: float, back: bool) -> tuple[Tensor, Tensor | None]:
-    """Where nothing is erased: what the writes of each chunk, keys and V, add to the state, or, back, its reads, queries and dO, to the gradient."""
-    factors = made.reader if back else made.writer
-    if shapes.decay == 2:
-        assert factors is not None  # the rows are in them
-        rows, factors = factors, None
-    return add_chunks(rows, z, factors, made.fade, chunks, shapes, scale, back)
 
 
 def accumulate(
@@ -189,7 +176,7 @@ def passed(
     nothing is erased; made.u turns from U0 to U."""
     final = ends_of(k, chunks, shapes) if ends else None
     if not shapes.delta:
-        states, left = chunks_added(k, made.u, chunks, shapes, made, 1.0, back=False)
+        states, left = add_chunks(k, made.u, chunks, shapes, made, 1.0, back=False)
         accumulate(states, left, initial, final, chunks, shapes, back=False)
         return states, final, left
     states = k.new_empty(chunks.chunk_count, shapes.heads, shapes.key, shapes.value)
@@ -281,7 +268,7 @@ def passed_back(
     delta rule, which it completes."""
     dinitial = ends_of(k, chunks, shapes) if ends else None
     if not shapes.delta:
-        dstates, left = chunks_added(q, do, chunks, shapes, made, scale, back=True)
+        dstates, left = add_chunks(q, do, chunks, shapes, made, scale, back=True)
         accumulate(dstates, left, dfinal, dinitial, chunks, shapes, back=True)
         return dstates, dinitial
     dstates = k.new_empty(chunks.chunk_count, shapes.heads, shapes.key, shapes.value)
