@@ -24,9 +24,13 @@ from ltrain.kernels.segments import accumulator, wants_triton
 # Rows of the pairs on average, from which it is worth its while. Forwards and backwards on one H200, 16/4 heads x 128, it takes 0.92 of
 # the time of our own kernels in documents of 512 tokens, 0.76 in those of 4096 and 0.72 to 0.78 with a window of 4096.
 LEAST = 512
-# Rows and keys of a pair without a mask, from which its backward is worth two causal squares where values are narrower than keys. On one
-# H200 with 16 heads of 192 and 128, cuDNN takes 27.1 ms for 16384 x 16384 scores without a mask, 17.0 for as many in a causal square.
-SPLIT = 2048
+# Where values are narrower than keys, the backward without a mask is slow: on one H200 with 16 heads of 192 and 128 it takes 103 ms for 2^30 scores,
+# with a window that hides none of them 75, and for as many in causal squares 64, which for few rows is less than adding them up costs.
+FAR = 1 << 22  # of that window
+SPLIT = 16384  # rows and keys of a pair from which its backward is worth two causal squares
+# A call of one pair whose rows and keys this divides goes as a batch of one sequence: on one H200 the backward then takes 0.89 to 0.95 of the time of
+# the packed kernels. There is a plan for each length, and so only for few of them.
+ALONE = 4096
 UTILS = "transformer_engine.pytorch.attention.dot_product_attention.utils"
 OLDEST = 90600  # version of cuDNN: before, and on GPUs of capability 12.0, the log-sum-exps of packed documents are laid out otherwise
 
@@ -59,13 +63,29 @@ class Kind(NamedTuple):
     window: int
 
     @property
-    def mask(self) -> str:
-        return "padding_causal" if self.causal else "padding"
-
-    @property
     def reach(self) -> tuple[int, int]:
         """How many keys behind and ahead of itself a query sees, -1: all."""
         return self.window - 1 if self.window else -1, 0 if self.causal else -1
+
+
+class Form(NamedTuple):
+    """How a call is laid out"""
+
+    alone: bool  # a batch of one sequence, or packed ones
+    reach: tuple[int, int]
+    causal: bool
+
+    @property
+    def mask(self) -> str:
+        return ("causal" if self.causal else "no_mask") if self.alone else "padding_causal" if self.causal else "padding"
+
+    @property
+    def format(self) -> str:
+        return "bshd" if self.alone else "thd"
+
+    @property
+    def layout(self) -> str:
+        return "_".join([self.format] * 3)
 
 
 def _queries(pairs: Sequence[Pair]) -> slice:
@@ -88,6 +108,16 @@ class Call(NamedTuple):
     @property
     def keys(self) -> slice:
         return _keys(self.pairs)
+
+    def form(self, back: bool, q: Tensor, k: Tensor, v: Tensor) -> Form:
+        """back: in the backward"""
+        alone = len(self.pairs) == 1 and self.pairs[0].q_len % ALONE == self.pairs[0].k_len % ALONE == 0
+        forms = [Form(False, self.kind.reach, self.kind.causal)]
+        if alone:
+            forms.insert(0, forms[0]._replace(alone=True))
+        if back and self.kind == Kind(False, 0) and _narrow(q, v):
+            forms.insert(0, Form(False, (FAR, FAR), False))
+        return next((form for form in forms[:-1] if _lacks(form, *_sizes(q, k, v)) is None), forms[-1])
 
     def covers(self, queries: int, keys: int) -> bool:
         """Whether it has each of so many queries and of so many keys."""
@@ -203,34 +233,42 @@ def _places(call: Call, device: torch.device) -> Places:
     return Places(numbers[0], numbers[1], numbers[2], numbers[3], longest, covered)
 
 
+def _narrow(q: Tensor, v: Tensor) -> bool:
+    return q.shape[2] > v.shape[2]
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.dtype, int, int, int, int, torch.device]:
+    return q.dtype, q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.device
+
+
 @cache
-def _lacks(kind: Kind, dtype: torch.dtype, heads: int, kv_heads: int, width: int, value_width: int, device: torch.device) -> str | None:
+def _lacks(form: Form, dtype: torch.dtype, heads: int, kv_heads: int, width: int, value_width: int, device: torch.device) -> str | None:
     """Why Transformer Engine has no kernel for these, or None."""
     module = engine()
     fields = import_module(UTILS).FusedAttentionParams
     te_type = next(number for number, torch_type in module.TORCH_DType.items() if torch_type == dtype)
     tokens = 4096
-    thd, layout = module.QKVFormat["thd"], module.QKVLayout["thd_thd_thd"]
+    rows, layout = module.QKVFormat[form.format], module.QKVLayout[form.layout]
     asked = fields(
-        attn_mask_type=module.AttnMaskType[kind.mask],
-        window_size_left=kind.reach[0],
-        window_size_right=kind.reach[1],
+        attn_mask_type=module.AttnMaskType[form.mask],
+        window_size_left=form.reach[0],
+        window_size_right=form.reach[1],
         bottom_right_diagonal=False,
         qkv_dtype=te_type,
         o_dtype=te_type,
         do_dtype=te_type,
         dqkv_dtype=te_type,
         qkv_layout=layout,
-        o_format=thd,
-        do_format=thd,
+        o_format=rows,
+        do_format=rows,
         dqkv_layout=layout,
-        batch_size=2,
+        batch_size=1 if form.alone else 2,
         num_attn_heads=heads,
         num_gqa_groups=kv_heads,
         head_dim_qk=width,
         head_dim_v=value_width,
-        max_seqlen_q=tokens // 2,
-        max_seqlen_kv=tokens // 2,
+        max_seqlen_q=tokens if form.alone else tokens // 2,
+        max_seqlen_kv=tokens if form.alone else tokens // 2,
         num_tokens_q=tokens,
         num_tokens_kv=tokens,
     )
@@ -261,7 +299,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> str | None:
     kinds = {call.kind for some in (kept, corners) for call in _parted(tuple(some))[0]}
     if not kinds:
         return "takes windows on the diagonal and at cuts, and there are only others"
-    reasons = (_lacks(kind, q.dtype, q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.device) for kind in kinds)
+    reasons = (_lacks(Form(False, kind.reach, kind.causal), *_sizes(q, k, v)) for kind in kinds)
     return next((why for why in reasons if why is not None), None)
 
 
@@ -284,21 +322,20 @@ def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device)
 
 
-def _options(call: Call, places: Places, q: Tensor, scale: float) -> dict[str, Any]:
-    return {
+def _options(form: Form, places: Places, q: Tensor, scale: float) -> dict[str, Any]:
+    padded = {} if form.alone else {"cu_seqlens_q_padded": places.q_starts, "cu_seqlens_kv_padded": places.k_starts}
+    return padded | {
         "fused_attention_backend": engine().FusedAttnBackend.F16_arbitrary_seqlen,
         "max_seqlen_q": places.longest[0],
         "max_seqlen_kv": places.longest[1],
         "cu_seqlens_q": places.q_bounds,
         "cu_seqlens_kv": places.k_bounds,
-        "cu_seqlens_q_padded": places.q_starts,
-        "cu_seqlens_kv_padded": places.k_starts,
         "fake_dtype": q.dtype,
         "attn_scale": scale,
-        "qkv_layout": "thd_thd_thd",
-        "o_format": "thd",
-        "attn_mask_type": call.kind.mask,
-        "window_size": call.kind.reach,
+        "qkv_layout": form.layout,
+        "o_format": form.format,
+        "attn_mask_type": form.mask,
+        "window_size": form.reach,
     }
 
 
@@ -342,10 +379,13 @@ def _first(calls: list[Call], rest: list[Pair], corners: list[Pair]) -> Call | N
 def _parts(q: Tensor, k: Tensor, v: Tensor, calls: list[Call], rest: list[Pair], scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Of each call its queries, what it finds for these [rows, H, Dv], and the log-sum-exps [rows, H]."""
     for call in calls:
-        places, rows, keys = _places(call, q.device), call.queries, call.keys
+        places, rows, keys, form = _places(call, q.device), call.queries, call.keys, call.form(False, q, k, v)
+        given = (x.unsqueeze(0) if form.alone else x for x in (q[rows], k[keys], v[keys]))
         part, (part_lse, *_) = engine().fused_attn_fwd(
-            is_training=True, q=q[rows], k=k[keys], v=v[keys], rng_gen=_generator(q.device), **_options(call, places, q, scale)
+            is_training=True, **dict(zip("qkv", given, strict=True)), rng_gen=_generator(q.device), **_options(form, places, q, scale)
         )
+        if form.alone:
+            part, part_lse = part[0], part_lse[0].transpose(0, 1).contiguous()
         assert part_lse.shape == (*part.shape[:2], 1), "Transformer Engine lays its log-sum-exps out in another way"
         part_lse = part_lse.squeeze(-1)
         if places.covered is not None:
@@ -395,19 +435,19 @@ def _gradients(
     dout, q, k, v, out = inputs
     state = torch.zeros(2, dtype=torch.int64, device=q.device)  # of the generator, for a dropout that there is not
     for call in calls:
-        rows, keys = call.queries, call.keys
+        rows, keys, form = call.queries, call.keys, call.form(True, q, k, v)
+        given = {"q": q[rows], "k": k[keys], "v": v[keys], "o": out[rows], "d_o": dout[rows]}
+        sums = lse[rows].unsqueeze(-1)
+        if form.alone:
+            given, sums = {name: x.unsqueeze(0) for name, x in given.items()}, sums.transpose(0, 1).contiguous().unsqueeze(0)
         dq, dk, dv, *_ = engine().fused_attn_bwd(
-            q=q[rows],
-            k=k[keys],
-            v=v[keys],
-            o=out[rows],
-            d_o=dout[rows],
-            aux_ctx_tensors=[lse[rows].unsqueeze(-1), state],
-            do_format="thd",
-            dqkv_layout="thd_thd_thd",
-            **_options(call, _places(call, q.device), q, scale),
+            **given,
+            aux_ctx_tensors=[sums, state],
+            do_format=form.format,
+            dqkv_layout=form.layout,
+            **_options(form, _places(call, q.device), q, scale),
         )
-        yield rows, keys, (dq, dk, dv)
+        yield rows, keys, (dq[0], dk[0], dv[0]) if form.alone else (dq, dk, dv)
     if rest:
         rows, keys, moved = _span(rest)
         backend = for_others(q, k, v, scale, rest)
@@ -423,16 +463,13 @@ def _turned_gradients(inputs: tuple[Tensor, ...], lse: Tensor, pairs: list[Pair]
         yield _turned(rows, some), _turned(keys, of), tuple(part.flip(0) for part in parts)
 
 
-def _unmasked_is_slow(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return q.shape[2] > v.shape[2] and _lacks(Kind(True, 0), q.dtype, q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.device) is None
-
-
 def backward_pairs(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: list[Pair], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse: over all keys. -> dq, dk, dv in float32 or wider, or in q's type, where one call is all there is."""
     kept, corners = turned(tuple(pairs))
-    below, above = triangles(tuple(kept)) if _unmasked_is_slow(q, k, v) else (kept, [])
+    squares = _narrow(q, v) and _lacks(Form(False, Kind(True, 0).reach, True), *_sizes(q, k, v)) is None
+    below, above = triangles(tuple(kept)) if squares else (kept, [])
     above = above + corners
     calls, rest = _parted(tuple(below))
     inputs = tuple(x.to(q.dtype).contiguous() for x in (dout, q, k, v, out))

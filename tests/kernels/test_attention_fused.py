@@ -153,30 +153,47 @@ def test_windows_over_a_cut_are_causal_squares_from_behind():
 
 
 class Fused:
-    """What Transformer Engine's calls promise, in plain torch: of a call of packed pairs, each by itself."""
+    """What Transformer Engine's calls promise, in plain torch: of a call of packed pairs, each by itself, or of a batch of one."""
 
     class FusedAttnBackend:
         F16_arbitrary_seqlen = None
 
     calls = 0
 
-    def _pairs(self, options):
-        bounds = [options[name].tolist() for name in ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")]
-        causal, window = options["attn_mask_type"] == "padding_causal", options["window_size"][0] + 1
+    def __init__(self):
+        self.forms = set()
+
+    def _pairs(self, q, options):
+        alone = options["qkv_layout"] == "bshd_bshd_bshd"
+        assert options["o_format"] == options["qkv_layout"][:4].rstrip("_") and q.dim() == 3 + alone
+        assert options["attn_mask_type"] in (("causal", "no_mask") if alone else ("padding_causal", "padding"))
+        names = ["cu_seqlens_q", "cu_seqlens_kv"]
+        names += names if alone else ["cu_seqlens_q_padded", "cu_seqlens_kv_padded"]
+        bounds = [options[name].tolist() for name in names]
+        causal, (behind, ahead) = "causal" in options["attn_mask_type"], options["window_size"]
+        assert ahead == (0 if causal else -1) or not alone and min(behind, ahead) > q.shape[0]
+        self.forms.add((alone, causal, ahead > 0))
         for (a, b), (c, d), first, begin in zip(pairwise(bounds[0]), pairwise(bounds[1]), *bounds[2:], strict=False):
-            yield Pair(first, b - a, begin, d - c, causal, window)
+            yield Pair(first, b - a, begin, d - c, causal, 0 if ahead > 0 else behind + 1)
 
     def fused_attn_fwd(self, q, k, v, attn_scale, is_training, rng_gen, **options):
         self.calls += 1
-        out, lse = blockwise.forward_pairs(q, k, v, list(self._pairs(options)), attn_scale)
+        pairs = list(self._pairs(q, options))
+        if batch := q.dim() > 3:
+            q, k, v = (x.squeeze(0) for x in (q, k, v))
+        out, lse = blockwise.forward_pairs(q, k, v, pairs, attn_scale)
         missing = lse == -torch.inf  # where no pair is, memory holds anything
-        return out.masked_fill(missing.unsqueeze(-1), 1e3).to(q.dtype), (lse.masked_fill(missing, 5.0).unsqueeze(-1),)
+        out, lse = out.masked_fill(missing.unsqueeze(-1), 1e3).to(q.dtype), lse.masked_fill(missing, 5.0).unsqueeze(-1)
+        return (out.unsqueeze(0), (lse.transpose(0, 1).unsqueeze(0),)) if batch else (out, (lse,))
 
     def fused_attn_bwd(self, q, k, v, o, d_o, aux_ctx_tensors, attn_scale, do_format, dqkv_layout, **options):
         self.calls += 1
-        lse = aux_ctx_tensors[0].squeeze(-1)
-        found = blockwise.backward_pairs(d_o, q, k, v, o, lse, list(self._pairs(options)), attn_scale)
-        return tuple(x.to(q.dtype) for x in found)
+        assert options["o_format"] == do_format and options["qkv_layout"] == dqkv_layout
+        pairs, lse = list(self._pairs(q, options)), aux_ctx_tensors[0].squeeze(-1)
+        if batch := q.dim() > 3:
+            q, k, v, o, d_o, lse = (x.squeeze(0) for x in (q, k, v, o, d_o, lse.transpose(1, 2)))
+        found = blockwise.backward_pairs(d_o, q, k, v, o, lse, pairs, attn_scale)
+        return tuple((x.unsqueeze(0) if batch else x).to(q.dtype) for x in found)
 
 
 # Of 70 queries and 70 keys: those that have all of one side, beside others or alone, and of windows over a cut, whose first keys none may see
@@ -197,8 +214,9 @@ WHOLE = [
 def fused(monkeypatch):
     fused = Fused()
     monkeypatch.setattr(te, "engine", lambda: fused)
-    monkeypatch.setattr(te, "_lacks", lambda *kind: None)
+    monkeypatch.setattr(te, "_lacks", lambda *form: None)
     monkeypatch.setattr(te, "SPLIT", 6)
+    monkeypatch.setattr(te, "ALONE", 10)
     return fused
 
 
@@ -241,6 +259,15 @@ def test_calls_put_together_are_attention(narrow, fused):
             pairs = [p for p in draw.sample(PAIRS, 4) if p.k_len] + [Pair(40, 30, 5, 30, False, 31, 30)] * (n % 4 == 0)
         compared(q, k, v, dout, [pair for pair in pairs if pair.k_start + pair.k_len <= 70])
     assert fused.calls > 100
+    forms = {(alone, causal, False) for alone in (False, True) for causal in (False, True)}
+    assert fused.forms == forms | ({(False, False, True)} if narrow else set())
+
+
+def test_what_there_is_no_kernel_for_goes_in_another_form(fused, monkeypatch):
+    q, k, v = (x.detach() for x in tensors(70, 4, 2, 8, 6))
+    monkeypatch.setattr(te, "_lacks", lambda form, *sizes: "has none" if form.alone or form.reach[1] > 0 else None)
+    compared(q, k, v, torch.randn_like(q[..., :6]), WHOLE[0] + [Pair(0, 5, 0, 5, False)])
+    assert fused.forms == {(False, True, False), (False, False, False)}
 
 
 def compared(q, k, v, dout, pairs):
@@ -272,7 +299,8 @@ def test_short_documents_go_with_those_that_a_window_cuts():
 def test_fused_on_cuda(backend, heads, kv_heads, width, value_width, monkeypatch):
     """Packed calls (cuDNN: one for each long pair) against float64 on the same bfloat16 numbers: whole streams, and pairs that overlap."""
     monkeypatch.setattr(cudnn, "LEAST", 6)
-    monkeypatch.setattr(te, "SPLIT", 6)
+    monkeypatch.setattr(te, "SPLIT", 25)
+    monkeypatch.setattr(te, "ALONE", 10)
     monkeypatch.setattr(cudnn, "LENGTHS", 2)
     torch.full((1 << 24,), torch.nan, device="cuda")  # what memory holds where a kernel leaves it as it is
     inputs = [x.detach().cuda().requires_grad_() for x in tensors(70, heads, kv_heads, width, value_width, torch.bfloat16)]
