@@ -136,6 +136,7 @@ class Linear(_Matrices):
     """`linear_recurrence`: q, k [T, Hk, K], v [T, H, V], decay None, [T, H] or [T, H, K] (logs), beta None (additive) or [T, H] (delta rule).
 
     M is dense with beta; without it as the decay is, or the identity. constant [H]: the decay of each token, where it is the same for all.
+    recompute: as for `linear_recurrence`.
     """
 
     WHOLE = ("constant",)
@@ -147,6 +148,7 @@ class Linear(_Matrices):
     beta: Tensor | None
     scale: float
     constant: Tensor | None = None
+    recompute: bool = False
 
     @property
     def values(self) -> Tensor:
@@ -165,11 +167,11 @@ class Linear(_Matrices):
 
     def run(self, cu_seqlens: Tensor, initial: Tensor | None = None, *, final: bool = False) -> tuple[Tensor, Tensor | None]:
         args = self.q, self.k, self.v, self.decay, self.beta, cu_seqlens
-        return linear_recurrence(*args, scale=self.scale, initial_state=initial, return_final_state=final)[:2]
+        return linear_recurrence(*args, scale=self.scale, initial_state=initial, return_final_state=final, recompute=self.recompute)[:2]
 
     def over_ranks(self, cu_seqlens: Tensor, carry: Carry, *, final: bool) -> tuple[Tensor, Tensor | None] | None:
         args = self.q, self.k, self.v, self.decay, self.beta, cu_seqlens, carry
-        return over_ranks(*args, scale=self.scale, return_final_state=final)
+        return over_ranks(*args, scale=self.scale, return_final_state=final, recompute=self.recompute)
 
     def ends(self, begun: bool) -> tuple[Tensor | None, Tensor]:
         dense = begun and self.beta is not None

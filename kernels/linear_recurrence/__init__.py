@@ -66,6 +66,7 @@ def linear_recurrence(
     return_segment_map: bool = False,
     backend: str = "auto",
     chunk: int = 64,
+    recompute: bool = False,
 ) -> Result:
     """The recurrence over every segment of a packed stream. Differentiable in every tensor, through states and maps too.
 
@@ -81,6 +82,8 @@ def linear_recurrence(
         return_segment_map: whether to return M and E of each segment, with final_state = M initial_state + E: what ranks exchange.
         backend: auto | reference | chunked | triton | fla.
         chunk: tokens of a chunk, for chunked; triton and fla have 64.
+        recompute: whether triton makes again in the backward what it would keep beside the inputs, as much as these and more; chunked keeps it and
+            fla makes it again either way.
 
     Returns:
         output in v's type, states and maps in float32 or wider; what was not asked for is None.
@@ -109,7 +112,7 @@ def linear_recurrence(
         from ltrain.kernels.linear_recurrence import triton_chunked
 
         if permitted(triton_chunked.refusal(q, k, v, chunk), backend, "chunked or auto"):
-            args = q, k, v, decay, beta, bounds, scale, initial_state, return_final_state, return_segment_map
+            args = q, k, v, decay, beta, bounds, scale, initial_state, return_final_state, return_segment_map, recompute
             return Result(*triton_chunked.linear_recurrence(*args))
     output, final, maps = chunked.linear_recurrence(q, k, v, decay, beta, bounds, scale, initial_state, return_segment_map, chunk)
     return Result(output, final if return_final_state else None, maps)
@@ -157,11 +160,12 @@ def over_ranks(
     *,
     scale: float,
     return_final_state: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
     """As `linear_recurrence` where other ranks have the rest of some documents, in phases that share what they make.
 
     Args:
-        q, k, v, decay, beta, cu_seqlens, scale, return_final_state: as for `linear_recurrence`, of this rank's segments.
+        q, k, v, decay, beta, cu_seqlens, scale, return_final_state, recompute: as for `linear_recurrence`, of this rank's segments.
         carry: where the states before and after them come from and go to, in the backward too.
 
     Returns:
@@ -177,7 +181,7 @@ def over_ranks(
         return None
     from ltrain.kernels.linear_recurrence import triton_over_ranks
 
-    return triton_over_ranks.over_ranks(q, k, v, decay, beta, bounds, scale, carry, return_final_state)
+    return triton_over_ranks.over_ranks(q, k, v, decay, beta, bounds, scale, carry, return_final_state, recompute)
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:

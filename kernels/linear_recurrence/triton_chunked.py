@@ -1,8 +1,8 @@
 """The chunked recurrence on a GPU: autograd around the programs of `triton_kernels`.
 
-The inputs are kept for the backward, and of pairs of tokens in a block the inverse T and per channel the scores, 64 numbers per token and head
-each, which take the most to compute. The states of the chunks are made again: for chunks of one block they are K V / 64 numbers per token and
-head, as much as q or v and more.
+All that the backward takes is kept for it, unless it is to be made again: states of the chunks, for chunks of one block K V / 64 numbers per token
+and head, as much as q or v and more, and what is made of keys, queries and values. What takes the most to compute is kept all the same, of pairs of
+tokens in a block the inverse T and the scores, 64 numbers per token and head each.
 """
 
 from typing import Any
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ltrain.kernels.linear_recurrence.triton_launches import BLOCK, Chunks, Shapes, chunks_of
+from ltrain.kernels.linear_recurrence.triton_launches import BLOCK, Shapes, chunks_of
 from ltrain.kernels.linear_recurrence.triton_parts import (
     Laid,
+    Prepared,
     identity_of,
     key_gradients,
     passed,
@@ -42,54 +43,6 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> str | None:
     return None
 
 
-def _gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    beta: None,
-    initial: Tensor | None,
-    solved: tuple[Tensor | None, ...],
-    do: Tensor,
-    dfinal: Tensor | None,
-    chunks: Chunks,
-    shapes: Shapes,
-    scale: float,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor | None, ...]:
-    """Where nothing is erased: dq, dk, dv, ddecay, None, dinitial; wanted: whether the gradients of the decays and of the initial states are"""
-    made = prepared(q, k, v, decay, beta, chunks, shapes, solved)
-    states, _, left = passed(k, initial, chunks, shapes, made, ends=False)
-    dstates, dinitial = passed_back(q, k, do, None, dfinal, chunks, shapes, made, scale, wanted[1])
-    return *token_gradients(q, k, v, decay, do, (states, dstates), left, chunks, shapes, made, scale, wanted[0]), None, dinitial
-
-
-def _delta_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    beta: Tensor,
-    initial: Tensor | None,
-    solved: tuple[Tensor | None, ...],
-    do: Tensor,
-    dfinal: Tensor | None,
-    chunks: Chunks,
-    shapes: Shapes,
-    scale: float,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor | None, ...]:
-    """Of the delta rule: dq, dk, dv, ddecay, dbeta, dinitial; wanted as for `_gradients`, though ddecay is always found"""
-    made = prepared(q, k, v, decay, beta, chunks, shapes, solved)
-    states, _, _ = passed(k, initial, chunks, shapes, made, ends=False)
-    du = read(q, k, do, decay, None, chunks, shapes, made, scale, later=True)
-    dstates, dinitial = passed_back(q, k, do, du, dfinal, chunks, shapes, made, scale, wanted[1])
-    made = made.left
-    scored = score_gradients(v, decay, do, du, chunks, shapes, made, scale)
-    del du
-    return *key_gradients(q, k, decay, beta, do, (states, dstates), scored, chunks, shapes, made, scale), dinitial
-
-
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -103,13 +56,14 @@ class _Recurrence(torch.autograd.Function):
         bounds: tuple[int, ...],
         scale: float,
         ends: bool,
+        recompute: bool,
     ) -> tuple[Tensor, Tensor | None]:
         shapes = Shapes.of(k, v, decay, beta)
         chunks = chunks_of(bounds, shapes.blocks, v.device)
-        made = prepared(q, k, v, decay, beta, chunks, shapes)
-        states, final, _ = passed(k, initial, chunks, shapes, made, ends)
-        output = read(q, k, made.u, decay, states, chunks, shapes, made, scale, later=False)
-        ctx.save_for_backward(q, k, v, decay, beta, initial, *made[:3])
+        made = prepared(q, k, v, decay, beta, chunks, shapes, scale)
+        states, final, left = passed(k, initial, chunks, shapes, made, ends)
+        output = read(q, k, made.u, states, chunks, shapes, made, scale, later=False)
+        ctx.save_for_backward(q, k, v, decay, beta, initial, *(made[:3] if recompute else (*made, states, left)))
         ctx.chunks, ctx.shapes, ctx.scale = chunks, shapes, scale
         ctx.set_materialize_grads(False)  # zeros for the final states would be as large as these
         return output, final
@@ -117,13 +71,29 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        *inputs, scores, solve, firsts = ctx.saved_tensors
+        q, k, v, decay, beta, initial, *kept = ctx.saved_tensors
+        chunks, shapes, scale = ctx.chunks, ctx.shapes, ctx.scale
         do, dfinal = (None if grad is None else grad.contiguous() for grad in grads)
-        do = torch.zeros_like(inputs[2]) if do is None else do
-        wanted = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
-        args = *inputs, (scores, solve, firsts), do, dfinal, ctx.chunks, ctx.shapes, ctx.scale, wanted
-        found = (_delta_gradients if ctx.shapes.delta else _gradients)(*args)
-        return *found, None, None, None
+        do = torch.zeros_like(v) if do is None else do
+        with_ddecay, _, with_dinitial = ctx.needs_input_grad[3:6]
+        if len(kept) > 3:
+            *of_tokens, states, left = kept
+            made = Prepared(*of_tokens)
+        else:
+            made = prepared(q, k, v, decay, beta, chunks, shapes, scale, kept)
+            states, _, left = passed(k, initial, chunks, shapes, made, ends=False)
+        found: tuple[Tensor | None, ...]
+        if shapes.delta:
+            du = read(q, k, do, None, chunks, shapes, made, scale, later=True)
+            dstates, dinitial = passed_back(q, k, do, du, dfinal, chunks, shapes, made, scale, with_dinitial)
+            made = made.left
+            scored = score_gradients(v, do, du, chunks, shapes, made, scale)
+            del du, kept
+            found = key_gradients(q, k, decay, beta, do, (states, dstates), scored, chunks, shapes, made, scale)
+        else:
+            dstates, dinitial = passed_back(q, k, do, None, dfinal, chunks, shapes, made, scale, with_dinitial)
+            found = *token_gradients(q, k, v, decay, do, (states, dstates), left, chunks, shapes, made, scale, with_ddecay), None
+        return *found, dinitial, None, None, None, None
 
 
 def linear_recurrence(
@@ -137,6 +107,7 @@ def linear_recurrence(
     initial_state: Tensor | None,
     with_final: bool,
     with_map: bool,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
     """-> output [T, H, V], final states [N, H, K, V] float32 if with_final, (M [N, H, K, K], E [N, H, K, V]) if with_map"""
     segments, heads, width, value = len(bounds) - 1, v.shape[1], k.shape[2], v.shape[2]
@@ -146,12 +117,12 @@ def linear_recurrence(
     start = initial_state
     if start is not None:
         start = (F.pad(start, (0, values, 0, keys)) if keys or values else start).float().contiguous()
-    output, final = _Recurrence.apply(q, k, v, decay, beta, start, cuts, scale, with_final or (with_map and start is None))
+    output, final = _Recurrence.apply(q, k, v, decay, beta, start, cuts, scale, with_final or (with_map and start is None), recompute)
     maps = None
     if with_map:  # M is where the identity ends with nothing to store, E where zeros end.
         identity, nothing = identity_of(k, segments, heads), v.new_zeros(len(v), heads, k.shape[2])
-        matrix = _Recurrence.apply(k, k, nothing, decay, beta, identity, cuts, 1.0, True)[1]
-        end_of_zeros = final if start is None else _Recurrence.apply(k, k, v, decay, beta, None, cuts, 1.0, True)[1]
+        matrix = _Recurrence.apply(k, k, nothing, decay, beta, identity, cuts, 1.0, True, recompute)[1]
+        end_of_zeros = final if start is None else _Recurrence.apply(k, k, v, decay, beta, None, cuts, 1.0, True, recompute)[1]
         maps = matrix[..., :width, :width], end_of_zeros[..., :width, :value]
     final = final if with_final else None
     if keys or values:

@@ -46,10 +46,9 @@ LAUNCHES = {
     "decay_gradients": Launch(key=64, stages=2),
     "decay_gradients of heads": Launch(key=64, stages=2),
     "decay_gradients of heads grouped": Launch(key=64, stages=2, warps=4),
-    "score_gradients": Launch(two=True, stages=1),
-    "key_gradients": Launch(key=64, two=True, stages=1),
+    "score_gradients": Launch(two=True, stages=2),
+    "key_gradients": Launch(key=64, two=True, stages=2),
     "key_gradients per channel": Launch(key=32, two=True, stages=2),
-    "key_gradients grouped": Launch(key=64, two=True, stages=1),
 }
 
 
@@ -148,9 +147,10 @@ class Shapes(NamedTuple):
         """Blocks of a chunk: with the delta rule one, since the tokens of a chunk are solved for together."""
         return 1 if self.delta else max(BLOCKS // 2, 1) if self.of_heads and self.value <= 64 else BLOCKS
 
-    def pairs(self, grouped: bool) -> tuple[int, ...]:
-        """PAIRS of each launch of a program; grouped: of all value heads of a key head, whose chunks may differ."""
-        return (1, 2) if self.decay == 2 and not (grouped and self.group > 1) else (0,)
+    @property
+    def pairs(self) -> tuple[int, ...]:
+        """PAIRS of each launch of a program of one value head"""
+        return (1, 2) if self.decay == 2 else (0,)
 
     @cache  # noqa: B019, there are few shapes, and made anew these would take half as long as a launch
     def options(self, program: str, without: tuple[str, ...] = ()) -> dict[str, Any]:

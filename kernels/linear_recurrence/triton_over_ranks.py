@@ -10,10 +10,11 @@ are under way.
 Where nothing is erased, what each chunk adds to a state is found first, for all chunks at once; maps are sums over it, and so are, when the answer
 is there, the states: to be in the middle of a document costs one more pass of sums.
 
-Kept between the phases is what they share, W, U and the faded queries and keys, as `triton_chunked` has them together from the first program to
-the last; and from forward to backward what it keeps, with the arrived states and M.
+Kept between the phases, and from forward to backward, is what `triton_chunked` keeps, with the arrived states and M. Where that is made again, it
+is while messages are under way.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -85,10 +86,19 @@ class _Inputs:
         return F.pad(found, (0, self.shapes.value - found.shape[3], 0, self.shapes.key - found.shape[2])).float().contiguous()
 
     def keep(
-        self, ctx: Any, initial: Tensor | None, matrices: dict[int, Tensor], carry: Carry, sizes: tuple[int, int], after: Tensor | None
+        self,
+        ctx: Any,
+        initial: Tensor | None,
+        matrices: dict[int, Tensor],
+        carry: Carry,
+        sizes: tuple[int, int],
+        after: Tensor | None,
+        states: tuple[Tensor, Tensor | None] | None,
     ) -> Tensor | None:
-        """What the backward takes, in ctx; -> the states after all segments, in the order in which these lie"""
-        ctx.save_for_backward(*self.laid, initial, *self.made[:3], *matrices.values())
+        """What the backward takes, in ctx; states: before all chunks, and what these leave of one, None: they are made again. -> the states after all
+        segments, in the order in which these lie"""
+        kept = self.made[:3] if states is None else (*self.made, *states)
+        ctx.save_for_backward(*self.laid, initial, *matrices.values(), *kept)
         ctx.given = self.cuts, self.scale, carry, sizes, list(matrices)
         ctx.set_materialize_grads(False)  # zeros for the final states would be as large as these
         if after is None:
@@ -101,11 +111,16 @@ class _Inputs:
 class _Phases(_Inputs):
     """Of the delta rule: what is made of the chunks of some groups after the others."""
 
-    def __init__(self, laid: parts.Laid, cuts: tuple[int, ...], carry: Carry, scale: float, solved: tuple[Tensor | None, ...] | None = None):
+    def __init__(self, laid: parts.Laid, cuts: tuple[int, ...], carry: Carry, scale: float, kept: Sequence[Any] = ()):
+        """kept: of `keep`, from a forward"""
         super().__init__(laid, cuts, carry, scale)
-        self.solved = solved is not None
-        self.made = parts.room(laid.k, laid.v, self.all.chunks.block_count, self.shapes, solved)
-        self.states = self.of_chunks()
+        self.kept, self.solved = len(kept) > 3, bool(kept)
+        if self.kept:
+            *made, states, _ = kept
+            self.made, self.states = parts.Prepared(*made), states
+        else:
+            self.made = parts.room(laid.k, laid.v, self.all.chunks.block_count, self.shapes, tuple(kept) or None)
+            self.states = self.of_chunks()
 
     def of_chunks(self) -> Tensor:
         """[chunks, H, K, V] to be filled"""
@@ -119,7 +134,7 @@ class _Phases(_Inputs):
 
     def prepare(self, first: int, last: int) -> None:
         part = self.parts[first, last]
-        parts.prepare(*self.laid, part.chunks, self.shapes, self._made(part), self.solved)
+        parts.prepare(*self.laid, part.chunks, self.shapes, self._made(part), self.scale, self.solved)
 
     def pass_states(self, first: int, last: int, initial: Tensor | None, final: Tensor | None) -> None:
         """The pass that the outputs take: it leaves the states, and U in place of U0."""
@@ -137,9 +152,9 @@ class _Phases(_Inputs):
 
     def read(self, first: int, last: int, z: Tensor, out: Tensor, *, later: bool) -> None:
         """See `triton_parts.read`; later: from each chunk alone."""
-        part, (q, k, _, decay, _) = self.parts[first, last], self.laid
+        part, (q, k, *_) = self.parts[first, last], self.laid
         states = None if later else self.states[part.range]
-        parts.read(q, k, z, decay, states, part.chunks, self.shapes, self._made(part), self.scale, later, out)
+        parts.read(q, k, z, states, part.chunks, self.shapes, self._made(part), self.scale, later, out)
 
     def pass_gradients(
         self, first: int, last: int, do: Tensor, du: Tensor, dfinal: Tensor | None, dstates: Tensor | None, dinitial: Tensor | None
@@ -147,7 +162,7 @@ class _Phases(_Inputs):
         """dstates: of all chunks; None: no trace is left."""
         part = self.parts[first, last]
         through = None if dstates is None else dstates[part.range]
-        parts.pass_gradients(self.laid.q, self.laid.k, do, du, dfinal, part.chunks, self.shapes, self._made(part), self.scale, through, dinitial)
+        parts.pass_gradients(self.laid.k, do, du, dfinal, part.chunks, self.shapes, self._made(part), through, dinitial)
 
 
 class _Delta(torch.autograd.Function):
@@ -164,6 +179,7 @@ class _Delta(torch.autograd.Function):
         scale: float,
         final: bool,
         carry: Carry,
+        recompute: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """sizes: K and V of the states, to which the inputs' may have zeros added."""
         key, value = sizes
@@ -191,45 +207,53 @@ class _Delta(torch.autograd.Function):
         initial = phases.stacked(states, rest)
         phases.pass_states(MIDDLE, LAST, initial, None if after is None else after[rest.places])
         phases.read(MIDDLE, LAST, phases.made.u, out, later=False)
-        return out, phases.keep(ctx, initial, matrices, carry, sizes, after)
+        return out, phases.keep(ctx, initial, matrices, carry, sizes, after, None if recompute else (phases.states, None))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, _: Tensor | None) -> Any:
-        q, k, v, decay, beta, initial, scores, solve, firsts, *saved = ctx.saved_tensors
+        q, k, v, decay, beta, initial, *saved = ctx.saved_tensors
         cuts, scale, carry, (key, value), numbers = ctx.given
         do = torch.zeros_like(v) if do is None else do.contiguous()
-        phases = _Phases(parts.Laid(q, k, v, decay, beta), cuts, carry, scale, (scores, solve, firsts))
+        matrices, kept = saved[: len(numbers)], saved[len(numbers) :]
+        phases = _Phases(parts.Laid(q, k, v, decay, beta), cuts, carry, scale, kept)
         middle, last = phases.parts[MIDDLE, MIDDLE], phases.parts[LAST, LAST]
         du, dstates = torch.empty_like(v), phases.of_chunks()
-        phases.prepare(MIDDLE, LAST)
+        if not phases.kept:
+            phases.prepare(MIDDLE, LAST)
         phases.read(MIDDLE, LAST, do, du, later=True)
         found = [phases.of_segments(part) for part in (middle, last)]
         phases.pass_gradients(MIDDLE, MIDDLE, do, du, None, None, found[0])
         phases.pass_gradients(LAST, LAST, do, du, None, dstates, found[1])
         own = dict(zip(middle.segments + last.segments, [x[:, :key, :value] for part in found for x in part], strict=True))
-        arriving = carry.gradients(own, dict(zip(numbers, saved, strict=True)))
-        phases.prepare(WHOLE, FIRST)
-        phases.pass_states(WHOLE, FIRST, None, None)
-        phases.pass_states(MIDDLE, LAST, initial, None)
+        arriving = carry.gradients(own, dict(zip(numbers, matrices, strict=True)))
+        if not phases.kept:
+            phases.prepare(WHOLE, FIRST)
+            phases.pass_states(WHOLE, FIRST, None, None)
+            phases.pass_states(MIDDLE, LAST, initial, None)
         phases.read(WHOLE, FIRST, do, du, later=True)
         phases.pass_gradients(WHOLE, WHOLE, do, du, None, dstates, None)
         dfinal = phases.stacked(arriving(), phases.parts[FIRST, MIDDLE])
         phases.pass_gradients(FIRST, MIDDLE, do, du, dfinal, dstates, None)
         made, states, chunks, shapes = phases.made.left, phases.states, phases.all.chunks, phases.shapes
-        del phases
-        scored = parts.score_gradients(v, decay, do, du, chunks, shapes, made, scale)
+        del phases, saved, kept
+        scored = parts.score_gradients(v, do, du, chunks, shapes, made, scale)
         del du
-        return *parts.key_gradients(q, k, decay, beta, do, (states, dstates), scored, chunks, shapes, made, scale), *[None] * 5
+        return *parts.key_gradients(q, k, decay, beta, do, (states, dstates), scored, chunks, shapes, made, scale), *[None] * 6
 
 
 class _Sums(_Inputs):
     """Where nothing is erased: sums over what each chunk has added, of some groups after the others."""
 
-    def __init__(self, laid: parts.Laid, cuts: tuple[int, ...], carry: Carry, scale: float, solved: tuple[Tensor | None, ...] | None = None):
+    def __init__(self, laid: parts.Laid, cuts: tuple[int, ...], carry: Carry, scale: float, kept: Sequence[Any] = ()):
+        """kept: of `keep`, from a forward"""
         super().__init__(laid, cuts, carry, scale)
+        self.kept = len(kept) > 3
         q, k, v, decay, _ = laid
-        self.made = parts.prepared(q, k, v, decay, None, self.all.chunks, self.shapes, solved)
+        if self.kept:
+            self.made = parts.Prepared(*kept[:-2])
+        else:
+            self.made = parts.prepared(q, k, v, decay, None, self.all.chunks, self.shapes, scale, tuple(kept) or None)
 
     def add_chunks(self, rows: Tensor, z: Tensor, *, back: bool) -> tuple[Tensor, Tensor | None]:
         """See `triton_parts.add_chunks`, of all chunks."""
@@ -261,11 +285,11 @@ class _Sums(_Inputs):
         return left[stop - chunks[-1] : stop].prod(0)
 
     def read(self, groups: tuple[int, int], states: Tensor, out: Tensor) -> None:
-        part, (q, k, v, decay, _) = self.parts[groups], self.laid
+        part, (q, k, v, *_) = self.parts[groups], self.laid
         fade = self.made.fade
         if fade is not None:
             fade = fade[part.range if self.shapes.of_heads else part.blocks]
-        parts.read(q, k, v, decay, states[part.range], part.chunks, self.shapes, self.made._replace(fade=fade), self.scale, False, out)
+        parts.read(q, k, v, states[part.range], part.chunks, self.shapes, self.made._replace(fade=fade), self.scale, False, out)
 
 
 class _Additive(torch.autograd.Function):
@@ -281,6 +305,7 @@ class _Additive(torch.autograd.Function):
         scale: float,
         final: bool,
         carry: Carry,
+        recompute: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """sizes: K and V of the states, to which the inputs' may have zeros added."""
         key, value = sizes
@@ -309,15 +334,16 @@ class _Additive(torch.autograd.Function):
         initial = sums.stacked(before, rest)
         sums.accumulate((MIDDLE, LAST), states, left, initial, None if after is None else after[rest.places], back=False)
         sums.read((MIDDLE, LAST), states, out)
-        return out, sums.keep(ctx, initial, matrices, carry, sizes, after)
+        return out, sums.keep(ctx, initial, matrices, carry, sizes, after, None if recompute else (states, left))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, _: Tensor | None) -> Any:
-        q, k, v, decay, _, initial, scores, solve, firsts, *saved = ctx.saved_tensors
+        q, k, v, decay, _, initial, *saved = ctx.saved_tensors
         cuts, scale, carry, (key, value), numbers = ctx.given
         do = torch.zeros_like(v) if do is None else do.contiguous()
-        sums = _Sums(parts.Laid(q, k, v, decay, None), cuts, carry, scale, (scores, solve, firsts))
+        matrices, kept = saved[: len(numbers)], saved[len(numbers) :]
+        sums = _Sums(parts.Laid(q, k, v, decay, None), cuts, carry, scale, kept)
         rest = sums.parts[MIDDLE, LAST]
         dstates, left = sums.add_chunks(q, do, back=True)
         dinitial = sums.of_segments(rest)
@@ -325,22 +351,34 @@ class _Additive(torch.autograd.Function):
         sums.accumulate((MIDDLE, MIDDLE), dstates, left, None, dinitial[:middles], back=True, trace=False)
         sums.accumulate((LAST, LAST), dstates, left, None, dinitial[middles:], back=True)
         own = dict(zip(rest.segments, dinitial[:, :, :key, :value], strict=True))
-        arriving = carry.gradients(own, dict(zip(numbers, saved, strict=True)))
-        states, _ = sums.add_chunks(k, v, back=False)
-        sums.accumulate((WHOLE, FIRST), states, left, None, None, back=False)
-        sums.accumulate((MIDDLE, LAST), states, left, initial, None, back=False)
+        arriving = carry.gradients(own, dict(zip(numbers, matrices, strict=True)))
+        if sums.kept:
+            states = kept[-2]
+        else:
+            states, _ = sums.add_chunks(k, v, back=False)
+            sums.accumulate((WHOLE, FIRST), states, left, None, None, back=False)
+            sums.accumulate((MIDDLE, LAST), states, left, initial, None, back=False)
         sums.accumulate((WHOLE, WHOLE), dstates, left, None, None, back=True)
         dfinal = sums.stacked(arriving(), sums.parts[FIRST, MIDDLE])
         sums.accumulate((FIRST, MIDDLE), dstates, left, dfinal, None, back=True)
         args = (states, dstates), left, sums.all.chunks, sums.shapes, sums.made, scale, ctx.needs_input_grad[3]
-        return *parts.token_gradients(q, k, v, decay, do, *args), *[None] * 5
+        return *parts.token_gradients(q, k, v, decay, do, *args), *[None] * 6
 
 
 def over_ranks(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, bounds: list[int], scale: float, carry: Carry, final: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    bounds: list[int],
+    scale: float,
+    carry: Carry,
+    final: bool,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """-> output [T, H, V], final states [N, H, K, V] float32 if final, without gradient"""
     key, value = k.shape[2], v.shape[2]
-    laid, given = parts.Laid.of(q, k, v, decay, beta), ((key, value), tuple(bounds), scale, final, carry)
+    laid, given = parts.Laid.of(q, k, v, decay, beta), ((key, value), tuple(bounds), scale, final, carry, recompute)
     out, after = _Additive.apply(*laid[:4], *given) if beta is None else _Delta.apply(*laid, *given)
     return out[..., :value] if out.shape[2] != value else out, None if after is None else after[..., :key, :value]

@@ -31,6 +31,11 @@ def cheap[T](function: Callable[..., T], *inputs: Any) -> T:
     return function(*inputs) if selection is None else selection.run(function, inputs)
 
 
+def selecting() -> bool:
+    """Whether a block recomputes selectively: what kernels can make again by themselves is cheap, too."""
+    return _active.get() is not None
+
+
 @contextmanager
 def selective() -> Iterator[None]:
     """Around the forward of one block: `cheap` calls in it are recomputed."""

@@ -101,7 +101,7 @@ def test_programs_of_recurrences_over_ranks(decay: tuple[int, ...] | None, delta
     q, k, v = (torch.zeros(200, 2, 128, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     faded, beta = None if decay is None else torch.zeros(decay), torch.zeros(200, 2) if delta else None
     with compiling(monkeypatch) as found:
-        out, after = over_ranks(q, k, v, faded, beta, [0, 64, 128, 200], 1.0, Answered(), True)
+        out, after = over_ranks(q, k, v, faded, beta, [0, 64, 128, 200], 1.0, Answered(), True, True)
         assert after is not None and after.shape == (3, 2, 128, 128)
         torch.autograd.grad(out.sum(), (q, k, v))
     counts = {name: sum(key.split()[0] == name for key in found) for name in ("pass_states", "pass_gradients", "add_chunks", "accumulate")}

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from ltrain.kernels.linear_recurrence import linear_recurrence
 from tests.kernels.interpreter import DEVICE, GPU, on_gpu, runs
@@ -73,6 +74,28 @@ def test_what_is_neither_given_nor_wanted(group, delta):
         grads = [grad for loss in losses for grad in torch.autograd.grad(loss, leaves)]
         found.append([whole.output, whole.final_state, *whole.segment_map, part.output, *grads])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@runs
+@pytest.mark.parametrize(("decay", "delta"), BOTH)
+def test_what_is_kept_or_made_again_is_the_same(decay, delta):
+    """The same numbers either way, and beside the inputs no more kept than what pairs of tokens take."""
+    x = inputs([70, 0, 130], heads=1, group=2, width=16, value_width=16, decay=decay, delta=delta, dtype=torch.float32)
+    leaves = [None if t is None else t.detach().float().to(DEVICE).requires_grad_() for t in x]
+    given = [t for t in leaves if t is not None]
+    found, kept = [], []
+    for recompute in (False, True):
+        sizes = {}
+        with saved_tensors_hooks(
+            lambda t, sizes=sizes: (sizes.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()), t)[1], lambda t: t
+        ):
+            *args, state = leaves
+            out = linear_recurrence(*args, cu([70, 0, 130]), scale=0.4, initial_state=state, backend="triton", recompute=recompute).output
+        found.append((out, *torch.autograd.grad(out.square().sum(), given)))
+        kept.append(sum(sizes.values()) - sum(t.untyped_storage().nbytes() for t in given))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    pairs = len(leaves[0]) * leaves[2].shape[1] * 64 * 4 * ((decay == "channel" or delta) + delta)
+    assert kept[1] <= pairs + 64 < kept[0]
 
 
 @runs

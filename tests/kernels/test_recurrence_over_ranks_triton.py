@@ -110,9 +110,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> threading.local:
 
 
 def over_threads(
-    case: Case, size: int, kind: str, here: threading.local, *, final: bool = False
+    case: Case, size: int, kind: str, here: threading.local, *, final: bool = False, recompute: bool = False
 ) -> tuple[dict[str, Tensor], list[str], list[Tensor | None]]:
-    """Outputs and gradients in the order of the stream, what each rank ran, and final states of its segments."""
+    """Outputs and gradients in the order of the stream, what each rank ran, and final states of its segments; recompute: of the kernels."""
     inputs = case.inputs()
 
     def work(rank: int, office: Office) -> tuple[dict[str, Tensor], str, Tensor | None]:
@@ -124,7 +124,7 @@ def over_threads(
         def forward() -> tuple[Tensor, Tensor | None]:
             rate = leaves.get("rate")
             decay, constant = (leaves.get("decay"), None) if rate is None else (rate.expand(len(leaves["q"]), -1), rate.detach())
-            linear = Linear(leaves["q"], leaves["k"], leaves["v"], decay, leaves.get("beta"), 0.3, constant)
+            linear = Linear(leaves["q"], leaves["k"], leaves["v"], decay, leaves.get("beta"), 0.3, constant, recompute)
             if not scan.needed:
                 return linear.run(plan.cu_seqlens, final=final)
             return scans.recurrence_over_ranks(linear, plan.cu_seqlens, scan, Threaded(office, rank, here.log), tape, final=final)
@@ -158,8 +158,8 @@ def check(case: Case, values: dict[str, Tensor]) -> None:
         assert (values[name].double() - x).norm() <= 1e-5 * x.norm(), name
 
 
-# What ranks run of one document, 2 chunks for each, by what they have of it. W, U and the like are made once forward and once backward. A pass of
-# states of chunks is made once where they begin the document, and else for M, for E and from the state that arrives; back, once where they end it.
+# What ranks run of one document, 2 chunks for each, by what they have of it. W, U and the like are made once forward and, here, once backward. A pass
+# of states of chunks is made once where they begin the document, and else for M, for E and from the state that arrives; back, once where they end it.
 GRADIENTS = "score_gradients 2, key_gradients 2"
 BEGIN = f"prepare 2, pass_states 2, post, read 2, wait | post, prepare 2, pass_states 2, read 2, wait, pass_gradients 2, {GRADIENTS}"
 MIDDLE = (
@@ -186,19 +186,28 @@ MIDDLE_SUMS = (
 END_SUMS = f"{ADDED}, post, wait, accumulate 2, read 2 | {ADDED}, accumulate 2, post, add_chunks 2, accumulate 2, wait, {SUMMED}"
 
 
+def kept(log: str) -> str:
+    """The same where nothing is made again in the backward."""
+    forward, backward = log.split(" | ")
+    parts = backward.replace("post, add_chunks 2, accumulate 2", "post").split(", ")
+    return f"{forward} | {', '.join(part for part in parts if part.split()[0] not in ('prepare', 'prepared', 'pass_states'))}"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("size", "kind"), RUN)
-def test_what_each_rank_runs(size: int, kind: str, here: threading.local) -> None:
+def test_what_each_rank_runs(size: int, kind: str, recompute: bool, here: threading.local) -> None:
     case = Case("linear_recurrence", (128 * size,), dtype=torch.float32)
-    values, ran, _ = over_threads(case, size, kind, here)
-    assert ran == RUN[size, kind]
+    values, ran, _ = over_threads(case, size, kind, here, recompute=recompute)
+    assert ran == [log if recompute else kept(log) for log in RUN[size, kind]]
     check(case, values)
 
 
-@pytest.mark.parametrize("decay", ["none", "constant", "head", "channel"])
-def test_what_each_rank_runs_where_nothing_is_erased(decay: str, here: threading.local) -> None:
+@pytest.mark.parametrize(("decay", "recompute"), [("none", False), ("constant", True), ("head", False), ("channel", False), ("channel", True)])
+def test_what_each_rank_runs_where_nothing_is_erased(decay: str, recompute: bool, here: threading.local) -> None:
     case = Case("linear_recurrence", (384,), dtype=torch.float32, update="add", decay=decay)
-    values, ran, _ = over_threads(case, 3, "contiguous", here)
-    assert [log.replace(", prepare 2", "") for log in ran] == [BEGIN_SUMS, MIDDLE_SUMS, END_SUMS]  # a part of `prepared`, of channels
+    values, ran, _ = over_threads(case, 3, "contiguous", here, recompute=recompute)
+    expected = [log if recompute else kept(log) for log in (BEGIN_SUMS, MIDDLE_SUMS, END_SUMS)]
+    assert [log.replace(", prepare 2", "") for log in ran] == expected  # a part of `prepared`, of channels
     check(case, values)
 
 
@@ -209,7 +218,7 @@ def test_what_each_rank_runs_where_nothing_is_erased(decay: str, here: threading
 def test_recomputed_blocks_make_no_map_again(update: str, middle: str, again: str, here: threading.local) -> None:
     case = Case("linear_recurrence", (384,), dtype=torch.float32, update=update, recompute=True)
     values, ran, _ = over_threads(case, 3, "contiguous", here)
-    forward, backward = middle.split(" | ")
+    forward, backward = kept(middle).split(" | ")
     assert ran[1] == f"{forward} | {again}, {backward}"
     check(case, values)
 

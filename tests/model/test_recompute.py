@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from ltrain.kernels import attention, linear_recurrence
+from ltrain.kernels import attention, linear_recurrence, recurrence
 from ltrain.model.options import MoEOptions
 from ltrain.model.recompute import cheap, selective
 from ltrain.model.sequence import Sequence, Tape
@@ -108,6 +108,21 @@ def test_nothing_expensive_runs_twice(build: Build, monkeypatch: pytest.MonkeyPa
     calls.clear()
     loss.backward()
     assert bool(calls) == (recompute == "full"), calls
+
+
+@pytest.mark.parametrize("pattern", ["linear_recurrence", "mlstm"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_kernels_of_a_selective_block_make_theirs_again(build: Build, monkeypatch: pytest.MonkeyPatch, recompute: str, pattern: str) -> None:
+    asked: set[bool] = set()
+
+    def spy(*args: Any, **options: Any) -> Any:
+        asked.add(options["recompute"])
+        return linear_recurrence.linear_recurrence(*args, **options)
+
+    monkeypatch.setattr(recurrence, "linear_recurrence", spy)
+    tokens, _, _ = stream()
+    build(recompute=recompute, pattern=[pattern])(tokens, Sequence.of(LENGTHS))
+    assert asked == {recompute == "selective"}
 
 
 def test_what_is_made_again_can_be_asked_for_again() -> None:

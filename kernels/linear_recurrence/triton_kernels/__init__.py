@@ -7,14 +7,15 @@ U = T (beta V - (beta e^g K) S), T = (I + A)^{-1}. With the delta rule a chunk i
 tokens of different blocks meet where they are needed: their scores are stored nowhere. Forward:
 
     sum_decays      blocks at once, of decays per channel: what they add up to, from the middle of the block on
-    prepare         blocks at once: R (of decays per channel), T, W = T (beta e^g K), U0 = T (beta V), and the decays for the others
+    prepare         blocks at once: R, T, W = T (beta e^g K), U0 = T (beta V), and queries and keys faded for the others
     pass_states     chunk by chunk: S before each, and U = U0 - W S
     add_chunks      where nothing is erased, chunks at once: what each adds to S, and
     accumulate      chunk by chunk, sums alone: S before each
     read            blocks at once: O = scale ((e^g Q) S + R U)
 
 Where nothing is erased and decays are per head or none, `heads` has programs of its own: sum_decays in place of prepare, read, pair_gradients
-and decay_gradients. Backward, after prepare (from the T and R that were kept) and the states. Where nothing is erased:
+and decay_gradients. Backward, from what was kept, or after prepare (from the T and R that are kept in any case) and the states. Where nothing is
+erased:
 
     add_chunks, accumulate      dS' after each chunk, from the last one back
     read                        blocks at once, with keys, queries and dO in place of queries, keys and U: dV = (e^{g_C - g} K) dS' + scale R^T dO

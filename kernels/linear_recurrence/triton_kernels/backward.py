@@ -25,7 +25,7 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     state_at,
     state_or_zeros,
     state_transposed,
-    sums,
+    sums_of,
     tile,
     tile_transposed,
 )
@@ -33,7 +33,6 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
 
 @triton.jit(do_not_specialize=COUNTS)
 def pass_gradients(
-    q,
     k,
     w,
     reader,
@@ -47,7 +46,6 @@ def pass_gradients(
     dfinal,
     dstates,
     dinitial,
-    scale,
     H,
     G,
     K,
@@ -58,9 +56,9 @@ def pass_gradients(
     DECAY: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Of the delta rule. Grid (segments, H, V / BV) -> dstates [chunks, H, K, V] after each chunk, dinitial [N, H, K, V] (None: not wanted);
-    adds to du what comes from there. opens, closes, bounds: as for `forward.pass_states`; dfinal [N, H, K, V], None: zeros; dstates None: only
-    dinitial is wanted, and du stays as it is."""
+    """Of the delta rule. Grid (segments, H, V / BV) -> dstates [chunks, H, K, V] after each chunk, dinitial [N, H, K, V] (None: not wanted); turns du
+    from what comes from its own chunk, negative, to all of it. opens, closes, bounds: as for `forward.pass_states`; dfinal [N, H, K, V], None:
+    zeros; dstates None: only dinitial is wanted, and du stays as it is."""
     segment, h, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     state = state_or_zeros(dfinal, segment * H + h, K, V, BK, BV, offset)
     rows = tl.arange(0, C)
@@ -78,22 +76,18 @@ def pass_gradients(
         t = begin + place * C + rows
         inside = t < end
         out = tile(do, t, inside, h, H, V, BV, offset)
-        if DECAY == CHANNEL:
-            key, query = tile(writer, t, inside, h, H, K, BK, 0), tile_transposed(reader, t, inside, h, H, K, BK, 0)
+        if DECAY == NONE:
+            key = tile(k, t, inside, h // G, H // G, K, BK, 0)
         else:
-            key, query = tile(k, t, inside, h // G, H // G, K, BK, 0), tile_transposed(q, t, inside, h // G, H // G, K, BK, 0)
-        stored = tl.dot(key, low, input_precision=DOT)
-        if DECAY == HEAD:
-            stored *= tl.load(writer + t * H + h, mask=inside, other=0.0)[:, None]
-            out = (out * tl.load(reader + t * H + h, mask=inside, other=0.0)[:, None]).to(k.dtype.element_ty)
-        write = (tile(du, t, inside, h, H, V, BV, offset) + stored).to(k.dtype.element_ty)
-        if dstates is not None:
-            put(du, write, t, inside, h, H, V, BV, offset)
-        if DECAY != NONE:
+            key = tile(writer, t, inside, h, H, K, BK, 0)
             state *= following
             following = fade_of(fade, chunk - 1, place > 0, h, H, K, DECAY, BK, 0)
-        state += tl.dot(query, out, input_precision=DOT) * scale
-        state -= tl.dot(tile_transposed(w, t, inside, h, H, K, BK, 0), write, input_precision=DOT)
+        stored = tl.dot(key, low, input_precision=DOT)
+        state += tl.dot(tile_transposed(reader, t, inside, h, H, K, BK, 0), out, input_precision=DOT)
+        write = (stored - tile(du, t, inside, h, H, V, BV, offset)).to(k.dtype.element_ty)  # a difference, as in forward.pass_states
+        if dstates is not None:
+            put(du, write, t, inside, h, H, V, BV, offset)
+        state += tl.dot(tile_transposed(w, t, inside, h, H, K, BK, 0), write, input_precision=DOT)
     if dinitial is not None:
         at, exists = state_at(dinitial, segment * H + h, K, V, BK, BV, 0, offset)
         tl.store(at, state, mask=exists)
@@ -103,7 +97,7 @@ def pass_gradients(
 def score_gradients(
     v,
     u,
-    decay,
+    sums,
     solve,
     do,
     du,
@@ -140,7 +134,8 @@ def score_gradients(
         erases += tl.dot(d.to(u.dtype.element_ty), write, input_precision=DOT)
     rows = tl.arange(0, C)
     tl.store(own + t * H + h, tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1) * scale, mask=inside)
-    fades = fade_between(sums(decay, t, inside, h, H, DECAY, C), C, True)
+    high, low = sums_of(sums, t, inside, h, H, DECAY)
+    fades = fade_between(high, low, C, DECAY, True)
     put(on_reads, reads * fades, t, inside, h, H, C, C, 0)
     put(on_erases, erases * fades, t, inside, h, H, C, C, 0)
     tl.store(of_beta + t * H + h, db, mask=inside)
@@ -165,8 +160,8 @@ def _of_pairs(
     return of_read * scale, of_erase, of_store
 
 
-@triton.jit
-def _of_head(
+@triton.jit(do_not_specialize=COUNTS)
+def key_gradients(
     q,
     k,
     u,
@@ -176,12 +171,17 @@ def _of_head(
     firsts,
     fade,
     halves,
+    sums,
     do,
     on_reads,
     on_erases,
     own,
     states,
     dstates,
+    starts,
+    stops,
+    dq,
+    dk,
     ddecay,
     of_beta,
     scale,
@@ -191,11 +191,6 @@ def _of_head(
     K,
     V,
     levels,
-    chunk,
-    part,
-    h,
-    t,
-    inside,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -203,31 +198,49 @@ def _of_head(
     PAIRS: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """What value head h adds to dQ and dK [C, BK]; stores its ddecay and part of dbeta."""
+    """Grid (chunks * K / BK, H) -> dq, dk [T, H, K]; ddecay [T, H, K], or per head what the channels of this program add to it,
+    [K / BK, T, H]; likewise of_beta [1 + K / BK, T, H], but for the first of them."""
+    parts = tl.cdiv(K, BK)
+    chunk, part, h = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1)
     here = part * BK
+    if PAIRS != ALL:
+        if (tl.load(firsts + chunk * H + h) == levels - 1) != (PAIRS == HALVES):
+            return
+    t, inside = rows_of(starts, stops, chunk, C)
     rows = tl.arange(0, C)
     dtype = k.dtype.element_ty
     # Through the states: of what reads S, is stored in S', and is erased from what S recalls.
     reading = tl.zeros((C, BK), dtype=tl.float32)
     storing = tl.zeros((C, BK), dtype=tl.float32)
     erasing = tl.zeros((C, BK), dtype=tl.float32)
-    fading = tl.zeros((BK,), dtype=tl.float32)  # of g_C: <dS', S>, and what is stored
+    fading = tl.zeros((BK,), dtype=tl.float32) if DECAY == CHANNEL else 0.0  # of g_C: <dS', S>, and what is stored
     for column in range(0, V, BV):
         state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
         dstate = state_transposed(dstates, chunk * H + h, K, V, BK, BV, here, column)
         reading += tl.dot(tile(do, t, inside, h, H, V, BV, column), state, input_precision=DOT)
         storing += tl.dot(tile(u, t, inside, h, H, V, BV, column), dstate, input_precision=DOT)
-        if DECAY != NONE:
+        if DECAY == HEAD:
+            at, exists = state_at(states, chunk * H + h, K, V, BK, BV, here, column)
+            after, _ = state_at(dstates, chunk * H + h, K, V, BK, BV, here, column)
+            products = tl.load(at, mask=exists, other=0.0).to(tl.float32) * tl.load(after, mask=exists, other=0.0).to(tl.float32)
+            fading += tl.sum(products)
+        if DECAY == CHANNEL:
             fading += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
-        erasing -= tl.dot(tile(wide, t, inside, h, H, V, BV, column), state, input_precision=DOT)
+            # A difference: if all three products were added to their sums, Triton 3.6 would let them go on into the next turn, whose states it loads
+            # over those that they read, for `fading` has these in registers too (tests/kernels/compiled.py looks for this).
+            erasing -= tl.dot(tile(wide, t, inside, h, H, V, BV, column), state, input_precision=DOT)
+        else:
+            erasing += tl.dot(tile(wide, t, inside, h, H, V, BV, column), state, input_precision=DOT)
+    if DECAY != CHANNEL:
+        erasing = -erasing
     if DECAY == HEAD:
-        g = sums(decay, t, inside, h, H, DECAY, C)
-        last = tl.sum(tl.where(rows == C - 1, g, 0.0), 0)
-        from_start = tl.exp(g.to(tl.float32))[:, None]
+        high, low = sums_of(sums, t, inside, h, H, DECAY)
+        last = sums + ((tl.load(stops + chunk).to(tl.int64) - 1) * H + h) * 2
+        from_start = tl.exp(high)[:, None]
         reading *= from_start
-        storing *= tl.exp((last - g).to(tl.float32))[:, None]
+        storing *= tl.exp((tl.load(last) - high) + (tl.load(last + 1) - low))[:, None]
         erasing *= from_start
-        fading *= tl.exp(last.to(tl.float32))
+        fading *= tl.load(fade + chunk * H + h)
     reading *= scale
     query, key = tile(q, t, inside, h // G, H // G, K, BK, here), tile(k, t, inside, h // G, H // G, K, BK, here)
     b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
@@ -271,7 +284,8 @@ def _of_head(
                     erasing -= later * of_erase
                     storing += earlier * of_store
     else:
-        fading += tl.sum(storing * key, 0)
+        if DECAY == HEAD:
+            fading += tl.sum(storing * key)
         of_read, of_erase, of_store = _of_pairs(*pairs, key, query, (key * b[:, None]).to(dtype), None, None, False, C, DOT)
         reading += of_read
         erasing -= of_erase
@@ -281,145 +295,14 @@ def _of_head(
     of_decay = reading * query - storing * key + erasing * key  # of g_t
     # g_t is the sum of the decays up to t: a decay has the gradients of all sums from its own on.
     if DECAY == HEAD:
-        total = tl.cumsum(tl.sum(of_decay, 1), 0, reverse=True) + tl.sum(fading, 0)
+        total = tl.cumsum(tl.sum(of_decay, 1), 0, reverse=True) + fading
         tl.store(ddecay + (part * T + t) * H + h, total, mask=inside)
     if DECAY == CHANNEL:
         high, low = split(of_decay, k.dtype.element_ty)
-        put(ddecay, add_rows(rows[:, None] <= rows[None, :], high, low, DOT) + fading[None, :], t, inside, h, H, K, BK, here)
+        put(ddecay, add_rows(rows[:, None] <= rows[None, :], high, low, DOT) + fading[None, :], t, inside, h, H, K, BK, here)  # type: ignore[index]
     itself = tl.load(own + t * H + h, mask=inside, other=0.0)[:, None]
-    return reading + itself * key, storing + itself * query + erasing
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def key_gradients(
-    q,
-    k,
-    u,
-    decay,
-    beta,
-    wide,
-    firsts,
-    fade,
-    halves,
-    do,
-    on_reads,
-    on_erases,
-    own,
-    states,
-    dstates,
-    starts,
-    stops,
-    dq,
-    dk,
-    ddecay,
-    of_beta,
-    scale,
-    T,
-    H,
-    G,
-    K,
-    V,
-    levels,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    DECAY: tl.constexpr,
-    GROUPED: tl.constexpr,
-    PAIRS: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """Grid (chunks * K / BK, H / G) -> dq, dk [T, H / G, K]; ddecay [T, H, K], or per head what the channels of this program add to it,
-    [K / BK, T, H]; likewise of_beta [1 + K / BK, T, H], but for the first of them."""
-    parts = tl.cdiv(K, BK)
-    chunk, part, source = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1)
-    here = part * BK
-    if PAIRS != ALL:
-        if (tl.load(firsts + chunk * H + source) == levels - 1) != (PAIRS == HALVES):
-            return
-    t, inside = rows_of(starts, stops, chunk, C)
-    if GROUPED:
-        dquery = tl.zeros((C, BK), dtype=tl.float32)
-        dkey = tl.zeros((C, BK), dtype=tl.float32)
-        for member in range(G):
-            of_query, of_key = _of_head(
-                q,
-                k,
-                u,
-                decay,
-                beta,
-                wide,
-                firsts,
-                fade,
-                halves,
-                do,
-                on_reads,
-                on_erases,
-                own,
-                states,
-                dstates,
-                ddecay,
-                of_beta,
-                scale,
-                T,
-                H,
-                G,
-                K,
-                V,
-                levels,
-                chunk,
-                part,
-                source * G + member,
-                t,
-                inside,
-                C,
-                BK,
-                BV,
-                DECAY,
-                PAIRS,
-                DOT,
-            )
-            dquery += of_query
-            dkey += of_key
-    else:
-        dquery, dkey = _of_head(
-            q,
-            k,
-            u,
-            decay,
-            beta,
-            wide,
-            firsts,
-            fade,
-            halves,
-            do,
-            on_reads,
-            on_erases,
-            own,
-            states,
-            dstates,
-            ddecay,
-            of_beta,
-            scale,
-            T,
-            H,
-            G,
-            K,
-            V,
-            levels,
-            chunk,
-            part,
-            source * G,
-            t,
-            inside,
-            C,
-            BK,
-            BV,
-            DECAY,
-            PAIRS,
-            DOT,
-        )
-    put(dq, dquery, t, inside, source, H // G, K, BK, here)
-    put(dk, dkey, t, inside, source, H // G, K, BK, here)
+    put(dq, reading + itself * key, t, inside, h, H, K, BK, here)
+    put(dk, storing + itself * query + erasing, t, inside, h, H, K, BK, here)
 
 
 @triton.jit

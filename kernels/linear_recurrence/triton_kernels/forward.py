@@ -1,8 +1,8 @@
 """The programs of the forward pass: see the package. q, k [T, H / G, K], v [T, H, V], beta [T, H], decay [T, H] or [T, H, K].
 
-For each block of C tokens, prepare leaves what the decays make of queries and keys; g here is summed from the block's start. Per channel:
-reader = e^{g_t} q_t and writer = e^{g_C - g_t} k_t [T, H, K]; per head the factors e^{g_t} and e^{g_C - g_t} alone [T, H]; and
-fade = e^{g_C} [blocks, H, K] or [blocks, H].
+For each block of C tokens, prepare leaves what the decays make of queries and keys; g here is summed from the block's start:
+reader = e^{g_t} q_t and writer = e^{g_C - g_t} k_t [T, H, K], and fade = e^{g_C} [blocks, H, K] or [blocks, H]. With the delta rule
+what reads, reader and scores, has the scale in it, so that products with it go into the accumulators of others.
 """
 
 import triton
@@ -21,7 +21,6 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     fade_across,
     fade_between,
     fade_of,
-    fade_onto,
     fades_beside,
     fades_of_rows,
     first_level,
@@ -32,14 +31,12 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     pair_spans,
     pair_spans_transposed,
     place_of,
-    products_of_rows,
     put,
     rows_of,
     signs_from_middle,
     split,
     state_at,
     state_or_zeros,
-    sums,
     sums_of_halves,
     tile,
     tile_transposed,
@@ -146,11 +143,12 @@ def _fade_channels(
     K,
     C: tl.constexpr,
     BK: tl.constexpr,
+    scale,
     SUFFICE: tl.constexpr,
     DELTA: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Stores reader, writer, fade and W of decays per channel; SUFFICE: where tiles.halves_suffice, and what sum_decays left is exact enough."""
+    """Stores reader, writer, fade and -W of decays per channel; SUFFICE: where tiles.halves_suffice, and what sum_decays left is exact enough."""
     for offset in range(0, K, BK):
         columns = offset + tl.arange(0, BK)
         if SUFFICE:
@@ -162,10 +160,10 @@ def _fade_channels(
             from_start, to_end, left = fades_of_rows(high, low, C, DOT)
         tl.store(fade + (chunk * H + h).to(tl.int64) * K + columns, left, mask=columns < K)
         query, key = tile(q, t, inside, h // G, H // G, K, BK, offset), tile(k, t, inside, h // G, H // G, K, BK, offset)
-        put(reader, query * from_start, t, inside, h, H, K, BK, offset)
+        put(reader, query * from_start * scale, t, inside, h, H, K, BK, offset)
         put(writer, key * to_end, t, inside, h, H, K, BK, offset)
         if DELTA:
-            faded = (key * b[:, None] * from_start).to(k.dtype.element_ty)
+            faded = (key * -b[:, None] * from_start).to(k.dtype.element_ty)
             put(w, tl.dot(inverse, faded, input_precision=DOT), t, inside, h, H, K, BK, offset)
 
 
@@ -187,12 +185,14 @@ def prepare(
     writer,
     fade,
     halves,
+    sums,
     middle,
     H,
     G,
     K,
     V,
     levels,
+    scale,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -202,18 +202,21 @@ def prepare(
     PAIRS: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (blocks, H), after sum_decays -> scores = R, solve = T [T, H, C], which are there already where SOLVED; w [T, H, K],
-    u = U0 [T, H, V], reader, writer, fade"""
+    """Grid (blocks, H), after sum_decays -> scores = scale R, solve = T [T, H, C], which are there already where SOLVED; w = -W [T, H, K],
+    u = -U0 [T, H, V], reader (times scale), writer (None without decays), fade; sums [T, H, 2] of decays per head: g, and what float32 loses of it"""
     chunk, h = tl.program_id(0), tl.program_id(1)
     t, inside = rows_of(starts, stops, chunk, C)
     rows = tl.arange(0, C)
     dtype = k.dtype.element_ty
+    high, low = 0.0, 0.0
     if DECAY == HEAD:
-        g = sums(decay, t, inside, h, H, DECAY, C)
-        last = tl.sum(tl.where(rows == C - 1, g, 0.0), 0)
-        from_start = tl.exp(g.to(tl.float32))
-        tl.store(reader + t * H + h, from_start, mask=inside)
-        tl.store(writer + t * H + h, tl.exp((last - g).to(tl.float32)), mask=inside)
+        g = tl.cumsum(tl.load(decay + t * H + h, mask=inside, other=0.0).to(tl.float64), 0)
+        last = tl.sum(tl.where(rows == C - 1, g, 0.0), 0)  # rows past the end repeat it
+        high = g.to(tl.float32)
+        low = (g - high).to(tl.float32)
+        at = sums + ((t * H + h) * 2)[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(at, tl.join(high, low), mask=inside[:, None])
+        from_start, to_end = tl.exp(g.to(tl.float32))[:, None], tl.exp((last - g).to(tl.float32))[:, None]
         tl.store(fade + (chunk * H + h).to(tl.int64), tl.exp(last.to(tl.float32)))
     b = tl.zeros((C,), dtype=tl.float32)
     inverse = b
@@ -231,32 +234,41 @@ def prepare(
                 reads, recalls = _scores_by_halves(q, k, middle, t, inside, h, H, G, K, C, BK, DELTA, DOT)
             else:
                 reads, recalls = _scores_by_channel(q, k, decay, t, inside, h, H, G, K, first, levels, C, BK, DELTA, DOT)
-            put(scores, reads, t, inside, h, H, C, C, 0)
+        else:
+            reads = tl.zeros((C, C), dtype=tl.float32)
+            recalls = tl.zeros((C, C), dtype=tl.float32)
+            for offset in range(0, K, BK):
+                key_columns = tile_transposed(k, t, inside, h // G, H // G, K, BK, offset)
+                reads += tl.dot(tile(q, t, inside, h // G, H // G, K, BK, offset), key_columns, input_precision=DOT)
+                recalls += tl.dot(tile(k, t, inside, h // G, H // G, K, BK, offset), key_columns, input_precision=DOT)
+            fades = fade_between(high, low, C, DECAY, False)
+            reads *= fades
+            recalls = tl.where(rows[:, None] > rows[None, :], recalls * fades, 0.0)
+        put(scores, reads * scale, t, inside, h, H, C, C, 0)
         if DELTA:
-            if DECAY == CHANNEL:
-                a = recalls
-            else:
-                a = products_of_rows(k, k, t, inside, t, inside, h // G, H // G, K, C, BK, False, DOT)
-                a *= fade_between(sums(decay, t, inside, h, H, DECAY, C), C, True)
-            inverse = inverse_of(a * b[:, None], C, DOT).to(dtype)
+            inverse = inverse_of(recalls * b[:, None], C, DOT).to(dtype)
             put(solve, inverse, t, inside, h, H, C, C, 0)
     elif DELTA:
         inverse = tile(solve, t, inside, h, H, C, C, 0)
     if DECAY == CHANNEL:
         places = middle, halves, reader, writer, fade, w
         if halves_are_enough:
-            _fade_channels(q, k, decay, *places, inverse, b, t, inside, chunk, h, H, G, K, C, BK, True, DELTA, DOT)
+            _fade_channels(q, k, decay, *places, inverse, b, t, inside, chunk, h, H, G, K, C, BK, scale, True, DELTA, DOT)
         else:
-            _fade_channels(q, k, decay, *places, inverse, b, t, inside, chunk, h, H, G, K, C, BK, False, DELTA, DOT)
-    elif DELTA:
+            _fade_channels(q, k, decay, *places, inverse, b, t, inside, chunk, h, H, G, K, C, BK, scale, False, DELTA, DOT)
+    else:
         for offset in range(0, K, BK):
-            faded = tile(k, t, inside, h // G, H // G, K, BK, offset) * b[:, None]
+            query = tile(q, t, inside, h // G, H // G, K, BK, offset).to(tl.float32)
+            key = tile(k, t, inside, h // G, H // G, K, BK, offset).to(tl.float32)
             if DECAY == HEAD:
-                faded *= from_start[:, None]
-            put(w, tl.dot(inverse, faded.to(dtype), input_precision=DOT), t, inside, h, H, K, BK, offset)
+                put(writer, key * to_end, t, inside, h, H, K, BK, offset)
+                query *= from_start
+                key *= from_start
+            put(reader, query * scale, t, inside, h, H, K, BK, offset)
+            put(w, tl.dot(inverse, (key * -b[:, None]).to(dtype), input_precision=DOT), t, inside, h, H, K, BK, offset)
     if DELTA:
         for offset in range(0, V, BV):
-            value = (tile(v, t, inside, h, H, V, BV, offset) * b[:, None]).to(dtype)
+            value = (tile(v, t, inside, h, H, V, BV, offset) * -b[:, None]).to(dtype)
             put(u, tl.dot(inverse, value, input_precision=DOT), t, inside, h, H, V, BV, offset)
 
 
@@ -283,10 +295,10 @@ def pass_states(
     DECAY: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Of the delta rule. Grid (segments, H, V / BV) -> states [chunks, H, K, V] before each chunk, final [N, H, K, V]; turns u from U0 to U.
+    """Of the delta rule. Grid (segments, H, V / BV) -> states [chunks, H, K, V] before each chunk, final [N, H, K, V]; turns u from -U0 to U.
 
     opens, closes [N]: the first and last + 1 token, bounds [N + 1]: the chunks of each segment; u None: U0 is zeros; initial [N, H, K, V],
-    None: zeros; states None: only what is there at the end is wanted, and u stays U0; final None: not wanted.
+    None: zeros; states None: only what is there at the end is wanted, and u stays -U0; final None: not wanted.
     """
     segment, h, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     state = state_or_zeros(initial, segment * H + h, K, V, BK, BV, offset)
@@ -303,20 +315,17 @@ def pass_states(
         # No address is loaded, so that the tiles of the next chunk can be on their way.
         t = begin + (chunk - first) * C + rows
         inside = t < end
-        erased = tl.dot(tile(w, t, inside, h, H, K, BK, 0), low, input_precision=DOT)
-        if u is None:
-            write = (-erased).to(k.dtype.element_ty)
-        else:
-            write = (tile(u, t, inside, h, H, V, BV, offset) - erased).to(k.dtype.element_ty)
+        write = tl.dot(tile(w, t, inside, h, H, K, BK, 0), low, input_precision=DOT)
+        if u is not None:
+            # A difference: Triton makes what is added to a product its accumulator, and the product waits for it: 0.9 ms in place of 0.5.
+            write -= tile(u, t, inside, h, H, V, BV, offset)
+        write = write.to(k.dtype.element_ty)
         if states is not None:
             put(u, write, t, inside, h, H, V, BV, offset)
-        if DECAY == CHANNEL:
-            key = tile_transposed(writer, t, inside, h, H, K, BK, 0)
-        else:
+        if DECAY == NONE:
             key = tile_transposed(k, t, inside, h // G, H // G, K, BK, 0)
-        if DECAY == HEAD:
-            write = (write * tl.load(writer + t * H + h, mask=inside, other=0.0)[:, None]).to(k.dtype.element_ty)
-        if DECAY != NONE:
+        else:
+            key = tile_transposed(writer, t, inside, h, H, K, BK, 0)
             state *= following
             following = fade_of(fade, chunk + 1, chunk + 1 < stop, h, H, K, DECAY, BK, 0)
         state += tl.dot(key, write, input_precision=DOT)
@@ -330,9 +339,7 @@ def read(
     x,
     y,
     z,
-    decay,
     scores,
-    own,
     fade,
     states,
     starts,
@@ -359,23 +366,20 @@ def read(
 
     o: x = q, y = k and z = U, of the tokens up to its own, and states [chunks, H, K, V] before each chunk. LATER, from the token's own on, the
     gradient of U: x = k, y = q, z = dO and the gradients of the states after each chunk (without STATES, what comes from its own chunk alone).
-    x and y are what prepare made of them where channels decay; own [T, H] are its factors of x where heads do. Chunks of several blocks are of
-    decays per channel: of the others see `heads.read`.
+    x and y are what prepare made of them, but for keys that do not decay. Chunks of several blocks are of decays per channel where nothing is
+    erased: of the others see `heads.read`.
     """
     block, h, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     chunk, begin, t, length, count, after = place_of(block, starts, chunks, begins, ends, C)
     inside = t < length
     dtype = x.dtype.element_ty
-    if DECAY == CHANNEL:
-        x += begin * H * K
-        y += begin * H * K
-        scores += begin * H * C
+    if DECAY == NONE and LATER:  # keys
+        of, heads = h // G, H // G
     else:
-        x += begin * (H // G) * K
-        y += begin * (H // G) * K
-    if DECAY == HEAD:
-        decay += begin * H
-        own += begin * H
+        of, heads = h, H
+    x += begin * heads * K
+    y += begin * H * K
+    scores += begin * H * C
     z += begin * H * V
     out += begin * H * V
     step = -1
@@ -386,13 +390,10 @@ def read(
         # A loop, if only of one turn, and not loaded ahead: see tiles.add_rows.
         for row in tl.range(0, K, BK, num_stages=1):
             at, exists = state_at(states, chunk * H + h, K, V, BK, BV, row, column)
-            if DECAY == CHANNEL:
-                query = tile(x, t, inside, h, H, K, BK, row)
-                if BLOCKS > 1:
-                    of_part = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, row)
-                    query = (query * fade_across(of_part, BLOCKS, DECAY, BLOCKS, BK)[None, :]).to(dtype)
-            else:
-                query = tile(x, t, inside, h // G, H // G, K, BK, row)
+            query = tile(x, t, inside, of, heads, K, BK, row)
+            if BLOCKS > 1:
+                of_part = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, row)
+                query = (query * fade_across(of_part, BLOCKS, DECAY, BLOCKS, BK)[None, :]).to(dtype)
             result += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
         if not LATER:  # the gradient of a state has the scale in it
             result *= scale
@@ -412,19 +413,9 @@ def read(
                     near += tl.dot(faded, tile_transposed(y, others, exist, h, H, K, BK, offset), input_precision=DOT)
                 near *= scale
             result += tl.dot(near.to(dtype), tile(z, others, exist, h, H, V, BV, column), input_precision=DOT)
-    if DECAY == HEAD and STATES:
-        result *= tl.load(own + t * H + h, mask=inside, other=0.0)[:, None]
-    if DECAY == CHANNEL:
-        if LATER:
-            near = tile_transposed(scores, t, inside, h, H, C, C, 0)
-        else:
-            near = tile(scores, t, inside, h, H, C, C, 0)
+    if LATER:
+        near = tile_transposed(scores, t, inside, h, H, C, C, 0)
     else:
-        near = products_of_rows(x, y, t, inside, t, inside, h // G, H // G, K, C, BK, BK == KEYS, DOT)
-        g = sums(decay, t, inside, h, H, DECAY, C)
-        if LATER:
-            near = (near * fade_onto(g, C)).to(dtype)
-        else:
-            near = (near * fade_between(g, C, False)).to(dtype)
+        near = tile(scores, t, inside, h, H, C, C, 0)
     result += tl.dot(near, tile(z, t, inside, h, H, V, BV, column), input_precision=DOT) * scale
     put(out, result, t, inside, h, H, V, BV, column)

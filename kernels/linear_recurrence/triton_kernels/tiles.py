@@ -83,11 +83,15 @@ def state_transposed(x, index, K, V, BK: tl.constexpr, BV: tl.constexpr, row, co
 
 
 @triton.jit
-def sums(decay, t, inside, h, H, DECAY: tl.constexpr, C: tl.constexpr):
-    """g [C] of a head in float64, where differences keep what float32 would lose; rows past the end repeat the last."""
+def sums_of(sums, t, inside, h, H, DECAY: tl.constexpr):
+    """From sums [T, H, 2], g [C] of a head and what float32 loses of it. Loaded at once: Triton copies a load of fewer numbers than a program has
+    threads to every place where it is needed, in its layout: a thread then loads 16 numbers for one."""
     if DECAY == HEAD:
-        return tl.cumsum(tl.load(decay + t * H + h, mask=inside, other=0.0).to(tl.float64), 0)
-    return tl.zeros((C,), dtype=tl.float64)
+        pairs = tl.load(sums + ((t * H + h) * 2)[:, None] + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0.0)
+        high, low = tl.split(pairs)
+    else:
+        high, low = 0.0, 0.0
+    return high, low
 
 
 @triton.jit
@@ -134,26 +138,16 @@ def last_of(g, C: tl.constexpr):
 
 
 @triton.jit
-def _gaps(g, h):
-    """g [C, 1] - h [1, C], or [1, C] and [C, 1], of float64 sums, as float32: each is the sum of two, whose differences are exact or long ones."""
-    high_g, high_h = g.to(tl.float32), h.to(tl.float32)
-    return (high_g - high_h) + ((g - high_g).to(tl.float32) - (h - high_h).to(tl.float32))
-
-
-@triton.jit
-def fade_between(g, C: tl.constexpr, STRICT: tl.constexpr):
-    """e^{g_t - g_i} [C, C] for i <= t (i < t where STRICT), else 0; g [C]."""
+def fade_between(high, low, C: tl.constexpr, DECAY: tl.constexpr, STRICT: tl.constexpr):
+    """e^{g_t - g_i} [C, C] for i <= t (i < t where STRICT), else 0; g [C] as the sum of two, whose differences are exact or long ones."""
     rows = tl.arange(0, C)
     later = rows[:, None] > rows[None, :] if STRICT else rows[:, None] >= rows[None, :]
-    return tl.where(later, tl.exp(tl.where(later, _gaps(g[:, None], g[None, :]), 0.0)), 0.0)
-
-
-@triton.jit
-def fade_onto(g, C: tl.constexpr):
-    """The transpose of fade_between, [i, t]."""
-    rows = tl.arange(0, C)
-    later = rows[:, None] <= rows[None, :]
-    return tl.where(later, tl.exp(tl.where(later, _gaps(g[None, :], g[:, None]), 0.0)), 0.0)
+    if DECAY == HEAD:
+        gaps = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+        fades = tl.exp(tl.where(later, gaps, float("-inf")))
+    else:
+        fades = tl.where(later, 1.0, 0.0)
+    return fades
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from ltrain.model.norm import RMSNorm
 from ltrain.model.options import LinearRecurrenceOptions
 from ltrain.model.options.linear_recurrence import DATA_DECAYS
 from ltrain.model.position import rotary_width, shared_rotary_tables
-from ltrain.model.recompute import cheap
+from ltrain.model.recompute import cheap, selecting
 from ltrain.model.sequence import Sequence
 
 
@@ -182,7 +182,7 @@ class LinearRecurrence(Mixer):
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         qkv, z, rates = self._project(x)
         q, k, v, decay, beta, skip = cheap(self._mix, qkv, seq, *rates)
-        return self._output(seq.exchange.recurrence(Linear(q, k, v, decay, beta, self.scale, self._constant), seq), z, skip)
+        return self._output(seq.exchange.recurrence(Linear(q, k, v, decay, beta, self.scale, self._constant, selecting()), seq), z, skip)
 
     def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, RecurrentState]:
         qkv, z, rates = self._project(x)

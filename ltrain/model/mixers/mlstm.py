@@ -12,6 +12,7 @@ from ltrain.kernels.recurrence import Linear, Recurrence
 from ltrain.model.layers import LocalLayers, constant
 from ltrain.model.mixers.base import ExchangeNeed, Mixer
 from ltrain.model.options import MLSTMOptions
+from ltrain.model.recompute import selecting
 from ltrain.model.sequence import Sequence
 
 EPS = 1e-6  # of the quotient, in units of the largest input gate so far
@@ -104,7 +105,7 @@ class MLSTM(Mixer):
 
     def forward(self, x: Tensor, seq: Sequence) -> Tensor:
         q, k, written, decay, i, out = self._project(x)
-        y = seq.exchange.recurrence(Linear(q, k, written, decay, None, self.scale), seq)
+        y = seq.exchange.recurrence(Linear(q, k, written, decay, None, self.scale, recompute=selecting()), seq)
         return self._output(y, seq.exchange.recurrence(Largest(decay.detach(), i.detach()), seq), out)
 
     def prefill(self, x: Tensor, seq: Sequence) -> tuple[Tensor, MLSTMState]:
