@@ -11,6 +11,8 @@ to be computed twice, and a program that holds one result leaves room for others
 Four warps have one tensor core instruction for 64 rows; with eight, two warpgroups would share it.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -26,11 +28,13 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     tile_transposed,
 )
 
+LOG2E = tl.constexpr(math.log2(math.e))
+
 
 @triton.jit(do_not_specialize=[*COUNTS, "step"])
 def sum_decays(decay, begins, ends, reader, writer, left, sums, step, H, C: tl.constexpr, HEADS: tl.constexpr):
     """Grid (chunks, H / HEADS): of decay [T, H], `step` numbers from one token to the next, with g summed from the start of each chunk, sums
-    [T, H, 2] float32: g, and what float32 loses of it; reader = e^{g_t} and writer = e^{g_last - g_t} [T, H], left = e^{g_last} [chunks, H]."""
+    [T, H, 2] float32: log2 e^g, and what float32 loses of it; reader = e^{g_t} and writer = e^{g_last - g_t} [T, H], left = e^{g_last} [chunks, H]."""
     chunk = tl.program_id(0)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     begin, end = tl.load(begins + chunk).to(tl.int64), tl.load(ends + chunk).to(tl.int64)
@@ -49,10 +53,11 @@ def sum_decays(decay, begins, ends, reader, writer, left, sums, step, H, C: tl.c
         x = tl.load(decay + t[:, None] * step + heads[None, :], mask=exists, other=0.0).to(tl.float64)
         g = tl.cumsum(x, 0) + before[None, :]
         before += tl.sum(x, 0)
-        high = g.to(tl.float32)
+        power = g * LOG2E
+        high = power.to(tl.float32)
         tl.store(sums + at * 2, high, mask=exists)
-        tl.store(sums + at * 2 + 1, (g - high).to(tl.float32), mask=exists)
-        tl.store(reader + at, tl.exp(high), mask=exists)
+        tl.store(sums + at * 2 + 1, (power - high).to(tl.float32), mask=exists)
+        tl.store(reader + at, tl.exp(g.to(tl.float32)), mask=exists)
         tl.store(writer + at, tl.exp((last[None, :] - g).to(tl.float32)), mask=exists)
 
 
@@ -69,24 +74,26 @@ def _sums(sums, t, inside, h, H, DECAY: tl.constexpr):
 
 
 @triton.jit
-def _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY: tl.constexpr, LATER: tl.constexpr, STRICT: tl.constexpr):
-    """What is left between each row's token t and the tokens beside them, 0 where they do not meet -> [C, C]. Differences of sums are exact or
-    long ones, and no exponent is above 0."""
+def _meet(t, others, LATER: tl.constexpr, STRICT: tl.constexpr):
+    """Whether each row's token t takes of the tokens beside them -> [C, C]. Those that are not there are zeros, or come after all that are."""
     if LATER:
         meet = (others[None, :] > t[:, None]) if STRICT else (others[None, :] >= t[:, None])
-        meet &= exist[None, :]
     else:
         meet = (others[None, :] < t[:, None]) if STRICT else (others[None, :] <= t[:, None])
-        meet &= inside[:, None]
+    return meet
+
+
+@triton.jit
+def _faded(x, high, low, high_there, low_there, DECAY: tl.constexpr, LATER: tl.constexpr):
+    """x [C, C], 0 where tokens do not _meet, times what is left between each row's token and the tokens beside them. Differences of sums are exact
+    or long ones, and no exponent is above 0: bounding them takes an instruction, not two as another look at who meets would."""
     if DECAY == HEAD:
         if LATER:
             gaps = (high_there[None, :] - high[:, None]) + (low_there[None, :] - low[:, None])
         else:
             gaps = (high[:, None] - high_there[None, :]) + (low[:, None] - low_there[None, :])
-        fade = tl.exp(tl.where(meet, gaps, float("-inf")))
-    else:
-        fade = tl.where(meet, 1.0, 0.0)
-    return fade
+        x *= tl.exp2(tl.minimum(gaps, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    return x
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -156,11 +163,12 @@ def read(
             near = tl.dot(query, tile_transposed(y, others, exist, h // G, H // G, K, BK, 0), input_precision=DOT) * scale
         else:
             near = products_of_rows(x, y, t, inside, others, exist, h // G, H // G, K, C, BK, False, DOT) * scale
+        near = tl.where(_meet(t, others, LATER, False), near, 0.0)
         added = ()
         for member in tl.static_range(MEMBERS):
             high, low = ours[member]  # type: ignore[var-annotated]
             high_there, low_there = _sums(sums, others, exist, h + member, H, DECAY)
-            faded = (near * _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY, LATER, False)).to(dtype)
+            faded = _faded(near, high, low, high_there, low_there, DECAY, LATER).to(dtype)
             write = tile(z, others, exist, h + member, H, V, BV, column)
             added = added + (results[member] + tl.dot(faded, write, input_precision=DOT),)  # type: ignore[assignment]
         results = added
@@ -287,9 +295,10 @@ def pair_gradients(
             for member in range(G):
                 h = source * G + member
                 of_head = products_of_rows(x, y, t, inside, others, exist, h, H, V, C, BV, BV == VALUES, DOT) * scale
+                of_head = tl.where(_meet(t, others, LATER, False), of_head, 0.0)
                 high, low = _sums(sums, t, inside, h, H, DECAY)
                 high_there, low_there = _sums(sums, others, exist, h, H, DECAY)
-                of_head *= _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY, LATER, False)
+                of_head = _faded(of_head, high, low, high_there, low_there, DECAY, LATER)
                 near += of_head
                 if MOVES:
                     slot = moved + ((tl.num_programs(1) + n).to(tl.int64) * T + t) * H + h
@@ -312,7 +321,7 @@ def pair_gradients(
                 near = products_of_rows(x, y, t, inside, others, exist, source, H, V, C, BV, False, DOT) * scale
             # Rounded alike for queries and keys: the difference of what they move is a decay's gradient.
             high_there, low_there = _sums(sums, others, exist, source, H, DECAY)
-            near *= _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY, LATER, DECAY == HEAD)
+            near = _faded(tl.where(_meet(t, others, LATER, DECAY == HEAD), near, 0.0), high, low, high_there, low_there, DECAY, LATER)
             total += tl.dot(near.to(dtype), tile(z, others, exist, source, H, K, BK, here), input_precision=DOT)
         if MOVES:
             moves = tl.sum(total * tile(itself, t, inside, source, H, K, BK, here), 1)
