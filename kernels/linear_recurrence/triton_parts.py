@@ -391,7 +391,7 @@ def _head_gradients(
     blocks, (tokens, heads, _) = chunks.block_count, v.shape
     options = shapes.options("pair_gradients of heads")
     parts, grouped = ceil_div(shapes.key, options["BK"]), shapes.group > 1
-    ddecay = of_reads = of_writes = recalled = None
+    ddecay = of_reads = of_writes = recalled = pairs = None
     if moves and decay is not None:
         # Grouped, a part for each of the blocks that a token of a chunk may meet.
         slots = parts + (shapes.blocks if grouped else 0)
@@ -401,8 +401,15 @@ def _head_gradients(
     if not blocks:
         return ddecay
     axes = {"KEYS": padded(shapes.key), "VALUES": padded(shapes.value), "GROUPED": grouped, "MOVES": ddecay is not None}
-    reads = do, v, k, q, made.sums, made.reader, states, *chunks.places, dq, of_reads, recalled
-    writes = v, do, q, k, made.sums, made.writer, dstates, *chunks.places, dk, of_writes, recalled
+    if grouped:
+        pairs = q.new_empty(shapes.blocks, tokens, heads // shapes.group, BLOCK)
+        of_heads.pair_scores[blocks, heads // shapes.group](
+            *(q, k, v, do, made.sums, *chunks.places, pairs, of_reads, of_writes, scale, parts, tokens, *shapes.numbers),
+            **{name: x for name, x in axes.items() if name != "GROUPED"},
+            **shapes.options("pair_scores"),
+        )
+    reads = do, v, k, q, pairs, made.sums, made.reader, states, *chunks.places, dq, of_reads, recalled
+    writes = v, do, q, k, pairs, made.sums, made.writer, dstates, *chunks.places, dk, of_writes, recalled
     for args, later in ((reads, False), (writes, True)):
         of_heads.pair_gradients[blocks, parts, heads // shapes.group](*args, scale, blocks, tokens, *shapes.numbers, LATER=later, **axes, **options)
     if ddecay is not None:

@@ -176,30 +176,83 @@ def read(
         put(out, results[member], t, inside, h + member, H, V, BV, column)
 
 
-@triton.jit
-def _through_state(
-    x,
-    states,
-    factors,
-    chunk,
-    t,
-    inside,
-    h,
+@triton.jit(do_not_specialize=COUNTS)
+def pair_scores(
+    q,
+    k,
+    v,
+    do,
+    sums,
+    starts,
+    chunks,
+    begins,
+    ends,
+    pairs,
+    reads,
+    writes,
     scale,
+    slot,
+    T,
     H,
+    G,
     K,
     V,
-    here,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    WHOLE: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
     DECAY: tl.constexpr,
-    LATER: tl.constexpr,
+    MOVES: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Of value head h, what rows of x [T, H, V] take of the state transposed, faded -> [C, BK]. WHOLE: in a loop around this, which can
-    then load ahead; a single product in no loop would keep its tiles in shared memory during what follows."""
+    """Grid (blocks, H / G), where several value heads have one key head: of dO, V [T, H, V], what all of them have from a query's meeting a key,
+    scale sum_h fade dO_t V_i^T, pairs [blocks of a chunk, T, H / G, C]: t's with the keys of its own block, of the one before, and so on.
+
+    And for `decay_gradients`, where MOVES: what each value head's queries and keys moved there, sum_i (Q K^T)_ti (fade * dO V^T)_ti and
+    sum_t of the same numbers, but for what a token has of itself: in reads and writes [parts, T, H], one for each such block from part `slot` on.
+    """
+    block, source = tl.program_id(0), tl.program_id(1)
+    _, begin, t, length, count, _ = place_of(block, starts, chunks, begins, ends, C)
+    inside = t < length
+    q += begin * (H // G) * K
+    k += begin * (H // G) * K
+    v += begin * H * V
+    do += begin * H * V
+    pairs += begin * (H // G) * C
+    if DECAY == HEAD:
+        sums += begin * H * 2
+    if MOVES:
+        reads += begin * H
+        writes += begin * H
+    tokens = tl.cast(T, tl.int64)
+    for n in range(count + 1):
+        others = t - n * C
+        exist = others < length
+        if MOVES:
+            scores = products_of_rows(q, k, t, inside, others, exist, source, H // G, K, C, BK, BK == KEYS, DOT) * scale
+            scores = tl.where(_meet(t, others, False, True), scores, 0.0)
+        near = tl.zeros((C, C), dtype=tl.float32)
+        for member in range(G):
+            h = source * G + member
+            of_head = products_of_rows(do, v, t, inside, others, exist, h, H, V, C, BV, BV == VALUES, DOT)
+            high, low = _sums(sums, t, inside, h, H, DECAY)
+            high_there, low_there = _sums(sums, others, exist, h, H, DECAY)
+            of_head = _faded(of_head, high, low, high_there, low_there, DECAY, False)
+            near += of_head
+            if MOVES:
+                of_head *= scores
+                part = (slot + n) * tokens * H + h
+                tl.store(reads + part + t * H, tl.sum(of_head, 1), mask=inside)
+                tl.store(writes + part + others * H, tl.sum(of_head, 0), mask=exist)
+        near = tl.where(_meet(t, others, False, False), near * scale, 0.0)
+        put(pairs + n * tokens * (H // G) * C, near, t, inside, source, H // G, C, C, 0)
+
+
+@triton.jit
+def _through_state(x, states, chunk, t, inside, h, H, K, V, here, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WHOLE: tl.constexpr, DOT):
+    """Of value head h, what rows of x [T, H, V] take of the state transposed -> [C, BK]. WHOLE: in a loop around this, which can then load
+    ahead; a single product in no loop would keep its tiles in shared memory during what follows."""
     if WHOLE:
         state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, 0)
         total = tl.dot(tile(x, t, inside, h, H, V, BV, 0), state, input_precision=DOT)
@@ -208,11 +261,18 @@ def _through_state(
         for column in tl.range(0, V, BV, num_stages=1):
             state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
             total += tl.dot(tile(x, t, inside, h, H, V, BV, column), state, input_precision=DOT)
-    if not LATER:
-        total *= scale
-    if DECAY == HEAD:
-        total *= tl.load(factors + t * H + h, mask=inside, other=0.0)[:, None]
     return total
+
+
+@triton.jit
+def _weights(factors, t, inside, h, H, scale, DECAY: tl.constexpr, LATER: tl.constexpr):
+    """What rows take of a state has to be multiplied by [C]: the gradient of a state, for LATER, has the scale in it."""
+    weights = tl.full(t.shape, 1.0, dtype=tl.float32)
+    if DECAY == HEAD:
+        weights = tl.load(factors + t * H + h, mask=inside, other=0.0)
+    if not LATER:
+        weights *= scale
+    return weights
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "blocks"])
@@ -221,6 +281,7 @@ def pair_gradients(
     y,
     z,
     itself,
+    pairs,
     sums,
     factors,
     states,
@@ -252,9 +313,8 @@ def pair_gradients(
     """Grid (blocks, K / BK, H / G) -> out [T, H / G, K]: dQ, or LATER dK, of x and y [T, H, V] and z [T, H / G, K]; itself [T, H / G, K]: q or k.
 
     And for `decay_gradients`, where MOVES: moved = q_t dq_t or k_t dk_t [parts, T, H] but for what a token has of itself, and, not LATER,
-    what of it comes from the state before the chunk, summed over the block: recalled [K / BK, blocks, H]. moved comes in K / BK parts, where
-    GROUPED only of what comes through the state, and one for each block from the own one on: what the value heads of a key head have from
-    another block meets its keys as a sum, and what each of them moves is found from the scores, sum_i (Q K^T)_ti (fade * dO V^T)_ti.
+    what of it comes from the state before the chunk, summed over the block: recalled [K / BK, blocks, H]. moved comes in K / BK parts. GROUPED,
+    what the value heads have in a chunk comes from `pair_scores` as a sum, pairs, which also has what each moves there.
     """
     block, part, source = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     here = part * BK
@@ -275,37 +335,33 @@ def pair_gradients(
     if LATER:
         count, step = after, 1
     if GROUPED:
+        pairs += begin * (H // G) * C
+        tokens = tl.cast(T, tl.int64)
         total = tl.zeros((C, BK), dtype=tl.float32)
+        if MOVES:
+            own = tile(itself, t, inside, source, H // G, K, BK, here)
         for member in range(G):
             h = source * G + member
-            of_state = _through_state(x, states, factors, chunk, t, inside, h, scale, H, K, V, here, C, BK, BV, BV == VALUES, DECAY, LATER, DOT)
+            weights = _weights(factors, t, inside, h, H, scale, DECAY, LATER)
+            of_state = _through_state(x, states, chunk, t, inside, h, H, K, V, here, C, BK, BV, BV == VALUES, DOT)
             if MOVES:
-                moves = tl.sum(of_state * tile(itself, t, inside, source, H // G, K, BK, here), 1)
+                moves = tl.sum(of_state * own, 1) * weights
                 tl.store(moved + (part.to(tl.int64) * T + t) * H + h, moves, mask=inside)
                 if not LATER:
                     tl.store(recalled + (part * blocks + block) * H + h, tl.sum(moves, 0))
-            total += of_state
+            total += of_state * weights[:, None]
         for n in range(count + 1):
             others = t + step * n * C
             exist = (others >= 0) & (others < length)
-            if MOVES:
-                scores = products_of_rows(itself, z, t, inside, others, exist, source, H // G, K, C, BK, BK == KEYS, DOT)
-                scores = tl.where(t[:, None] == others[None, :], 0.0, scores)
-            near = tl.zeros((C, C), dtype=tl.float32)
-            for member in range(G):
-                h = source * G + member
-                of_head = products_of_rows(x, y, t, inside, others, exist, h, H, V, C, BV, BV == VALUES, DOT) * scale
-                of_head = tl.where(_meet(t, others, LATER, False), of_head, 0.0)
-                high, low = _sums(sums, t, inside, h, H, DECAY)
-                high_there, low_there = _sums(sums, others, exist, h, H, DECAY)
-                of_head = _faded(of_head, high, low, high_there, low_there, DECAY, LATER)
-                near += of_head
-                if MOVES:
-                    slot = moved + ((tl.num_programs(1) + n).to(tl.int64) * T + t) * H + h
-                    tl.store(slot, tl.sum(of_head * scores, 1), mask=inside & (part == 0))
-            total += tl.dot(near.to(dtype), tile(z, others, exist, source, H // G, K, BK, here), input_precision=DOT)
+            slot = pairs + n * tokens * (H // G) * C
+            if LATER:
+                near = tile_transposed(slot, others, exist, source, H // G, C, C, 0)
+            else:
+                near = tile(slot, t, inside, source, H // G, C, C, 0)
+            total += tl.dot(near, tile(z, others, exist, source, H // G, K, BK, here), input_precision=DOT)
     else:
-        total = _through_state(x, states, factors, chunk, t, inside, source, scale, H, K, V, here, C, BK, BV, False, DECAY, LATER, DOT)
+        total = _through_state(x, states, chunk, t, inside, source, H, K, V, here, C, BK, BV, False, DOT)
+        total *= _weights(factors, t, inside, source, H, scale, DECAY, LATER)[:, None]
         if MOVES and not LATER:
             own = tile(itself, t, inside, source, H, K, BK, here)
             tl.store(recalled + (part * blocks + block) * H + source, tl.sum(tl.sum(total * own, 1), 0))
