@@ -63,14 +63,13 @@ def sum_decays(decay, begins, ends, reader, writer, left, sums, step, H, C: tl.c
 
 @triton.jit
 def _sums(sums, t, inside, h, H, DECAY: tl.constexpr):
-    """g [C] of a head, and what float32 loses of it. Loaded at once: Triton copies a load of fewer numbers than a program has threads to every
+    """g of a head, and what float32 loses of it [C, 2]. Loaded at once: Triton copies a load of fewer numbers than a program has threads to every
     place where it is needed, in its layout: a thread then loads 16 numbers for one."""
     if DECAY == HEAD:
-        pairs = tl.load(sums + ((t * H + h) * 2)[:, None] + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0.0)
-        high, low = tl.split(pairs)
+        found = tl.load(sums + ((t * H + h) * 2)[:, None] + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0.0)
     else:
-        high, low = 0.0, 0.0
-    return high, low
+        found = 0.0
+    return found
 
 
 @triton.jit
@@ -84,10 +83,12 @@ def _meet(t, others, LATER: tl.constexpr, STRICT: tl.constexpr):
 
 
 @triton.jit
-def _faded(x, high, low, high_there, low_there, DECAY: tl.constexpr, LATER: tl.constexpr):
-    """x [C, C], 0 where tokens do not _meet, times what is left between each row's token and the tokens beside them. Differences of sums are exact
-    or long ones, and no exponent is above 0: bounding them takes an instruction, not two as another look at who meets would."""
+def _faded(x, ours, theirs, DECAY: tl.constexpr, LATER: tl.constexpr):
+    """x [C, C], 0 where tokens do not _meet, times what is left between each row's token and the tokens beside them, of their _sums. Differences of
+    sums are exact or long ones, and no exponent is above 0: bounding them takes an instruction, not two as another look at who meets would."""
     if DECAY == HEAD:
+        high, low = tl.split(ours)
+        high_there, low_there = tl.split(theirs)
         if LATER:
             gaps = (high_there[None, :] - high[:, None]) + (low_there[None, :] - low[:, None])
         else:
@@ -166,9 +167,7 @@ def read(
         near = tl.where(_meet(t, others, LATER, False), near, 0.0)
         added = ()
         for member in tl.static_range(MEMBERS):
-            high, low = ours[member]  # type: ignore[var-annotated]
-            high_there, low_there = _sums(sums, others, exist, h + member, H, DECAY)
-            faded = _faded(near, high, low, high_there, low_there, DECAY, LATER).to(dtype)
+            faded = _faded(near, ours[member], _sums(sums, others, exist, h + member, H, DECAY), DECAY, LATER).to(dtype)
             write = tile(z, others, exist, h + member, H, V, BV, column)
             added = added + (results[member] + tl.dot(faded, write, input_precision=DOT),)  # type: ignore[assignment]
         results = added
@@ -233,13 +232,15 @@ def pair_scores(
             scores = products_of_rows(q, k, t, inside, others, exist, source, H // G, K, C, BK, BK == KEYS, DOT) * scale
             scores = tl.where(_meet(t, others, False, True), scores, 0.0)
         near = tl.zeros((C, C), dtype=tl.float32)
+        # Loaded one value head ahead: Triton does that for what goes into products only.
+        ours, theirs = _sums(sums, t, inside, source * G, H, DECAY), _sums(sums, others, exist, source * G, H, DECAY)
         for member in range(G):
             h = source * G + member
             of_head = products_of_rows(do, v, t, inside, others, exist, h, H, V, C, BV, BV == VALUES, DOT)
-            high, low = _sums(sums, t, inside, h, H, DECAY)
-            high_there, low_there = _sums(sums, others, exist, h, H, DECAY)
-            of_head = _faded(of_head, high, low, high_there, low_there, DECAY, False)
+            of_head = _faded(of_head, ours, theirs, DECAY, False)
             near += of_head
+            more = member + 1 < G
+            ours, theirs = _sums(sums, t, inside & more, h + 1, H, DECAY), _sums(sums, others, exist & more, h + 1, H, DECAY)
             if MOVES:
                 of_head *= scores
                 part = (slot + n) * tokens * H + h
@@ -340,9 +341,9 @@ def pair_gradients(
         total = tl.zeros((C, BK), dtype=tl.float32)
         if MOVES:
             own = tile(itself, t, inside, source, H // G, K, BK, here)
+        weights = _weights(factors, t, inside, source * G, H, scale, DECAY, LATER)  # loaded one value head ahead
         for member in range(G):
             h = source * G + member
-            weights = _weights(factors, t, inside, h, H, scale, DECAY, LATER)
             of_state = _through_state(x, states, chunk, t, inside, h, H, K, V, here, C, BK, BV, BV == VALUES, DOT)
             if MOVES:
                 moves = tl.sum(of_state * own, 1) * weights
@@ -350,6 +351,7 @@ def pair_gradients(
                 if not LATER:
                     tl.store(recalled + (part * blocks + block) * H + h, tl.sum(moves, 0))
             total += of_state * weights[:, None]
+            weights = _weights(factors, t, inside & (member + 1 < G), h + 1, H, scale, DECAY, LATER)
         for n in range(count + 1):
             others = t + step * n * C
             exist = (others >= 0) & (others < length)
@@ -367,7 +369,7 @@ def pair_gradients(
             tl.store(recalled + (part * blocks + block) * H + source, tl.sum(tl.sum(total * own, 1), 0))
         if BV == VALUES:
             row = tile(x, t, inside, source, H, V, BV, 0)
-        high, low = _sums(sums, t, inside, source, H, DECAY)
+        ours = _sums(sums, t, inside, source, H, DECAY)
         for n in range(count + 1):
             others = t + step * n * C
             exist = (others >= 0) & (others < length)
@@ -376,8 +378,8 @@ def pair_gradients(
             else:
                 near = products_of_rows(x, y, t, inside, others, exist, source, H, V, C, BV, False, DOT) * scale
             # Rounded alike for queries and keys: the difference of what they move is a decay's gradient.
-            high_there, low_there = _sums(sums, others, exist, source, H, DECAY)
-            near = _faded(tl.where(_meet(t, others, LATER, DECAY == HEAD), near, 0.0), high, low, high_there, low_there, DECAY, LATER)
+            near = tl.where(_meet(t, others, LATER, DECAY == HEAD), near, 0.0)
+            near = _faded(near, ours, _sums(sums, others, exist, source, H, DECAY), DECAY, LATER)
             total += tl.dot(near.to(dtype), tile(z, others, exist, source, H, K, BK, here), input_precision=DOT)
         if MOVES:
             moves = tl.sum(total * tile(itself, t, inside, source, H, K, BK, here), 1)
