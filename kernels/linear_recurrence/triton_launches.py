@@ -42,6 +42,7 @@ LAUNCHES = {
     "pair_gradients per channel": Launch(key=64, stages=2),
     "read of heads": Launch(value=128, stages=2, warps=4),
     "pair_gradients grouped": Launch(key=64, stages=1),
+    "read_together": Launch(value=128, stages=4),
     "pair_scores": Launch(value=128, stages=3, warps=4),
     "pair_gradients of heads": Launch(value=128, stages=3, warps=4),
     "decay_gradients": Launch(key=64, stages=2),

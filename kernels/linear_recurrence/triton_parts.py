@@ -4,7 +4,6 @@ Those of the delta rule take `chunks` of any segments, and of what is there for 
 segments before others.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from ltrain.kernels.segments import ceil_div
 ALIGNED = 16
 LEVELS = BLOCK.bit_length() - 1  # see tiles.pair_spans
 HEADS = 16  # in a program of `heads.sum_decays`: the decays of a token lie together
-MEMBERS = 2  # value heads of one key head in a program of `heads.read`
+TOGETHER = 2  # blocks of a chunk that `heads.read_together` has the scores of in its registers
 ROWS = 16  # of `backward.sum_parts`
 NUMBERS = 512  # of a state in a program of `additive.accumulate`
 
@@ -232,13 +231,16 @@ def read(
     out = torch.empty_like(z) if out is None else out
     if shapes.of_heads:
         if chunks.block_count:
-            options, members = shapes.options("read of heads"), math.gcd(shapes.group, MEMBERS)
-            of_heads.read[chunks.block_count, shapes.heads // members, ceil_div(shapes.value, options["BV"])](
-                *((k, q) if later else (q, k)),
-                *(z, made.sums, made.writer if later else made.reader, states, *chunks.places, out, scale),
-                *shapes.numbers,
-                **{"KEYS": padded(shapes.key), "MEMBERS": members, "LATER": later, **options},
-            )
+            options, keys = shapes.options("read of heads"), padded(shapes.key)
+            args = *((k, q) if later else (q, k)), z, made.sums, made.writer if later else made.reader, states
+            if shapes.group > 1 and shapes.blocks <= TOGETHER and options["BK"] == keys and options["BV"] == padded(shapes.value):
+                options = shapes.options("read_together") | {"C": shapes.blocks * BLOCK, "LATER": later}
+                of_heads.read_together[chunks.chunk_count, shapes.heads // shapes.group](
+                    *(*args, chunks.begins, chunks.ends, out, scale, *shapes.numbers), **options
+                )
+            else:
+                grid = chunks.block_count, shapes.heads, ceil_div(shapes.value, options["BV"])
+                of_heads.read[grid](*args, *chunks.places, out, scale, *shapes.numbers, KEYS=keys, LATER=later, **options)
         return out
     rows, factors = ((made.reader, made.writer), (None, None)) if shapes.decay == 2 else ((q, k), (made.reader, made.writer))
     if later:

@@ -34,7 +34,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 @triton.jit(do_not_specialize=[*COUNTS, "step"])
 def sum_decays(decay, begins, ends, reader, writer, left, sums, step, H, C: tl.constexpr, HEADS: tl.constexpr):
     """Grid (chunks, H / HEADS): of decay [T, H], `step` numbers from one token to the next, with g summed from the start of each chunk, sums
-    [T, H, 2] float32: log2 e^g, and what float32 loses of it; reader = e^{g_t} and writer = e^{g_last - g_t} [T, H], left = e^{g_last} [chunks, H]."""
+    [T, H, 2]: log2 e^g and what float32 loses of it; reader = e^{g_t} and writer = e^{g_last - g_t} [T, H], left = e^{g_last} [chunks, H]."""
     chunk = tl.program_id(0)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     begin, end = tl.load(begins + chunk).to(tl.int64), tl.load(ends + chunk).to(tl.int64)
@@ -97,6 +97,17 @@ def _faded(x, ours, theirs, DECAY: tl.constexpr, LATER: tl.constexpr):
     return x
 
 
+@triton.jit
+def _weights(factors, t, inside, h, H, scale, DECAY: tl.constexpr, LATER: tl.constexpr):
+    """What rows take of a state has to be multiplied by [C]: the gradient of a state, for LATER, has the scale in it."""
+    weights = tl.full(t.shape, 1.0, dtype=tl.float32)
+    if DECAY == HEAD:
+        weights = tl.load(factors + t * H + h, mask=inside, other=0.0)
+    if not LATER:
+        weights *= scale
+    return weights
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def read(
     x,
@@ -119,14 +130,13 @@ def read(
     BK: tl.constexpr,
     BV: tl.constexpr,
     KEYS: tl.constexpr,
-    MEMBERS: tl.constexpr,
     DECAY: tl.constexpr,
     LATER: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (blocks, H / MEMBERS, V / BV) -> out [T, H, V] of z [T, H, V] for x and y [T, H / G, K]: o, or LATER dV; states [chunks, H, K, V] and
-    their factors [T, H]. A program has MEMBERS value heads of one key head, which share the scores X Y^T."""
-    block, h, column = tl.program_id(0), tl.program_id(1) * MEMBERS, tl.program_id(2) * BV
+    """Grid (blocks, H, V / BV) -> out [T, H, V] of z [T, H, V] for x and y [T, H / G, K]: o, or LATER dV; states [chunks, H, K, V] and their
+    factors [T, H]."""
+    block, h, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     chunk, begin, t, length, count, after = place_of(block, starts, chunks, begins, ends, C)
     inside = t < length
     dtype = x.dtype.element_ty
@@ -140,23 +150,15 @@ def read(
     step = -1
     if LATER:
         count, step = after, 1
-    results = ()
-    for member in tl.static_range(MEMBERS):
-        result = tl.zeros((C, BV), dtype=tl.float32)
-        for row in tl.range(0, K, BK, num_stages=1):
-            at, exists = state_at(states, chunk * H + h + member, K, V, BK, BV, row, column)
-            query = tile(x, t, inside, h // G, H // G, K, BK, row)
-            result += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
-        if not LATER:  # the gradient of a state has the scale in it
-            result *= scale
-        if DECAY == HEAD:
-            result *= tl.load(factors + t * H + h + member, mask=inside, other=0.0)[:, None]
-        results = results + (result,)  # type: ignore[assignment]
+    result = tl.zeros((C, BV), dtype=tl.float32)
+    for row in tl.range(0, K, BK, num_stages=1):
+        at, exists = state_at(states, chunk * H + h, K, V, BK, BV, row, column)
+        query = tile(x, t, inside, h // G, H // G, K, BK, row)
+        result += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
+    result *= _weights(factors, t, inside, h, H, scale, DECAY, LATER)[:, None]
     if BK == KEYS:
         query = tile(x, t, inside, h // G, H // G, K, BK, 0)
-    ours = ()
-    for member in tl.static_range(MEMBERS):
-        ours = ours + (_sums(sums, t, inside, h + member, H, DECAY),)  # type: ignore[assignment]
+    ours = _sums(sums, t, inside, h, H, DECAY)
     for n in range(count + 1):
         others = t + step * n * C
         exist = (others >= 0) & (others < length)
@@ -165,14 +167,63 @@ def read(
         else:
             near = products_of_rows(x, y, t, inside, others, exist, h // G, H // G, K, C, BK, False, DOT) * scale
         near = tl.where(_meet(t, others, LATER, False), near, 0.0)
-        added = ()
-        for member in tl.static_range(MEMBERS):
-            faded = _faded(near, ours[member], _sums(sums, others, exist, h + member, H, DECAY), DECAY, LATER).to(dtype)
-            write = tile(z, others, exist, h + member, H, V, BV, column)
-            added = added + (results[member] + tl.dot(faded, write, input_precision=DOT),)  # type: ignore[assignment]
-        results = added
-    for member in tl.static_range(MEMBERS):
-        put(out, results[member], t, inside, h + member, H, V, BV, column)
+        faded = _faded(near, ours, _sums(sums, others, exist, h, H, DECAY), DECAY, LATER).to(dtype)
+        result += tl.dot(faded, tile(z, others, exist, h, H, V, BV, column), input_precision=DOT)
+    put(out, result, t, inside, h, H, V, BV, column)
+
+
+@triton.jit
+def read_together(
+    x,
+    y,
+    z,
+    sums,
+    factors,
+    states,
+    begins,
+    ends,
+    out,
+    scale,
+    H,
+    G,
+    K,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    LATER: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (chunks, H / G): as `read`, for chunks of no more than C tokens and BK and BV channels that are all. A program has the scores X Y^T of a
+    chunk, which the value heads of a key head share, and goes through these in a loop, which loads ahead."""
+    chunk, source = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(begins + chunk)
+    length = tl.load(ends + chunk) - begin
+    begin = begin.to(tl.int64)
+    t = tl.arange(0, C)
+    inside = t < length
+    dtype = x.dtype.element_ty
+    x += begin * (H // G) * K
+    y += begin * (H // G) * K
+    z += begin * H * V
+    out += begin * H * V
+    if DECAY == HEAD:
+        sums += begin * H * 2
+        factors += begin * H
+    query = tile(x, t, inside, source, H // G, K, BK, 0)
+    near = tl.dot(query, tile_transposed(y, t, inside, source, H // G, K, BK, 0), input_precision=DOT) * scale
+    near = tl.where(_meet(t, t, LATER, False), near, 0.0)
+    weights = _weights(factors, t, inside, source * G, H, scale, DECAY, LATER)
+    for member in range(G):
+        h = source * G + member
+        at, exists = state_at(states, chunk * H + h, K, V, BK, BV, 0, 0)
+        result = tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT) * weights[:, None]
+        weights = _weights(factors, t, inside & (member + 1 < G), h + 1, H, scale, DECAY, LATER)  # loaded one value head ahead
+        own = _sums(sums, t, inside, h, H, DECAY)
+        faded = _faded(near, own, own, DECAY, LATER).to(dtype)
+        result += tl.dot(faded, tile(z, t, inside, h, H, V, BV, 0), input_precision=DOT)
+        put(out, result, t, inside, h, H, V, BV, 0)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -265,17 +316,6 @@ def _through_state(x, states, chunk, t, inside, h, H, K, V, here, C: tl.constexp
     return total
 
 
-@triton.jit
-def _weights(factors, t, inside, h, H, scale, DECAY: tl.constexpr, LATER: tl.constexpr):
-    """What rows take of a state has to be multiplied by [C]: the gradient of a state, for LATER, has the scale in it."""
-    weights = tl.full(t.shape, 1.0, dtype=tl.float32)
-    if DECAY == HEAD:
-        weights = tl.load(factors + t * H + h, mask=inside, other=0.0)
-    if not LATER:
-        weights *= scale
-    return weights
-
-
 @triton.jit(do_not_specialize=[*COUNTS, "blocks"])
 def pair_gradients(
     x,
@@ -365,8 +405,8 @@ def pair_gradients(
         total = _through_state(x, states, chunk, t, inside, source, H, K, V, here, C, BK, BV, False, DOT)
         total *= _weights(factors, t, inside, source, H, scale, DECAY, LATER)[:, None]
         if MOVES and not LATER:
-            own = tile(itself, t, inside, source, H, K, BK, here)
-            tl.store(recalled + (part * blocks + block) * H + source, tl.sum(tl.sum(total * own, 1), 0))
+            recalls = tl.sum(total * tile(itself, t, inside, source, H, K, BK, here), 1)
+            tl.store(recalled + (part * blocks + block) * H + source, tl.sum(recalls, 0))
         if BV == VALUES:
             row = tile(x, t, inside, source, H, V, BV, 0)
         ours = _sums(sums, t, inside, source, H, DECAY)
@@ -387,8 +427,8 @@ def pair_gradients(
         if DECAY == HEAD:
             alone = tl.zeros((C,), dtype=tl.float32)
             for column in tl.range(0, V, BV, num_stages=1):
-                ours = tile(x, t, inside, source, H, V, BV, column).to(tl.float32)
-                alone += tl.sum(ours * tile(y, t, inside, source, H, V, BV, column), 1)
+                own = tile(x, t, inside, source, H, V, BV, column).to(tl.float32)
+                alone += tl.sum(own * tile(y, t, inside, source, H, V, BV, column), 1)
             total += (alone * scale)[:, None] * tile(z, t, inside, source, H, K, BK, here)
     put(out, total, t, inside, source, H // G, K, BK, here)
 
