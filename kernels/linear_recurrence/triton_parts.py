@@ -18,10 +18,11 @@ from ltrain.kernels.segments import ceil_div
 # Numbers that rows are made a multiple of: 16-byte loads, and heads of 60 in bfloat16 had wrong gradients on an H200 (Triton 3.6), of 64 not.
 ALIGNED = 16
 LEVELS = BLOCK.bit_length() - 1  # see tiles.pair_spans
-HEADS = 16  # in a program of `heads.sum_decays`: the decays of a token lie together
+HEADS = 16  # in a program of `heads.sum_decays` or `heads.decay_gradients`: the decays of a token lie together
 TOGETHER = 2  # blocks of a chunk that `heads.read_together` has the scores of in its registers
 ROWS = 16  # of `backward.sum_parts`
 NUMBERS = 512  # of a state in a program of `additive.accumulate`
+ACROSS = 4096  # of a state at a time in a program of `heads.gradients_across`
 
 
 def wider(x: Tensor, more: int) -> Tensor:
@@ -232,15 +233,16 @@ def read(
     if shapes.of_heads:
         if chunks.block_count:
             options, keys = shapes.options("read of heads"), padded(shapes.key)
-            args = *((k, q) if later else (q, k)), z, made.sums, made.writer if later else made.reader, states
+            x, y, factor = (k, q, made.writer) if later else (q, k, made.reader)
+            given = x, y, z, made.sums, factor, states
             if shapes.group > 1 and shapes.blocks <= TOGETHER and options["BK"] == keys and options["BV"] == padded(shapes.value):
                 options = shapes.options("read_together") | {"C": shapes.blocks * BLOCK, "LATER": later}
                 of_heads.read_together[chunks.chunk_count, shapes.heads // shapes.group](
-                    *(*args, chunks.begins, chunks.ends, out, scale, *shapes.numbers), **options
+                    *(*given, chunks.begins, chunks.ends, out, scale, *shapes.numbers), **options
                 )
             else:
                 grid = chunks.block_count, shapes.heads, ceil_div(shapes.value, options["BV"])
-                of_heads.read[grid](*args, *chunks.places, out, scale, *shapes.numbers, KEYS=keys, LATER=later, **options)
+                of_heads.read[grid](*given, *chunks.places, out, scale, *shapes.numbers, KEYS=keys, LATER=later, **options)
         return out
     rows, factors = ((made.reader, made.writer), (None, None)) if shapes.decay == 2 else ((q, k), (made.reader, made.writer))
     if later:
@@ -398,7 +400,7 @@ def _head_gradients(
         # Grouped, a part for each of the blocks that a token of a chunk may meet.
         slots = parts + (shapes.blocks if grouped else 0)
         of_reads, of_writes = (v.new_empty(slots, tokens, heads, dtype=torch.float32) for _ in range(2))
-        recalled = v.new_empty(parts, blocks, heads, dtype=torch.float32)
+        recalled = None if grouped else v.new_empty(parts, blocks, heads, dtype=torch.float32)
         ddecay = torch.empty_like(decay, memory_format=torch.contiguous_format)
     if not blocks:
         return ddecay
@@ -415,11 +417,15 @@ def _head_gradients(
     for args, later in ((reads, False), (writes, True)):
         of_heads.pair_gradients[blocks, parts, heads // shapes.group](*args, scale, blocks, tokens, *shapes.numbers, LATER=later, **axes, **options)
     if ddecay is not None:
-        options = shapes.options("decay_gradients of heads", without=("DECAY", "DOT"))
-        of_heads.decay_gradients[chunks.chunk_count, heads](
-            *(of_reads, of_writes, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, blocks, tokens),
-            *(heads, shapes.key, shapes.value, parts),
-            **{"GROUPED": grouped, **options},
+        assert left is not None
+        count, passing = chunks.chunk_count, torch.empty_like(left)
+        of_heads.gradients_across[(count * heads,)](states, dstates, left, passing, shapes.key * shapes.value, N=ACROSS, num_warps=4)
+        of_heads.decay_gradients[count, ceil_div(heads, HEADS)](
+            *(of_reads, of_writes, recalled, passing, chunks.begins, chunks.ends, chunks.firsts, ddecay, blocks, tokens, heads, parts),
+            C=BLOCK,
+            HEADS=HEADS,
+            GROUPED=grouped,
+            num_warps=4,
         )
     return ddecay
 

@@ -150,14 +150,15 @@ def read(
     step = -1
     if LATER:
         count, step = after, 1
-    result = tl.zeros((C, BV), dtype=tl.float32)
-    for row in tl.range(0, K, BK, num_stages=1):
-        at, exists = state_at(states, chunk * H + h, K, V, BK, BV, row, column)
-        query = tile(x, t, inside, h // G, H // G, K, BK, row)
-        result += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
-    result *= _weights(factors, t, inside, h, H, scale, DECAY, LATER)[:, None]
     if BK == KEYS:
         query = tile(x, t, inside, h // G, H // G, K, BK, 0)
+    result = tl.zeros((C, BV), dtype=tl.float32)
+    for row in tl.range(0, K, BK, num_stages=1):  # of one as well: a product in no loop would keep its tiles in shared memory during what follows
+        at, exists = state_at(states, chunk * H + h, K, V, BK, BV, row, column)
+        if BK != KEYS:
+            query = tile(x, t, inside, h // G, H // G, K, BK, row)
+        result += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
+    result *= _weights(factors, t, inside, h, H, scale, DECAY, LATER)[:, None]
     ours = _sums(sums, t, inside, h, H, DECAY)
     for n in range(count + 1):
         others = t + step * n * C
@@ -301,21 +302,6 @@ def pair_scores(
         put(pairs + n * tokens * (H // G) * C, near, t, inside, source, H // G, C, C, 0)
 
 
-@triton.jit
-def _through_state(x, states, chunk, t, inside, h, H, K, V, here, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WHOLE: tl.constexpr, DOT):
-    """Of value head h, what rows of x [T, H, V] take of the state transposed -> [C, BK]. WHOLE: in a loop around this, which can then load
-    ahead; a single product in no loop would keep its tiles in shared memory during what follows."""
-    if WHOLE:
-        state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, 0)
-        total = tl.dot(tile(x, t, inside, h, H, V, BV, 0), state, input_precision=DOT)
-    else:
-        total = tl.zeros((C, BK), dtype=tl.float32)
-        for column in tl.range(0, V, BV, num_stages=1):
-            state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
-            total += tl.dot(tile(x, t, inside, h, H, V, BV, column), state, input_precision=DOT)
-    return total
-
-
 @triton.jit(do_not_specialize=[*COUNTS, "blocks"])
 def pair_gradients(
     x,
@@ -353,9 +339,9 @@ def pair_gradients(
 ):
     """Grid (blocks, K / BK, H / G) -> out [T, H / G, K]: dQ, or LATER dK, of x and y [T, H, V] and z [T, H / G, K]; itself [T, H / G, K]: q or k.
 
-    And for `decay_gradients`, where MOVES: moved = q_t dq_t or k_t dk_t [parts, T, H] but for what a token has of itself, and, not LATER,
-    what of it comes from the state before the chunk, summed over the block: recalled [K / BK, blocks, H]. moved comes in K / BK parts. GROUPED,
-    what the value heads have in a chunk comes from `pair_scores` as a sum, pairs, which also has what each moves there.
+    And for `decay_gradients`, where MOVES: moved = q_t dq_t or k_t dk_t [K / BK, T, H] but for what a token has of itself, and, not LATER,
+    what of it comes from the state before the chunk, summed over the block: recalled [K / BK, blocks, H]. GROUPED, what the value heads have in
+    a chunk comes from `pair_scores` as a sum, pairs, which has what each moves there, too: moved is only what comes through the state.
     """
     block, part, source = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     here = part * BK
@@ -384,12 +370,17 @@ def pair_gradients(
         weights = _weights(factors, t, inside, source * G, H, scale, DECAY, LATER)  # loaded one value head ahead
         for member in range(G):
             h = source * G + member
-            of_state = _through_state(x, states, chunk, t, inside, h, H, K, V, here, C, BK, BV, BV == VALUES, DOT)
+            if BV == VALUES:  # in no loop of its own, so that this one can load ahead
+                row = tile(x, t, inside, h, H, V, BV, 0)
+                of_state = tl.dot(row, state_transposed(states, chunk * H + h, K, V, BK, BV, here, 0), input_precision=DOT)
+            else:
+                of_state = tl.zeros((C, BK), dtype=tl.float32)
+                for column in range(0, V, BV):
+                    row = tile(x, t, inside, h, H, V, BV, column)
+                    of_state += tl.dot(row, state_transposed(states, chunk * H + h, K, V, BK, BV, here, column), input_precision=DOT)
             if MOVES:
                 moves = tl.sum(of_state * own, 1) * weights
                 tl.store(moved + (part.to(tl.int64) * T + t) * H + h, moves, mask=inside)
-                if not LATER:
-                    tl.store(recalled + (part * blocks + block) * H + h, tl.sum(moves, 0))
             total += of_state * weights[:, None]
             weights = _weights(factors, t, inside & (member + 1 < G), h + 1, H, scale, DECAY, LATER)
         for n in range(count + 1):
@@ -402,13 +393,17 @@ def pair_gradients(
                 near = tile(slot, t, inside, source, H // G, C, C, 0)
             total += tl.dot(near, tile(z, others, exist, source, H // G, K, BK, here), input_precision=DOT)
     else:
-        total = _through_state(x, states, chunk, t, inside, source, H, K, V, here, C, BK, BV, False, DOT)
+        if BV == VALUES:
+            row = tile(x, t, inside, source, H, V, BV, 0)
+        total = tl.zeros((C, BK), dtype=tl.float32)
+        for column in tl.range(0, V, BV, num_stages=1):  # see `read`
+            if BV != VALUES:
+                row = tile(x, t, inside, source, H, V, BV, column)
+            total += tl.dot(row, state_transposed(states, chunk * H + source, K, V, BK, BV, here, column), input_precision=DOT)
         total *= _weights(factors, t, inside, source, H, scale, DECAY, LATER)[:, None]
         if MOVES and not LATER:
             recalls = tl.sum(total * tile(itself, t, inside, source, H, K, BK, here), 1)
             tl.store(recalled + (part * blocks + block) * H + source, tl.sum(recalls, 0))
-        if BV == VALUES:
-            row = tile(x, t, inside, source, H, V, BV, 0)
         ours = _sums(sums, t, inside, source, H, DECAY)
         for n in range(count + 1):
             others = t + step * n * C
@@ -433,55 +428,52 @@ def pair_gradients(
     put(out, total, t, inside, source, H // G, K, BK, here)
 
 
+@triton.jit
+def gradients_across(states, dstates, left, passing, numbers, N: tl.constexpr):
+    """Grid (chunks * H): of each state of so many numbers before a chunk and the gradient of that after it, what the decays of all of the chunk
+    have of them -> passing [chunks, H]"""
+    at = tl.program_id(0).to(tl.int64)
+    products = tl.zeros((N,), dtype=tl.float32)
+    for start in range(0, numbers, N):
+        place = start + tl.arange(0, N)
+        x = tl.load(states + at * numbers + place, mask=place < numbers, other=0.0).to(tl.float32)
+        products += x * tl.load(dstates + at * numbers + place, mask=place < numbers, other=0.0).to(tl.float32)
+    tl.store(passing + at, tl.sum(products, 0) * tl.load(left + at))
+
+
 @triton.jit(do_not_specialize=[*COUNTS, "blocks", "parts"])
 def decay_gradients(
-    reads,
-    writes,
-    recalled,
-    left,
-    states,
-    dstates,
-    begins,
-    ends,
-    firsts,
-    ddecay,
-    blocks,
-    T,
-    H,
-    K,
-    V,
-    parts,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    GROUPED: tl.constexpr,
+    reads, writes, recalled, passing, begins, ends, firsts, ddecay, blocks, T, H, parts, C: tl.constexpr, HEADS: tl.constexpr, GROUPED: tl.constexpr
 ):
-    """Grid (chunks, H) -> ddecay [T, H], of what queries and keys moved: see `pair_gradients`, and additive.decay_gradients for the sums."""
-    chunk, h = tl.program_id(0), tl.program_id(1)
+    """Grid (chunks, H / HEADS) -> ddecay [T, H], of what queries and keys moved and of passing, from `gradients_across`: see `pair_gradients`, and
+    additive.decay_gradients for the sums."""
+    chunk = tl.program_id(0)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     begin, end = tl.load(begins + chunk).to(tl.int64), tl.load(ends + chunk).to(tl.int64)
     block = tl.load(firsts + chunk)
     count = tl.cdiv(end - begin, C).to(tl.int32)
     rows = tl.arange(0, C)
-    products = tl.zeros((BK, BV), dtype=tl.float32)
-    for row in range(0, K, BK):
-        for column in range(0, V, BV):
-            at, exists = state_at(states, chunk * H + h, K, V, BK, BV, row, column)
-            after, _ = state_at(dstates, chunk * H + h, K, V, BK, BV, row, column)
-            products += tl.load(at, mask=exists, other=0.0).to(tl.float32) * tl.load(after, mask=exists, other=0.0).to(tl.float32)
-    passing = (tl.sum(tl.sum(products, 1), 0) * tl.load(left + (chunk * H + h).to(tl.int64))).to(tl.float64)
-    for place in range(count):
-        for part in range(parts):
-            passing += tl.load(recalled + (part * blocks + block + place) * H + h).to(tl.float64)
+    passes = tl.load(passing + chunk * H + h, mask=h < H, other=0.0).to(tl.float64)
     for place in range(count):
         t = begin + place * C + rows
-        inside = t < end
+        exist = (t < end)[:, None] & (h < H)[None, :]
+        for part in range(parts):
+            if GROUPED:
+                of_state = tl.load(reads + (part * T + t)[:, None] * H + h[None, :], mask=exist, other=0.0)
+                passes += tl.sum(of_state.to(tl.float64), 0)
+            else:
+                passes += tl.load(recalled + (part * blocks + block + place) * H + h, mask=h < H, other=0.0).to(tl.float64)
+    for place in range(count):
+        t = begin + place * C + rows
+        exist = (t < end)[:, None] & (h < H)[None, :]
         read_parts, write_parts = parts, parts
         if GROUPED:
             read_parts, write_parts = parts + place + 1, parts + count - place
-        x = tl.zeros((C,), dtype=tl.float64)
+        x = tl.zeros((C, HEADS), dtype=tl.float64)
         for part in range(read_parts):
-            x += tl.load(reads + (part * T + t) * H + h, mask=inside, other=0.0).to(tl.float64)
+            x += tl.load(reads + (part * T + t)[:, None] * H + h[None, :], mask=exist, other=0.0).to(tl.float64)
         for part in range(write_parts):
-            x -= tl.load(writes + (part * T + t) * H + h, mask=inside, other=0.0).to(tl.float64)
-        tl.store(ddecay + t * H + h, (passing - (tl.cumsum(x, 0) - x)).to(ddecay.dtype.element_ty), mask=inside)
-        passing -= tl.sum(x, 0)
+            x -= tl.load(writes + (part * T + t)[:, None] * H + h[None, :], mask=exist, other=0.0).to(tl.float64)
+        found = passes[None, :] - (tl.cumsum(x, 0) - x)
+        tl.store(ddecay + t[:, None] * H + h[None, :], found.to(ddecay.dtype.element_ty), mask=exist)
+        passes -= tl.sum(x, 0)
