@@ -18,7 +18,7 @@ from ltrain.kernels.segments import ceil_div
 # Numbers that rows are made a multiple of: 16-byte loads, and heads of 60 in bfloat16 had wrong gradients on an H200 (Triton 3.6), of 64 not.
 ALIGNED = 16
 LEVELS = BLOCK.bit_length() - 1  # see tiles.pair_spans
-HEADS = 16  # in a program of `heads.sum_decays` or `heads.decay_gradients`: the decays of a token lie together
+HEADS = 8  # in a program of `heads.sum_decays` or `heads.decay_gradients`: the decays of a token lie together
 TOGETHER = 2  # blocks of a chunk that `heads.read_together` has the scores of in its registers
 ROWS = 16  # of `backward.sum_parts`
 NUMBERS = 512  # of a state in a program of `additive.accumulate`
@@ -407,7 +407,7 @@ def _head_gradients(
     axes = {"KEYS": padded(shapes.key), "VALUES": padded(shapes.value), "GROUPED": grouped, "MOVES": ddecay is not None}
     if grouped:
         pairs = q.new_empty(shapes.blocks, tokens, heads // shapes.group, BLOCK)
-        of_heads.pair_scores[blocks, heads // shapes.group](
+        of_heads.pair_scores[blocks, heads // shapes.group, shapes.blocks](
             *(q, k, v, do, made.sums, *chunks.places, pairs, of_reads, of_writes, scale, parts, tokens, *shapes.numbers),
             **{name: x for name, x in axes.items() if name != "GROUPED"},
             **shapes.options("pair_scores"),

@@ -85,8 +85,8 @@ def _meet(t, others, LATER: tl.constexpr, STRICT: tl.constexpr):
 
 @triton.jit
 def _faded(x, ours, theirs, DECAY: tl.constexpr, LATER: tl.constexpr):
-    """x [C, C], 0 where tokens do not _meet, times what is left between each row's token and the tokens beside them, of their _sums. Differences of
-    sums are exact or long ones, and no exponent is above 0: bounding them takes an instruction, not two as another look at who meets would."""
+    """x [C, C] times what is left between each row's token and the tokens beside them, of their _sums. Differences of sums are exact or long ones,
+    and no exponent is above 0: where tokens do not _meet, which x or the result is to be 0 for, e^0. A bound takes one instruction, who meets two."""
     if DECAY == HEAD:
         high, low = tl.split(ours)
         high_there, low_there = tl.split(theirs)
@@ -258,14 +258,17 @@ def pair_scores(
     MOVES: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (blocks, H / G), where several value heads have one key head: of dO, V [T, H, V], what all of them have from a query's meeting a key,
-    scale sum_h fade dO_t V_i^T, pairs [blocks of a chunk, T, H / G, C]: t's with the keys of its own block, of the one before, and so on.
+    """Grid (blocks, H / G, blocks of a chunk), where several value heads have one key head -> pairs [blocks of a chunk, T, H / G, C], of dO and
+    V [T, H, V] what all of them have from a query's meeting a key, scale sum_h fade dO_t V_i^T: t's with the keys of its own block, of the one
+    before, and so on.
 
     And for `decay_gradients`, where MOVES: what each value head's queries and keys moved there, sum_i (Q K^T)_ti (fade * dO V^T)_ti and
     sum_t of the same numbers, but for what a token has of itself: in reads and writes [parts, T, H], one for each such block from part `slot` on.
     """
-    block, source = tl.program_id(0), tl.program_id(1)
+    block, source, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _, begin, t, length, count, _ = place_of(block, starts, chunks, begins, ends, C)
+    if n > count:
+        return
     inside = t < length
     q += begin * (H // G) * K
     k += begin * (H // G) * K
@@ -277,30 +280,28 @@ def pair_scores(
     if MOVES:
         reads += begin * H
         writes += begin * H
-    tokens = tl.cast(T, tl.int64)
-    for n in range(count + 1):
-        others = t - n * C
-        exist = others < length
+    others = t - n * C
+    exist = others < length
+    if MOVES:
+        scores = products_of_rows(q, k, t, inside, others, exist, source, H // G, K, C, BK, BK == KEYS, DOT) * scale
+        scores = tl.where(_meet(t, others, False, True), scores, 0.0)
+    near = tl.zeros((C, C), dtype=tl.float32)
+    # Loaded one value head ahead: Triton does that for what goes into products only.
+    ours, theirs = _sums(sums, t, inside, source * G, H, DECAY), _sums(sums, others, exist, source * G, H, DECAY)
+    for member in range(G):
+        h = source * G + member
+        of_head = products_of_rows(do, v, t, inside, others, exist, h, H, V, C, BV, BV == VALUES, DOT)
+        of_head = _faded(of_head, ours, theirs, DECAY, False)
+        near += of_head
+        more = member + 1 < G
+        ours, theirs = _sums(sums, t, inside & more, h + 1, H, DECAY), _sums(sums, others, exist & more, h + 1, H, DECAY)
         if MOVES:
-            scores = products_of_rows(q, k, t, inside, others, exist, source, H // G, K, C, BK, BK == KEYS, DOT) * scale
-            scores = tl.where(_meet(t, others, False, True), scores, 0.0)
-        near = tl.zeros((C, C), dtype=tl.float32)
-        # Loaded one value head ahead: Triton does that for what goes into products only.
-        ours, theirs = _sums(sums, t, inside, source * G, H, DECAY), _sums(sums, others, exist, source * G, H, DECAY)
-        for member in range(G):
-            h = source * G + member
-            of_head = products_of_rows(do, v, t, inside, others, exist, h, H, V, C, BV, BV == VALUES, DOT)
-            of_head = _faded(of_head, ours, theirs, DECAY, False)
-            near += of_head
-            more = member + 1 < G
-            ours, theirs = _sums(sums, t, inside & more, h + 1, H, DECAY), _sums(sums, others, exist & more, h + 1, H, DECAY)
-            if MOVES:
-                of_head *= scores
-                part = (slot + n) * tokens * H + h
-                tl.store(reads + part + t * H, tl.sum(of_head, 1), mask=inside)
-                tl.store(writes + part + others * H, tl.sum(of_head, 0), mask=exist)
-        near = tl.where(_meet(t, others, False, False), near * scale, 0.0)
-        put(pairs + n * tokens * (H // G) * C, near, t, inside, source, H // G, C, C, 0)
+            of_head *= scores
+            part = (slot + n).to(tl.int64) * T * H + h
+            tl.store(reads + part + t * H, tl.sum(of_head, 1), mask=inside)
+            tl.store(writes + part + others * H, tl.sum(of_head, 0), mask=exist)
+    near = tl.where(_meet(t, others, False, False), near * scale, 0.0)
+    put(pairs + n.to(tl.int64) * T * (H // G) * C, near, t, inside, source, H // G, C, C, 0)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "blocks"])
