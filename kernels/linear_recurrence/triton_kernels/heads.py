@@ -414,14 +414,13 @@ def pair_gradients(
                 near = tl.dot(row, tile_transposed(y, others, exist, source, H, V, BV, 0), input_precision=DOT) * scale
             else:
                 near = products_of_rows(x, y, t, inside, others, exist, source, H, V, C, BV, False, DOT) * scale
-            # Rounded alike for queries and keys: the difference of what they move is a decay's gradient.
-            near = tl.where(_meet(t, others, LATER, DECAY == HEAD), near, 0.0)
+            # Rounded alike for queries and keys: the difference of what they move is a decay's gradient, to which a token itself adds nothing.
+            near = tl.where(_meet(t, others, LATER, MOVES), near, 0.0)
             near = _faded(near, ours, _sums(sums, others, exist, source, H, DECAY), DECAY, LATER)
             total += tl.dot(near.to(dtype), tile(z, others, exist, source, H, K, BK, here), input_precision=DOT)
         if MOVES:
             moves = tl.sum(total * tile(itself, t, inside, source, H, K, BK, here), 1)
             tl.store(moved + (part.to(tl.int64) * T + t) * H + source, moves, mask=inside)
-        if DECAY == HEAD:
             alone = tl.zeros((C,), dtype=tl.float32)
             for column in tl.range(0, V, BV, num_stages=1):
                 own = tile(x, t, inside, source, H, V, BV, column).to(tl.float32)
