@@ -20,35 +20,35 @@ PROGRAMS = 128  # about as many as an H100 has processors
 
 
 class Launch(NamedTuple):
-    """How a program is launched; channels of keys and of values at a time, half as many of float32; two: programs at once on a processor, which
-    takes half of its registers for each, and sooner spills some than waits for memory; stages: tiles that a loop loads ahead."""
+    """How a program is launched; channels of keys and of values at a time, half as many of float32; programs: at once on a processor, which
+    takes a part of its registers for each, and sooner spills some than waits for memory; stages: tiles that a loop loads ahead."""
 
     key: int = 128
     value: int = 64
-    two: bool = False
+    programs: int = 1
     stages: int = 3
     warps: int = WARPS
 
 
 LAUNCHES = {
-    "sum_decays": Launch(key=64, two=True, stages=1),
-    "prepare": Launch(key=64, two=True, stages=1),
-    "prepare per channel": Launch(key=64, two=True, stages=1),
-    "add_chunks": Launch(value=128, two=True),
-    "add_chunks of heads": Launch(value=128, two=True),
+    "sum_decays": Launch(key=64, programs=2, stages=1),
+    "prepare": Launch(key=64, programs=2, stages=1),
+    "prepare per channel": Launch(key=64, programs=2, stages=1),
+    "add_chunks": Launch(value=128, programs=2),
+    "add_chunks of heads": Launch(value=128, programs=2),
     "add_chunks of heads grouped": Launch(warps=4),
-    "read": Launch(value=128, two=True, stages=2),
+    "read": Launch(value=128, programs=2, stages=2),
     "read per channel": Launch(value=128, stages=2),
     "pair_gradients per channel": Launch(key=64, stages=2),
     "read of heads": Launch(value=128, stages=2, warps=4),
     "pair_gradients grouped": Launch(key=64, stages=1),
+    "read_together": Launch(value=128, stages=4),
+    "pair_scores": Launch(value=128, programs=3, stages=3, warps=4),
     "pair_gradients of heads": Launch(value=128, stages=3, warps=4),
     "decay_gradients": Launch(key=64, stages=2),
-    "decay_gradients of heads": Launch(key=64, stages=2),
-    "decay_gradients of heads grouped": Launch(key=64, stages=2, warps=4),
-    "score_gradients": Launch(two=True, stages=2),
-    "key_gradients": Launch(key=64, two=True, stages=2),
-    "key_gradients per channel": Launch(key=32, two=True, stages=2),
+    "score_gradients": Launch(programs=2, stages=2),
+    "key_gradients": Launch(key=64, programs=2, stages=2),
+    "key_gradients per channel": Launch(key=32, programs=2, stages=2),
 }
 
 
@@ -158,7 +158,7 @@ class Shapes(NamedTuple):
         kinds = [" grouped"] * (self.group > 1) + [" per channel"] * (self.decay == 2)
         launch = next((LAUNCHES[program + kind] for kind in kinds if program + kind in LAUNCHES), LAUNCHES.get(program, Launch()))
         key, value = (block // 2 if self.exact else block for block in launch[:2])
-        registers = {"maxnreg": 65536 // (64 * launch.warps)} if launch.two and not self.exact else {}
+        registers = {"maxnreg": 65536 // (32 * launch.warps * launch.programs) // 8 * 8} if launch.programs > 1 and not self.exact else {}
         stages = 1 if self.exact else launch.stages
         pipeline = {"DOT": "ieee" if self.exact else "tf32", "num_warps": WARPS if self.exact else launch.warps, "num_stages": stages}
         sizes = {"C": BLOCK, "BK": min(key, padded(self.key)), "BV": min(value, padded(self.value)), "DECAY": self.decay}

@@ -4,7 +4,6 @@ Those of the delta rule take `chunks` of any segments, and of what is there for 
 segments before others.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -19,10 +18,11 @@ from ltrain.kernels.segments import ceil_div
 # Numbers that rows are made a multiple of: 16-byte loads, and heads of 60 in bfloat16 had wrong gradients on an H200 (Triton 3.6), of 64 not.
 ALIGNED = 16
 LEVELS = BLOCK.bit_length() - 1  # see tiles.pair_spans
-HEADS = 16  # in a program of `heads.sum_decays`: the decays of a token lie together
-MEMBERS = 2  # value heads of one key head in a program of `heads.read`
+HEADS = 8  # in a program of `heads.sum_decays` or `heads.decay_gradients`: the decays of a token lie together
+TOGETHER = 2  # blocks of a chunk that `heads.read_together` has the scores of in its registers
 ROWS = 16  # of `backward.sum_parts`
 NUMBERS = 512  # of a state in a program of `additive.accumulate`
+ACROSS = 4096  # of a state at a time in a program of `heads.gradients_across`
 
 
 def wider(x: Tensor, more: int) -> Tensor:
@@ -240,20 +240,24 @@ def read(
     out = torch.empty_like(z) if out is None else out
     if shapes.of_heads:
         if chunks.block_count:
-            options, members = shapes.options("read of heads"), math.gcd(shapes.group, MEMBERS)
-            of_heads.read[chunks.block_count, shapes.heads // members, ceil_div(shapes.value, options["BV"])](
-                *((k, q) if later else (q, k)),
-                *(z, made.sums, made.writer if later else made.reader, states, *chunks.places, out, scale),
-                *shapes.numbers,
-                **{"KEYS": padded(shapes.key), "MEMBERS": members, "LATER": later, **options},
-            )
+            options, keys = shapes.options("read of heads"), padded(shapes.key)
+            x, y, factor = (k, q, made.writer) if later else (q, k, made.reader)
+            given = x, y, z, made.sums, factor, states
+            if shapes.group > 1 and shapes.blocks <= TOGETHER and options["BK"] == keys and options["BV"] == padded(shapes.value):
+                options = shapes.options("read_together") | {"C": shapes.blocks * BLOCK, "LATER": later}
+                of_heads.read_together[chunks.chunk_count, shapes.heads // shapes.group](
+                    *(*given, chunks.begins, chunks.ends, out, scale, *shapes.numbers), **options
+                )
+            else:
+                grid = chunks.block_count, shapes.heads, ceil_div(shapes.value, options["BV"])
+                of_heads.read[grid](*given, *chunks.places, out, scale, *shapes.numbers, KEYS=keys, LATER=later, **options)
         return out
     rows = made.reader, k if made.writer is None else made.writer
-    factor = scale if not shapes.delta else -1.0 if later else 1.0  # the scale is in the reader and the scores
+    times = scale if not shapes.delta else -1.0 if later else 1.0  # the scale is in the reader and the scores
     if chunks.block_count:
         options = shapes.options("read")
         axes = {"BLOCKS": shapes.blocks, "KEYS": padded(shapes.key), "LATER": later, "STATES": states is not None}
-        args = *(rows[::-1] if later else rows), z, made.scores, made.fade, states, *chunks.places, out, factor
+        args = *(rows[::-1] if later else rows), z, made.scores, made.fade, states, *chunks.places, out, times
         grid = chunks.block_count, shapes.heads, ceil_div(shapes.value, options["BV"])
         forward.read[grid](*args, *shapes.numbers, **axes, **options)
     return out
@@ -379,26 +383,37 @@ def _head_gradients(
     blocks, (tokens, heads, _) = chunks.block_count, v.shape
     options = shapes.options("pair_gradients of heads")
     parts, grouped = ceil_div(shapes.key, options["BK"]), shapes.group > 1
-    ddecay = of_reads = of_writes = recalled = None
+    ddecay = of_reads = of_writes = recalled = pairs = None
     if moves and decay is not None:
         # Grouped, a part for each of the blocks that a token of a chunk may meet.
         slots = parts + (shapes.blocks if grouped else 0)
         of_reads, of_writes = (v.new_empty(slots, tokens, heads, dtype=torch.float32) for _ in range(2))
-        recalled = v.new_empty(parts, blocks, heads, dtype=torch.float32)
+        recalled = None if grouped else v.new_empty(parts, blocks, heads, dtype=torch.float32)
         ddecay = torch.empty_like(decay, memory_format=torch.contiguous_format)
     if not blocks:
         return ddecay
     axes = {"KEYS": padded(shapes.key), "VALUES": padded(shapes.value), "GROUPED": grouped, "MOVES": ddecay is not None}
-    reads = do, v, k, q, made.sums, made.reader, states, *chunks.places, dq, of_reads, recalled
-    writes = v, do, q, k, made.sums, made.writer, dstates, *chunks.places, dk, of_writes, recalled
+    if grouped:
+        pairs = q.new_empty(shapes.blocks, tokens, heads // shapes.group, BLOCK)
+        of_heads.pair_scores[blocks, heads // shapes.group, shapes.blocks](
+            *(q, k, v, do, made.sums, *chunks.places, pairs, of_reads, of_writes, scale, parts, tokens, *shapes.numbers),
+            **{name: x for name, x in axes.items() if name != "GROUPED"},
+            **shapes.options("pair_scores"),
+        )
+    reads = do, v, k, q, pairs, made.sums, made.reader, states, *chunks.places, dq, of_reads, recalled
+    writes = v, do, q, k, pairs, made.sums, made.writer, dstates, *chunks.places, dk, of_writes, recalled
     for args, later in ((reads, False), (writes, True)):
         of_heads.pair_gradients[blocks, parts, heads // shapes.group](*args, scale, blocks, tokens, *shapes.numbers, LATER=later, **axes, **options)
     if ddecay is not None:
-        options = shapes.options("decay_gradients of heads", without=("DECAY", "DOT"))
-        of_heads.decay_gradients[chunks.chunk_count, heads](
-            *(of_reads, of_writes, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, blocks, tokens),
-            *(heads, shapes.key, shapes.value, parts),
-            **{"GROUPED": grouped, **options},
+        assert left is not None
+        count, passing = chunks.chunk_count, torch.empty_like(left)
+        of_heads.gradients_across[(count * heads,)](states, dstates, left, passing, shapes.key * shapes.value, N=ACROSS, num_warps=4)
+        of_heads.decay_gradients[count, ceil_div(heads, HEADS)](
+            *(of_reads, of_writes, recalled, passing, chunks.begins, chunks.ends, chunks.firsts, ddecay, blocks, tokens, heads, parts),
+            C=BLOCK,
+            HEADS=HEADS,
+            GROUPED=grouped,
+            num_warps=4,
         )
     return ddecay
 

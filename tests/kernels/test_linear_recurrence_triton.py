@@ -57,7 +57,8 @@ MIXED = [64, 0, 65, 1, 63]
 @pytest.mark.parametrize("delta", [True, False])
 @pytest.mark.parametrize("group", [1, 2])
 def test_what_is_neither_given_nor_wanted(group, delta):
-    """One row of decays for all tokens and no states, and no gradients of them or through the other output: the same numbers as with all of them."""
+    """One row of decays for all tokens and no states, and no gradients of them or through the other output: the same numbers as with all of them. But
+    a token's own part of dq and dk is rounded like the others where no decay has a gradient, which that would disturb."""
     lengths = [70, 0, 3]
     x = inputs(lengths, heads=1, group=group, delta=delta, dtype=torch.float32)
     q, k, v, decay, beta, state = (None if t is None else t.detach().to(DEVICE) for t in x)
@@ -73,7 +74,8 @@ def test_what_is_neither_given_nor_wanted(group, delta):
             losses = losses[0] + 0 * part.final_state.sum(), losses[1] + 0 * whole.output.sum()
         grads = [grad for loss in losses for grad in torch.autograd.grad(loss, leaves)]
         found.append([whole.output, whole.final_state, *whole.segment_map, part.output, *grads])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    tolerance = 0 if delta or group > 1 else 1e-5
+    assert all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(*found, strict=True))
 
 
 @runs

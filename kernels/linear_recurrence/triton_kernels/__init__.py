@@ -13,9 +13,9 @@ tokens of different blocks meet where they are needed: their scores are stored n
     accumulate      chunk by chunk, sums alone: S before each
     read            blocks at once: O = scale ((e^g Q) S + R U)
 
-Where nothing is erased and decays are per head or none, `heads` has programs of its own: sum_decays in place of prepare, read, pair_gradients
-and decay_gradients. Backward, from what was kept, or after prepare (from the T and R that are kept in any case) and the states. Where nothing is
-erased:
+Where nothing is erased and decays are per head or none, `heads` has programs of its own: sum_decays in place of prepare, read (or
+read_together), pair_gradients (with pair_scores) and decay_gradients (with gradients_across). Backward, from what was kept, or after prepare
+(from the T and R that are kept in any case) and the states. Where nothing is erased:
 
     add_chunks, accumulate      dS' after each chunk, from the last one back
     read                        blocks at once, with keys, queries and dO in place of queries, keys and U: dV = (e^{g_C - g} K) dS' + scale R^T dO

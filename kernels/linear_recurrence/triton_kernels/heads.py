@@ -11,6 +11,8 @@ to be computed twice, and a program that holds one result leaves room for others
 Four warps have one tensor core instruction for 64 rows; with eight, two warpgroups would share it.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -26,11 +28,13 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     tile_transposed,
 )
 
+LOG2E = tl.constexpr(math.log2(math.e))
+
 
 @triton.jit(do_not_specialize=[*COUNTS, "step"])
 def sum_decays(decay, begins, ends, reader, writer, left, sums, step, H, C: tl.constexpr, HEADS: tl.constexpr):
     """Grid (chunks, H / HEADS): of decay [T, H], `step` numbers from one token to the next, with g summed from the start of each chunk, sums
-    [T, H, 2] float32: g, and what float32 loses of it; reader = e^{g_t} and writer = e^{g_last - g_t} [T, H], left = e^{g_last} [chunks, H]."""
+    [T, H, 2]: log2 e^g and what float32 loses of it; reader = e^{g_t} and writer = e^{g_last - g_t} [T, H], left = e^{g_last} [chunks, H]."""
     chunk = tl.program_id(0)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     begin, end = tl.load(begins + chunk).to(tl.int64), tl.load(ends + chunk).to(tl.int64)
@@ -49,44 +53,60 @@ def sum_decays(decay, begins, ends, reader, writer, left, sums, step, H, C: tl.c
         x = tl.load(decay + t[:, None] * step + heads[None, :], mask=exists, other=0.0).to(tl.float64)
         g = tl.cumsum(x, 0) + before[None, :]
         before += tl.sum(x, 0)
-        high = g.to(tl.float32)
+        power = g * LOG2E
+        high = power.to(tl.float32)
         tl.store(sums + at * 2, high, mask=exists)
-        tl.store(sums + at * 2 + 1, (g - high).to(tl.float32), mask=exists)
-        tl.store(reader + at, tl.exp(high), mask=exists)
+        tl.store(sums + at * 2 + 1, (power - high).to(tl.float32), mask=exists)
+        tl.store(reader + at, tl.exp(g.to(tl.float32)), mask=exists)
         tl.store(writer + at, tl.exp((last[None, :] - g).to(tl.float32)), mask=exists)
 
 
 @triton.jit
 def _sums(sums, t, inside, h, H, DECAY: tl.constexpr):
-    """g [C] of a head, and what float32 loses of it. Loaded at once: Triton copies a load of fewer numbers than a program has threads to every
+    """g of a head, and what float32 loses of it [C, 2]. Loaded at once: Triton copies a load of fewer numbers than a program has threads to every
     place where it is needed, in its layout: a thread then loads 16 numbers for one."""
     if DECAY == HEAD:
-        pairs = tl.load(sums + ((t * H + h) * 2)[:, None] + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0.0)
-        high, low = tl.split(pairs)
+        found = tl.load(sums + ((t * H + h) * 2)[:, None] + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0.0)
     else:
-        high, low = 0.0, 0.0
-    return high, low
+        found = 0.0
+    return found
 
 
 @triton.jit
-def _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY: tl.constexpr, LATER: tl.constexpr, STRICT: tl.constexpr):
-    """What is left between each row's token t and the tokens beside them, 0 where they do not meet -> [C, C]. Differences of sums are exact or
-    long ones, and no exponent is above 0."""
+def _meet(t, others, LATER: tl.constexpr, STRICT: tl.constexpr):
+    """Whether each row's token t takes of the tokens beside them -> [C, C]. Those that are not there are zeros, or come after all that are."""
     if LATER:
         meet = (others[None, :] > t[:, None]) if STRICT else (others[None, :] >= t[:, None])
-        meet &= exist[None, :]
     else:
-        meet = (others[None, :] < t[:, None]) if STRICT else (others[None, :] <= t[:, None])
-        meet &= inside[:, None]
+        before = t[:, None] - others[None, :]  # fewer instructions than comparing them
+        meet = before > 0 if STRICT else before >= 0
+    return meet
+
+
+@triton.jit
+def _faded(x, ours, theirs, DECAY: tl.constexpr, LATER: tl.constexpr):
+    """x [C, C] times what is left between each row's token and the tokens beside them, of their _sums. Differences of sums are exact or long ones,
+    and no exponent is above 0: where tokens do not _meet, which x or the result is to be 0 for, e^0. A bound takes one instruction, who meets two."""
     if DECAY == HEAD:
+        high, low = tl.split(ours)
+        high_there, low_there = tl.split(theirs)
         if LATER:
             gaps = (high_there[None, :] - high[:, None]) + (low_there[None, :] - low[:, None])
         else:
             gaps = (high[:, None] - high_there[None, :]) + (low[:, None] - low_there[None, :])
-        fade = tl.exp(tl.where(meet, gaps, float("-inf")))
-    else:
-        fade = tl.where(meet, 1.0, 0.0)
-    return fade
+        x *= tl.exp2(tl.minimum(gaps, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    return x
+
+
+@triton.jit
+def _weights(factors, t, inside, h, H, scale, DECAY: tl.constexpr, LATER: tl.constexpr):
+    """What rows take of a state has to be multiplied by [C]: the gradient of a state, for LATER, has the scale in it."""
+    weights = tl.full(t.shape, 1.0, dtype=tl.float32)
+    if DECAY == HEAD:
+        weights = tl.load(factors + t * H + h, mask=inside, other=0.0)
+    if not LATER:
+        weights *= scale
+    return weights
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -111,14 +131,13 @@ def read(
     BK: tl.constexpr,
     BV: tl.constexpr,
     KEYS: tl.constexpr,
-    MEMBERS: tl.constexpr,
     DECAY: tl.constexpr,
     LATER: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (blocks, H / MEMBERS, V / BV) -> out [T, H, V] of z [T, H, V] for x and y [T, H / G, K]: o, or LATER dV; states [chunks, H, K, V] and
-    their factors [T, H]. A program has MEMBERS value heads of one key head, which share the scores X Y^T."""
-    block, h, column = tl.program_id(0), tl.program_id(1) * MEMBERS, tl.program_id(2) * BV
+    """Grid (blocks, H, V / BV) -> out [T, H, V] of z [T, H, V] for x and y [T, H / G, K]: o, or LATER dV; states [chunks, H, K, V] and their
+    factors [T, H]."""
+    block, h, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     chunk, begin, t, length, count, after = place_of(block, starts, chunks, begins, ends, C)
     inside = t < length
     dtype = x.dtype.element_ty
@@ -132,79 +151,157 @@ def read(
     step = -1
     if LATER:
         count, step = after, 1
-    results = ()
-    for member in tl.static_range(MEMBERS):
-        result = tl.zeros((C, BV), dtype=tl.float32)
-        for row in tl.range(0, K, BK, num_stages=1):
-            at, exists = state_at(states, chunk * H + h + member, K, V, BK, BV, row, column)
-            query = tile(x, t, inside, h // G, H // G, K, BK, row)
-            result += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
-        if not LATER:  # the gradient of a state has the scale in it
-            result *= scale
-        if DECAY == HEAD:
-            result *= tl.load(factors + t * H + h + member, mask=inside, other=0.0)[:, None]
-        results = results + (result,)  # type: ignore[assignment]
     if BK == KEYS:
         query = tile(x, t, inside, h // G, H // G, K, BK, 0)
-    ours = ()
-    for member in tl.static_range(MEMBERS):
-        ours = ours + (_sums(sums, t, inside, h + member, H, DECAY),)  # type: ignore[assignment]
+    result = tl.zeros((C, BV), dtype=tl.float32)
+    for row in tl.range(0, K, BK, num_stages=1):  # of one as well: a product in no loop would keep its tiles in shared memory during what follows
+        at, exists = state_at(states, chunk * H + h, K, V, BK, BV, row, column)
+        if BK != KEYS:
+            query = tile(x, t, inside, h // G, H // G, K, BK, row)
+        result += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
+    result *= _weights(factors, t, inside, h, H, scale, DECAY, LATER)[:, None]
+    ours = _sums(sums, t, inside, h, H, DECAY)
     for n in range(count + 1):
         others = t + step * n * C
-        exist = (others >= 0) & (others < length)
+        exist = others < length
         if BK == KEYS:
             near = tl.dot(query, tile_transposed(y, others, exist, h // G, H // G, K, BK, 0), input_precision=DOT) * scale
         else:
             near = products_of_rows(x, y, t, inside, others, exist, h // G, H // G, K, C, BK, False, DOT) * scale
-        added = ()
-        for member in tl.static_range(MEMBERS):
-            high, low = ours[member]  # type: ignore[var-annotated]
-            high_there, low_there = _sums(sums, others, exist, h + member, H, DECAY)
-            faded = (near * _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY, LATER, False)).to(dtype)
-            write = tile(z, others, exist, h + member, H, V, BV, column)
-            added = added + (results[member] + tl.dot(faded, write, input_precision=DOT),)  # type: ignore[assignment]
-        results = added
-    for member in tl.static_range(MEMBERS):
-        put(out, results[member], t, inside, h + member, H, V, BV, column)
+        near = tl.where(_meet(t, others, LATER, False), near, 0.0)
+        faded = _faded(near, ours, _sums(sums, others, exist, h, H, DECAY), DECAY, LATER).to(dtype)
+        result += tl.dot(faded, tile(z, others, exist, h, H, V, BV, column), input_precision=DOT)
+    put(out, result, t, inside, h, H, V, BV, column)
 
 
 @triton.jit
-def _through_state(
+def read_together(
     x,
-    states,
+    y,
+    z,
+    sums,
     factors,
-    chunk,
-    t,
-    inside,
-    h,
+    states,
+    begins,
+    ends,
+    out,
     scale,
     H,
+    G,
     K,
     V,
-    here,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    WHOLE: tl.constexpr,
     DECAY: tl.constexpr,
     LATER: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Of value head h, what rows of x [T, H, V] take of the state transposed, faded -> [C, BK]. WHOLE: in a loop around this, which can
-    then load ahead; a single product in no loop would keep its tiles in shared memory during what follows."""
-    if WHOLE:
-        state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, 0)
-        total = tl.dot(tile(x, t, inside, h, H, V, BV, 0), state, input_precision=DOT)
-    else:
-        total = tl.zeros((C, BK), dtype=tl.float32)
-        for column in tl.range(0, V, BV, num_stages=1):
-            state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
-            total += tl.dot(tile(x, t, inside, h, H, V, BV, column), state, input_precision=DOT)
-    if not LATER:
-        total *= scale
+    """Grid (chunks, H / G): as `read`, for chunks of no more than C tokens and BK and BV channels that are all. A program has the scores X Y^T of a
+    chunk, which the value heads of a key head share, and goes through these in a loop, which loads ahead."""
+    chunk, source = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(begins + chunk)
+    length = tl.load(ends + chunk) - begin
+    begin = begin.to(tl.int64)
+    t = tl.arange(0, C)
+    inside = t < length
+    dtype = x.dtype.element_ty
+    x += begin * (H // G) * K
+    y += begin * (H // G) * K
+    z += begin * H * V
+    out += begin * H * V
     if DECAY == HEAD:
-        total *= tl.load(factors + t * H + h, mask=inside, other=0.0)[:, None]
-    return total
+        sums += begin * H * 2
+        factors += begin * H
+    query = tile(x, t, inside, source, H // G, K, BK, 0)
+    near = tl.dot(query, tile_transposed(y, t, inside, source, H // G, K, BK, 0), input_precision=DOT) * scale
+    near = tl.where(_meet(t, t, LATER, False), near, 0.0)
+    weights = _weights(factors, t, inside, source * G, H, scale, DECAY, LATER)
+    for member in range(G):
+        h = source * G + member
+        at, exists = state_at(states, chunk * H + h, K, V, BK, BV, 0, 0)
+        result = tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT) * weights[:, None]
+        weights = _weights(factors, t, inside & (member + 1 < G), h + 1, H, scale, DECAY, LATER)  # loaded one value head ahead
+        own = _sums(sums, t, inside, h, H, DECAY)
+        faded = _faded(near, own, own, DECAY, LATER).to(dtype)
+        result += tl.dot(faded, tile(z, t, inside, h, H, V, BV, 0), input_precision=DOT)
+        put(out, result, t, inside, h, H, V, BV, 0)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def pair_scores(
+    q,
+    k,
+    v,
+    do,
+    sums,
+    starts,
+    chunks,
+    begins,
+    ends,
+    pairs,
+    reads,
+    writes,
+    scale,
+    slot,
+    T,
+    H,
+    G,
+    K,
+    V,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    DECAY: tl.constexpr,
+    MOVES: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (blocks, H / G, blocks of a chunk), where several value heads have one key head -> pairs [blocks of a chunk, T, H / G, C], of dO and
+    V [T, H, V] what all of them have from a query's meeting a key, scale sum_h fade dO_t V_i^T: t's with the keys of its own block, of the one
+    before, and so on.
+
+    And for `decay_gradients`, where MOVES: what each value head's queries and keys moved there, sum_i (Q K^T)_ti (fade * dO V^T)_ti and
+    sum_t of the same numbers, but for what a token has of itself: in reads and writes [parts, T, H], one for each such block from part `slot` on.
+    """
+    block, source, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    _, begin, t, length, count, _ = place_of(block, starts, chunks, begins, ends, C)
+    if n > count:
+        return
+    inside = t < length
+    q += begin * (H // G) * K
+    k += begin * (H // G) * K
+    v += begin * H * V
+    do += begin * H * V
+    pairs += begin * (H // G) * C
+    if DECAY == HEAD:
+        sums += begin * H * 2
+    if MOVES:
+        reads += begin * H
+        writes += begin * H
+    others = t - n * C
+    exist = others < length
+    if MOVES:
+        scores = products_of_rows(q, k, t, inside, others, exist, source, H // G, K, C, BK, BK == KEYS, DOT) * scale
+        scores = tl.where(_meet(t, others, False, True), scores, 0.0)
+    near = tl.zeros((C, C), dtype=tl.float32)
+    # Loaded one value head ahead: Triton does that for what goes into products only.
+    ours, theirs = _sums(sums, t, inside, source * G, H, DECAY), _sums(sums, others, exist, source * G, H, DECAY)
+    for member in range(G):
+        h = source * G + member
+        of_head = products_of_rows(do, v, t, inside, others, exist, h, H, V, C, BV, BV == VALUES, DOT)
+        of_head = _faded(of_head, ours, theirs, DECAY, False)
+        near += of_head
+        more = member + 1 < G
+        ours, theirs = _sums(sums, t, inside & more, h + 1, H, DECAY), _sums(sums, others, exist & more, h + 1, H, DECAY)
+        if MOVES:
+            of_head *= scores
+            part = (slot + n).to(tl.int64) * T * H + h
+            tl.store(reads + part + t * H, tl.sum(of_head, 1), mask=inside)
+            tl.store(writes + part + others * H, tl.sum(of_head, 0), mask=exist)
+    near = tl.where(_meet(t, others, False, False), near * scale, 0.0)
+    put(pairs + n.to(tl.int64) * T * (H // G) * C, near, t, inside, source, H // G, C, C, 0)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "blocks"])
@@ -213,6 +310,7 @@ def pair_gradients(
     y,
     z,
     itself,
+    pairs,
     sums,
     factors,
     states,
@@ -243,10 +341,9 @@ def pair_gradients(
 ):
     """Grid (blocks, K / BK, H / G) -> out [T, H / G, K]: dQ, or LATER dK, of x and y [T, H, V] and z [T, H / G, K]; itself [T, H / G, K]: q or k.
 
-    And for `decay_gradients`, where MOVES: moved = q_t dq_t or k_t dk_t [parts, T, H] but for what a token has of itself, and, not LATER,
-    what of it comes from the state before the chunk, summed over the block: recalled [K / BK, blocks, H]. moved comes in K / BK parts, where
-    GROUPED only of what comes through the state, and one for each block from the own one on: what the value heads of a key head have from
-    another block meets its keys as a sum, and what each of them moves is found from the scores, sum_i (Q K^T)_ti (fade * dO V^T)_ti.
+    And for `decay_gradients`, where MOVES: moved = q_t dq_t or k_t dk_t [K / BK, T, H] but for what a token has of itself, and, not LATER,
+    what of it comes from the state before the chunk, summed over the block: recalled [K / BK, blocks, H]. GROUPED, what the value heads have in
+    a chunk comes from `pair_scores` as a sum, pairs, which has what each moves there, too: moved is only what comes through the state.
     """
     block, part, source = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     here = part * BK
@@ -267,114 +364,117 @@ def pair_gradients(
     if LATER:
         count, step = after, 1
     if GROUPED:
+        pairs += begin * (H // G) * C
+        tokens = tl.cast(T, tl.int64)
         total = tl.zeros((C, BK), dtype=tl.float32)
+        if MOVES:
+            own = tile(itself, t, inside, source, H // G, K, BK, here)
+        weights = _weights(factors, t, inside, source * G, H, scale, DECAY, LATER)  # loaded one value head ahead
         for member in range(G):
             h = source * G + member
-            of_state = _through_state(x, states, factors, chunk, t, inside, h, scale, H, K, V, here, C, BK, BV, BV == VALUES, DECAY, LATER, DOT)
+            if BV == VALUES:  # in no loop of its own, so that this one can load ahead
+                row = tile(x, t, inside, h, H, V, BV, 0)
+                of_state = tl.dot(row, state_transposed(states, chunk * H + h, K, V, BK, BV, here, 0), input_precision=DOT)
+            else:
+                of_state = tl.zeros((C, BK), dtype=tl.float32)
+                for column in range(0, V, BV):
+                    row = tile(x, t, inside, h, H, V, BV, column)
+                    of_state += tl.dot(row, state_transposed(states, chunk * H + h, K, V, BK, BV, here, column), input_precision=DOT)
             if MOVES:
-                moves = tl.sum(of_state * tile(itself, t, inside, source, H // G, K, BK, here), 1)
+                moves = tl.sum(of_state * own, 1) * weights
                 tl.store(moved + (part.to(tl.int64) * T + t) * H + h, moves, mask=inside)
-                if not LATER:
-                    tl.store(recalled + (part * blocks + block) * H + h, tl.sum(moves, 0))
-            total += of_state
+            total += of_state * weights[:, None]
+            weights = _weights(factors, t, inside & (member + 1 < G), h + 1, H, scale, DECAY, LATER)
         for n in range(count + 1):
             others = t + step * n * C
-            exist = (others >= 0) & (others < length)
-            if MOVES:
-                scores = products_of_rows(itself, z, t, inside, others, exist, source, H // G, K, C, BK, BK == KEYS, DOT)
-                scores = tl.where(t[:, None] == others[None, :], 0.0, scores)
-            near = tl.zeros((C, C), dtype=tl.float32)
-            for member in range(G):
-                h = source * G + member
-                of_head = products_of_rows(x, y, t, inside, others, exist, h, H, V, C, BV, BV == VALUES, DOT) * scale
-                high, low = _sums(sums, t, inside, h, H, DECAY)
-                high_there, low_there = _sums(sums, others, exist, h, H, DECAY)
-                of_head *= _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY, LATER, False)
-                near += of_head
-                if MOVES:
-                    slot = moved + ((tl.num_programs(1) + n).to(tl.int64) * T + t) * H + h
-                    tl.store(slot, tl.sum(of_head * scores, 1), mask=inside & (part == 0))
-            total += tl.dot(near.to(dtype), tile(z, others, exist, source, H // G, K, BK, here), input_precision=DOT)
+            exist = others < length
+            slot = pairs + n * tokens * (H // G) * C
+            if LATER:
+                near = tile_transposed(slot, others, exist, source, H // G, C, C, 0)
+            else:
+                near = tile(slot, t, inside, source, H // G, C, C, 0)
+            total += tl.dot(near, tile(z, others, exist, source, H // G, K, BK, here), input_precision=DOT)
     else:
-        total = _through_state(x, states, factors, chunk, t, inside, source, scale, H, K, V, here, C, BK, BV, False, DECAY, LATER, DOT)
-        if MOVES and not LATER:
-            own = tile(itself, t, inside, source, H, K, BK, here)
-            tl.store(recalled + (part * blocks + block) * H + source, tl.sum(tl.sum(total * own, 1), 0))
         if BV == VALUES:
             row = tile(x, t, inside, source, H, V, BV, 0)
-        high, low = _sums(sums, t, inside, source, H, DECAY)
+        total = tl.zeros((C, BK), dtype=tl.float32)
+        for column in tl.range(0, V, BV, num_stages=1):  # see `read`
+            if BV != VALUES:
+                row = tile(x, t, inside, source, H, V, BV, column)
+            total += tl.dot(row, state_transposed(states, chunk * H + source, K, V, BK, BV, here, column), input_precision=DOT)
+        total *= _weights(factors, t, inside, source, H, scale, DECAY, LATER)[:, None]
+        if MOVES and not LATER:
+            recalls = tl.sum(total * tile(itself, t, inside, source, H, K, BK, here), 1)
+            tl.store(recalled + (part * blocks + block) * H + source, tl.sum(recalls, 0))
+        ours = _sums(sums, t, inside, source, H, DECAY)
         for n in range(count + 1):
             others = t + step * n * C
-            exist = (others >= 0) & (others < length)
+            exist = others < length
             if BV == VALUES:
                 near = tl.dot(row, tile_transposed(y, others, exist, source, H, V, BV, 0), input_precision=DOT) * scale
             else:
                 near = products_of_rows(x, y, t, inside, others, exist, source, H, V, C, BV, False, DOT) * scale
-            # Rounded alike for queries and keys: the difference of what they move is a decay's gradient.
-            high_there, low_there = _sums(sums, others, exist, source, H, DECAY)
-            near *= _fade(high, low, high_there, low_there, t, inside, others, exist, DECAY, LATER, DECAY == HEAD)
+            # Rounded alike for queries and keys: the difference of what they move is a decay's gradient, to which a token itself adds nothing.
+            near = tl.where(_meet(t, others, LATER, MOVES), near, 0.0)
+            near = _faded(near, ours, _sums(sums, others, exist, source, H, DECAY), DECAY, LATER)
             total += tl.dot(near.to(dtype), tile(z, others, exist, source, H, K, BK, here), input_precision=DOT)
         if MOVES:
             moves = tl.sum(total * tile(itself, t, inside, source, H, K, BK, here), 1)
             tl.store(moved + (part.to(tl.int64) * T + t) * H + source, moves, mask=inside)
-        if DECAY == HEAD:
             alone = tl.zeros((C,), dtype=tl.float32)
             for column in tl.range(0, V, BV, num_stages=1):
-                ours = tile(x, t, inside, source, H, V, BV, column).to(tl.float32)
-                alone += tl.sum(ours * tile(y, t, inside, source, H, V, BV, column), 1)
+                own = tile(x, t, inside, source, H, V, BV, column).to(tl.float32)
+                alone += tl.sum(own * tile(y, t, inside, source, H, V, BV, column), 1)
             total += (alone * scale)[:, None] * tile(z, t, inside, source, H, K, BK, here)
     put(out, total, t, inside, source, H // G, K, BK, here)
 
 
+@triton.jit
+def gradients_across(states, dstates, left, passing, numbers, N: tl.constexpr):
+    """Grid (chunks * H): of each state of so many numbers before a chunk and the gradient of that after it, what the decays of all of the chunk
+    have of them -> passing [chunks, H]"""
+    at = tl.program_id(0).to(tl.int64)
+    products = tl.zeros((N,), dtype=tl.float32)
+    for start in range(0, numbers, N):
+        place = start + tl.arange(0, N)
+        x = tl.load(states + at * numbers + place, mask=place < numbers, other=0.0).to(tl.float32)
+        products += x * tl.load(dstates + at * numbers + place, mask=place < numbers, other=0.0).to(tl.float32)
+    tl.store(passing + at, tl.sum(products, 0) * tl.load(left + at))
+
+
 @triton.jit(do_not_specialize=[*COUNTS, "blocks", "parts"])
 def decay_gradients(
-    reads,
-    writes,
-    recalled,
-    left,
-    states,
-    dstates,
-    begins,
-    ends,
-    firsts,
-    ddecay,
-    blocks,
-    T,
-    H,
-    K,
-    V,
-    parts,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    GROUPED: tl.constexpr,
+    reads, writes, recalled, passing, begins, ends, firsts, ddecay, blocks, T, H, parts, C: tl.constexpr, HEADS: tl.constexpr, GROUPED: tl.constexpr
 ):
-    """Grid (chunks, H) -> ddecay [T, H], of what queries and keys moved: see `pair_gradients`, and additive.decay_gradients for the sums."""
-    chunk, h = tl.program_id(0), tl.program_id(1)
+    """Grid (chunks, H / HEADS) -> ddecay [T, H], of what queries and keys moved and of passing, from `gradients_across`: see `pair_gradients`, and
+    additive.decay_gradients for the sums."""
+    chunk = tl.program_id(0)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     begin, end = tl.load(begins + chunk).to(tl.int64), tl.load(ends + chunk).to(tl.int64)
     block = tl.load(firsts + chunk)
     count = tl.cdiv(end - begin, C).to(tl.int32)
     rows = tl.arange(0, C)
-    products = tl.zeros((BK, BV), dtype=tl.float32)
-    for row in range(0, K, BK):
-        for column in range(0, V, BV):
-            at, exists = state_at(states, chunk * H + h, K, V, BK, BV, row, column)
-            after, _ = state_at(dstates, chunk * H + h, K, V, BK, BV, row, column)
-            products += tl.load(at, mask=exists, other=0.0).to(tl.float32) * tl.load(after, mask=exists, other=0.0).to(tl.float32)
-    passing = (tl.sum(tl.sum(products, 1), 0) * tl.load(left + (chunk * H + h).to(tl.int64))).to(tl.float64)
-    for place in range(count):
-        for part in range(parts):
-            passing += tl.load(recalled + (part * blocks + block + place) * H + h).to(tl.float64)
+    passes = tl.load(passing + chunk * H + h, mask=h < H, other=0.0).to(tl.float64)
     for place in range(count):
         t = begin + place * C + rows
-        inside = t < end
+        exist = (t < end)[:, None] & (h < H)[None, :]
+        for part in range(parts):
+            if GROUPED:
+                of_state = tl.load(reads + (part * T + t)[:, None] * H + h[None, :], mask=exist, other=0.0)
+                passes += tl.sum(of_state.to(tl.float64), 0)
+            else:
+                passes += tl.load(recalled + (part * blocks + block + place) * H + h, mask=h < H, other=0.0).to(tl.float64)
+    for place in range(count):
+        t = begin + place * C + rows
+        exist = (t < end)[:, None] & (h < H)[None, :]
         read_parts, write_parts = parts, parts
         if GROUPED:
             read_parts, write_parts = parts + place + 1, parts + count - place
-        x = tl.zeros((C,), dtype=tl.float64)
+        x = tl.zeros((C, HEADS), dtype=tl.float64)
         for part in range(read_parts):
-            x += tl.load(reads + (part * T + t) * H + h, mask=inside, other=0.0).to(tl.float64)
+            x += tl.load(reads + (part * T + t)[:, None] * H + h[None, :], mask=exist, other=0.0).to(tl.float64)
         for part in range(write_parts):
-            x -= tl.load(writes + (part * T + t) * H + h, mask=inside, other=0.0).to(tl.float64)
-        tl.store(ddecay + t * H + h, (passing - (tl.cumsum(x, 0) - x)).to(ddecay.dtype.element_ty), mask=inside)
-        passing -= tl.sum(x, 0)
+            x -= tl.load(writes + (part * T + t)[:, None] * H + h[None, :], mask=exist, other=0.0).to(tl.float64)
+        found = passes[None, :] - (tl.cumsum(x, 0) - x)
+        tl.store(ddecay + t[:, None] * H + h[None, :], found.to(ddecay.dtype.element_ty), mask=exist)
+        passes -= tl.sum(x, 0)
