@@ -239,13 +239,14 @@ def _of_head(
     for column in tl.range(0, V, BV, num_stages=1):
         state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
         of_state += tl.dot(tile(x, t, inside, h, H, V, BV, column), state, input_precision=DOT)
-    of_state *= (across if LATER else across * scale)[None, :]  # the gradient of a state has the scale in it
+    if LATER:  # the gradient of a state has the scale in it
+        result += of_state * across[None, :]
+    else:
+        of_state *= (across * scale)[None, :]
     # And in its own block, but for a token's score with itself, which does not decay.
-    near = products_of_rows(x, y, t, inside, t, inside, h, H, V, C, BV, False, DOT) * scale
-    own = tl.sum(tl.where(rows[:, None] == rows[None, :], near, 0.0), 1)[:, None]
-    mine_here = tile(mine, t, inside, h // G, H // G, K, BK, here)
-    theirs_here = tile(theirs, t, inside, h // G, H // G, K, BK, here)
+    own = tl.zeros((C, 1), dtype=tl.float32)
     high, low = split(decays(decay, t, inside, h, H, K, BK, here), dtype)
+    at = recalled + (block * H + h).to(tl.int64) * K + channels
     first = tl.load(levels_from + block * H + h)
     # Branches, though a launch takes one of them: see tiles.add_rows.
     if PAIRS != LEVELS:
@@ -253,35 +254,47 @@ def _of_head(
             middle = add_rows(signs_from_middle(C), high, low, DOT)
             start, stop = half_of(halves, block, h, H, K, BK, here)
             if LATER:
-                edge, factor, far = tl.exp(stop)[None, :], tl.exp(-middle), tl.exp(middle)
-                chosen = tl.where(rows[:, None] < rows[None, :], near, 0.0)
+                result *= tl.exp(stop)[None, :]
             else:
-                edge, factor, far = tl.exp(start)[None, :], tl.exp(middle), tl.exp(-middle)
-                chosen = tl.where(rows[:, None] > rows[None, :], near, 0.0)
-            of_state *= edge * factor
-            result = result * (edge * factor) + of_state
-            result += factor * tl.dot(chosen.to(dtype), (theirs_here * far).to(dtype), input_precision=DOT)
+                of_state *= tl.exp(start)[None, :]
+                query = tile(mine, t, inside, h // G, H // G, K, BK, here)
+                tl.store(at, tl.sum(of_state * tl.exp(middle) * query, 0), mask=channels < K)
+                result = result * tl.exp(start)[None, :] + of_state
+            near = products_of_rows(x, y, t, inside, t, inside, h, H, V, C, BV, False, DOT) * scale
+            own = tl.sum(tl.where(rows[:, None] == rows[None, :], near, 0.0), 1)[:, None]
+            near = tl.where(rows[:, None] < rows[None, :] if LATER else rows[:, None] > rows[None, :], near, 0.0)
+            far = tile(theirs, t, inside, h // G, H // G, K, BK, here) * tl.exp(middle if LATER else -middle)
+            result += tl.dot(near.to(dtype), far.to(dtype), input_precision=DOT)
+            result *= tl.exp(-middle if LATER else middle)
     if PAIRS != HALVES:
         if first != levels - 1:
             edge = tl.exp(add_rows(rows[:, None] < rows[None, :] if LATER else rows[:, None] >= rows[None, :], high, low, DOT))
-            of_state *= edge
-            result = result * edge + of_state
+            if not LATER:
+                of_state *= edge
+                query = tile(mine, t, inside, h // G, H // G, K, BK, here)
+                tl.store(at, tl.sum(of_state * query, 0), mask=channels < K)
+                result = result * edge + of_state
+            else:
+                result *= edge
+            near = products_of_rows(x, y, t, inside, t, inside, h, H, V, C, BV, False, DOT) * scale
+            own = tl.sum(tl.where(rows[:, None] == rows[None, :], near, 0.0), 1)[:, None]
+            far = tile(theirs, t, inside, h // G, H // G, K, BK, here)
             all_pairs = first > 0
             for level in range(first, levels):
                 later, earlier, pairs, pairs_columns = factors_of_level(level, all_pairs, high, low, C, DOT)
                 all_pairs = level < 0
                 if LATER:
                     chosen = tl.where(pairs_columns, near, 0.0).to(dtype)
-                    result += earlier * tl.dot(chosen, (theirs_here * later).to(dtype), input_precision=DOT)
+                    result += earlier * tl.dot(chosen, (far * later).to(dtype), input_precision=DOT)
                 else:
                     chosen = tl.where(pairs, near, 0.0).to(dtype)
-                    result += later * tl.dot(chosen, (theirs_here * earlier).to(dtype), input_precision=DOT)
+                    result += later * tl.dot(chosen, (far * earlier).to(dtype), input_precision=DOT)
+    mine_here = tile(mine, t, inside, h // G, H // G, K, BK, here)
+    theirs_here = tile(theirs, t, inside, h // G, H // G, K, BK, here)
     if LATER:
         put(moved, tile(moved, t, inside, h, H, K, BK, here) - result * mine_here, t, inside, h, H, K, BK, here)
     else:
         put(moved, result * mine_here, t, inside, h, H, K, BK, here)
-        at = recalled + (block * H + h).to(tl.int64) * K + channels
-        tl.store(at, tl.sum(of_state * mine_here, 0), mask=channels < K)
     return result + own * theirs_here
 
 
