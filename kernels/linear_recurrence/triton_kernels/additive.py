@@ -19,7 +19,9 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     add_rows,
     decays,
     factors_of_level,
+    fade_across,
     fade_of,
+    fades_beside,
     half_of,
     place_of,
     products_of_rows,
@@ -221,81 +223,70 @@ def _of_head(
     rows, channels = tl.arange(0, C), here + tl.arange(0, BK)
     inside = t < length
     dtype = z.dtype.element_ty
-    # Through the scores with the other blocks of the chunk, the farthest first: what is there already fades over each.
+    # Through the state: of what reads the one before the chunk, or is stored in the one after it. For the loop see tiles.add_rows.
     result = tl.zeros((C, BK), dtype=tl.float32)
-    across = tl.full((BK,), 1.0, dtype=tl.float32)
+    for column in tl.range(0, V, BV, num_stages=1):
+        state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
+        result += tl.dot(tile(x, t, inside, h, H, V, BV, column), state, input_precision=DOT)
+    if not LATER:  # the gradient of a state has the scale in it
+        result *= scale
+    # What decays between each row and the block's edge, which that and the other blocks lie beyond: factor, times `edge` where halves suffice.
+    high, low = split(decays(decay, t, inside, h, H, K, BK, here), dtype)
+    first = tl.load(levels_from + block * H + h)
+    factor = tl.zeros((C, BK), dtype=tl.float32)
+    edge = tl.full((BK,), 1.0, dtype=tl.float32)
+    # Branches, though a launch takes one of them: see tiles.add_rows.
+    if PAIRS != LEVELS:
+        if first == levels - 1:
+            middle = add_rows(signs_from_middle(C), high, low, DOT)
+            start, stop = half_of(halves, block, h, H, K, BK, here)
+            factor, edge = tl.exp(-middle if LATER else middle), tl.exp(stop if LATER else start)
+    if PAIRS != HALVES:
+        if first != levels - 1:
+            factor = tl.exp(add_rows(rows[:, None] < rows[None, :] if LATER else rows[:, None] >= rows[None, :], high, low, DOT))
+    if not LATER:
+        fades = fades_beside(fade, block, -1, count, h, H, K, CHANNEL, BLOCKS, BK, here)
+        across = fade_across(fades, BLOCKS, CHANNEL, BLOCKS, BK) * edge
+        query = tile(mine, t, inside, h // G, H // G, K, BK, here)
+        at = recalled + (block * H + h).to(tl.int64) * K + channels
+        tl.store(at, tl.sum(result * across[None, :] * factor * query, 0), mask=channels < K)
+    # Through the scores with the other blocks of the chunk, the farthest first: what is there already fades over each.
     if BLOCKS > 1:
         for done in range(count):
             away = count - done if LATER else done - count
             others = t + away * C
             exist = others < length
             left = tl.load(fade + ((block + away) * H + h).to(tl.int64) * K + channels, mask=channels < K, other=0.0)
+            there = tile(z, others, exist, h, H, K, BK, here)
             near = products_of_rows(x, y, t, inside, others, exist, h, H, V, C, BV, False, DOT) * scale
             result *= left[None, :]
-            result += tl.dot(near.to(dtype), tile(z, others, exist, h, H, K, BK, here), input_precision=DOT)
-            across *= left
-    # Through the state behind them. For the loop see tiles.add_rows.
-    of_state = tl.zeros((C, BK), dtype=tl.float32)
-    for column in tl.range(0, V, BV, num_stages=1):
-        state = state_transposed(states, chunk * H + h, K, V, BK, BV, here, column)
-        of_state += tl.dot(tile(x, t, inside, h, H, V, BV, column), state, input_precision=DOT)
-    if LATER:  # the gradient of a state has the scale in it
-        result += of_state * across[None, :]
-    else:
-        of_state *= (across * scale)[None, :]
+            result += tl.dot(near.to(dtype), there, input_precision=DOT)
     # And in its own block, but for a token's score with itself, which does not decay.
-    own = tl.zeros((C, 1), dtype=tl.float32)
-    high, low = split(decays(decay, t, inside, h, H, K, BK, here), dtype)
-    at = recalled + (block * H + h).to(tl.int64) * K + channels
-    first = tl.load(levels_from + block * H + h)
-    # Branches, though a launch takes one of them: see tiles.add_rows.
+    near = products_of_rows(x, y, t, inside, t, inside, h, H, V, C, BV, False, DOT) * scale
+    own = tl.sum(tl.where(rows[:, None] == rows[None, :], near, 0.0), 1)[:, None]
+    other = tile(theirs, t, inside, h // G, H // G, K, BK, here)
     if PAIRS != LEVELS:
         if first == levels - 1:
-            middle = add_rows(signs_from_middle(C), high, low, DOT)
-            start, stop = half_of(halves, block, h, H, K, BK, here)
-            if LATER:
-                result *= tl.exp(stop)[None, :]
-            else:
-                of_state *= tl.exp(start)[None, :]
-                query = tile(mine, t, inside, h // G, H // G, K, BK, here)
-                tl.store(at, tl.sum(of_state * tl.exp(middle) * query, 0), mask=channels < K)
-                result = result * tl.exp(start)[None, :] + of_state
-            near = products_of_rows(x, y, t, inside, t, inside, h, H, V, C, BV, False, DOT) * scale
-            own = tl.sum(tl.where(rows[:, None] == rows[None, :], near, 0.0), 1)[:, None]
-            near = tl.where(rows[:, None] < rows[None, :] if LATER else rows[:, None] > rows[None, :], near, 0.0)
-            far = tile(theirs, t, inside, h // G, H // G, K, BK, here) * tl.exp(middle if LATER else -middle)
-            result += tl.dot(near.to(dtype), far.to(dtype), input_precision=DOT)
-            result *= tl.exp(-middle if LATER else middle)
+            chosen = tl.where(rows[:, None] < rows[None, :] if LATER else rows[:, None] > rows[None, :], near, 0.0).to(dtype)
+            result = result * edge[None, :] + tl.dot(chosen, (other / factor).to(dtype), input_precision=DOT)
+            result *= factor
     if PAIRS != HALVES:
         if first != levels - 1:
-            edge = tl.exp(add_rows(rows[:, None] < rows[None, :] if LATER else rows[:, None] >= rows[None, :], high, low, DOT))
-            if not LATER:
-                of_state *= edge
-                query = tile(mine, t, inside, h // G, H // G, K, BK, here)
-                tl.store(at, tl.sum(of_state * query, 0), mask=channels < K)
-                result = result * edge + of_state
-            else:
-                result *= edge
-            near = products_of_rows(x, y, t, inside, t, inside, h, H, V, C, BV, False, DOT) * scale
-            own = tl.sum(tl.where(rows[:, None] == rows[None, :], near, 0.0), 1)[:, None]
-            far = tile(theirs, t, inside, h // G, H // G, K, BK, here)
+            result *= factor
             all_pairs = first > 0
             for level in range(first, levels):
                 later, earlier, pairs, pairs_columns = factors_of_level(level, all_pairs, high, low, C, DOT)
                 all_pairs = level < 0
                 if LATER:
-                    chosen = tl.where(pairs_columns, near, 0.0).to(dtype)
-                    result += earlier * tl.dot(chosen, (far * later).to(dtype), input_precision=DOT)
+                    here_from, there_from, chosen = earlier, later, tl.where(pairs_columns, near, 0.0).to(dtype)
                 else:
-                    chosen = tl.where(pairs, near, 0.0).to(dtype)
-                    result += later * tl.dot(chosen, (far * earlier).to(dtype), input_precision=DOT)
-    mine_here = tile(mine, t, inside, h // G, H // G, K, BK, here)
-    theirs_here = tile(theirs, t, inside, h // G, H // G, K, BK, here)
+                    here_from, there_from, chosen = later, earlier, tl.where(pairs, near, 0.0).to(dtype)
+                result += here_from * tl.dot(chosen, (other * there_from).to(dtype), input_precision=DOT)
+    moves = result * tile(mine, t, inside, h // G, H // G, K, BK, here)
     if LATER:
-        put(moved, tile(moved, t, inside, h, H, K, BK, here) - result * mine_here, t, inside, h, H, K, BK, here)
-    else:
-        put(moved, result * mine_here, t, inside, h, H, K, BK, here)
-    return result + own * theirs_here
+        moves = tile(moved, t, inside, h, H, K, BK, here) - moves
+    put(moved, moves, t, inside, h, H, K, BK, here)
+    return result + own * other
 
 
 @triton.jit(do_not_specialize=COUNTS)
