@@ -218,7 +218,7 @@ def _of_head(
     LATER: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """What value head h adds to the gradient [C, BK], of `count` other blocks; stores its parts of `moved` and `recalled`."""
+    """What value head h adds to the gradient [C, BK], of `count` other blocks; stores its parts of `moved` and `recalled`: see `pair_gradients`."""
     here = part * BK
     rows, channels = tl.arange(0, C), here + tl.arange(0, BK)
     inside = t < length
@@ -230,7 +230,8 @@ def _of_head(
         result += tl.dot(tile(x, t, inside, h, H, V, BV, column), state, input_precision=DOT)
     if not LATER:  # the gradient of a state has the scale in it
         result *= scale
-    # What decays between each row and the block's edge, which that and the other blocks lie beyond: factor, times `edge` where halves suffice.
+    # What decays from the block's start to each row, LATER from there to its end: `factor`, where halves suffice without what does up to the
+    # middle, or from it on.
     high, low = split(decays(decay, t, inside, h, H, K, BK, here), dtype)
     first = tl.load(levels_from + block * H + h)
     factor = tl.zeros((C, BK), dtype=tl.float32)
@@ -250,7 +251,8 @@ def _of_head(
         query = tile(mine, t, inside, h // G, H // G, K, BK, here)
         at = recalled + (block * H + h).to(tl.int64) * K + channels
         tl.store(at, tl.sum(result * across[None, :] * factor * query, 0), mask=channels < K)
-    # Through the scores with the other blocks of the chunk, the farthest first: what is there already fades over each.
+    # Through the scores with the other blocks of the chunk, the farthest first: what is there already fades over each. What both sides of a pair
+    # move is rounded alike: their difference is a decay's.
     if BLOCKS > 1:
         for done in range(count):
             away = count - done if LATER else done - count
@@ -268,7 +270,8 @@ def _of_head(
     if PAIRS != LEVELS:
         if first == levels - 1:
             chosen = tl.where(rows[:, None] < rows[None, :] if LATER else rows[:, None] > rows[None, :], near, 0.0).to(dtype)
-            result = result * edge[None, :] + tl.dot(chosen, (other / factor).to(dtype), input_precision=DOT)
+            start, stop = half_of(halves, block, h, H, K, BK, here)  # again: kept up to here, they would take other numbers' registers
+            result = result * tl.exp(stop if LATER else start)[None, :] + tl.dot(chosen, (other / factor).to(dtype), input_precision=DOT)
             result *= factor
     if PAIRS != HALVES:
         if first != levels - 1:
@@ -277,11 +280,9 @@ def _of_head(
             for level in range(first, levels):
                 later, earlier, pairs, pairs_columns = factors_of_level(level, all_pairs, high, low, C, DOT)
                 all_pairs = level < 0
-                if LATER:
-                    here_from, there_from, chosen = earlier, later, tl.where(pairs_columns, near, 0.0).to(dtype)
-                else:
-                    here_from, there_from, chosen = later, earlier, tl.where(pairs, near, 0.0).to(dtype)
-                result += here_from * tl.dot(chosen, (other * there_from).to(dtype), input_precision=DOT)
+                chosen = tl.where(pairs_columns if LATER else pairs, near, 0.0).to(dtype)
+                of_others = tl.dot(chosen, (other * (later if LATER else earlier)).to(dtype), input_precision=DOT)
+                result += (earlier if LATER else later) * of_others
     moves = result * tile(mine, t, inside, h // G, H // G, K, BK, here)
     if LATER:
         moves = tile(moved, t, inside, h, H, K, BK, here) - moves
@@ -328,7 +329,8 @@ def pair_gradients(
     the block: recalled [blocks, H, K].
 
     LATER, after that: dk, of x = V, y = dO, z = reader, mine = k, theirs = q and the gradients of the states after each chunk; k_t dk_t is taken
-    from moved. In one program both would need twice the registers of two programs on a processor."""
+    from moved. Each alone has the registers of half a processor, so that one waits for memory while another computes; both in one program have
+    all of them."""
     parts = tl.cdiv(K, BK)
     block, part, source = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1)
     if PAIRS != ALL:
