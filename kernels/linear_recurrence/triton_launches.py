@@ -39,7 +39,7 @@ LAUNCHES = {
     "add_chunks of heads grouped": Launch(warps=4),
     "read": Launch(value=128, programs=2, stages=2),
     "read per channel": Launch(value=128, stages=2),
-    "pair_gradients per channel": Launch(key=64, stages=2),
+    "pair_gradients per channel": Launch(key=64, programs=2, stages=2),
     "read of heads": Launch(value=128, stages=2, warps=4),
     "pair_gradients grouped": Launch(key=64, stages=1),
     "read_together": Launch(value=128, stages=4),

@@ -446,13 +446,15 @@ def token_gradients(
     # it is as large as moved, and takes its place where the type is the same
     ddecay = moved if decay.dtype == torch.float32 else torch.empty_like(decay)
     if count:
-        axes = {"BLOCKS": shapes.blocks, "VALUES": padded(shapes.value), "GROUPED": shapes.group > 1}
-        additive.pair_gradients[blocks * parts, heads // shapes.group](
-            *(q, k, v, do, decay, made.reader, made.writer, made.fade, made.firsts, states, dstates, *chunks.places, dq, dk, moved, recalled),
-            *(scale, *shapes.numbers, LEVELS),
-            **axes,
-            **options,
-        )
+        given = decay, made.fade, made.firsts, made.halves
+        reads = do, v, made.writer, q, k, *given, states, *chunks.places, dq
+        writes = v, do, made.reader, k, q, *given, dstates, *chunks.places, dk
+        for args, later in ((reads, False), (writes, True)):
+            for pairs in shapes.pairs if shapes.group == 1 else (0,):  # chunks of value heads may differ
+                additive.pair_gradients[blocks * parts, heads // shapes.group](
+                    *(*args, moved, recalled, scale, *shapes.numbers, LEVELS),
+                    **{"BLOCKS": shapes.blocks, "GROUPED": shapes.group > 1, "PAIRS": pairs, "LATER": later, **options},
+                )
         options = shapes.options("decay_gradients", without=("DECAY",))
         additive.decay_gradients[count, heads, ceil_div(shapes.key, options["BK"])](
             *(moved, recalled, left, states, dstates, chunks.begins, chunks.ends, chunks.firsts, ddecay, heads, shapes.key, shapes.value),

@@ -135,7 +135,7 @@ def test_widths_that_are_no_powers_of_two_and_empty_segments(decay):
 
 
 @runs
-@pytest.mark.parametrize(("decay", "group"), [("none", 1), ("head", 2), ("channel", 1)])
+@pytest.mark.parametrize(("decay", "group"), [("none", 1), ("head", 2), ("channel", 1), ("channel", 2)])
 def test_chunks_of_several_blocks(decay, group):
     """Where nothing is erased, a chunk has 4 blocks of 64 tokens: documents of one token more or less."""
     compare([257, 1, 255], 1e-5, heads=1, group=group, width=20, value_width=40, decay=decay, delta=False)
