@@ -94,7 +94,8 @@ def _faded(x, ours, theirs, DECAY: tl.constexpr, LATER: tl.constexpr):
             gaps = (high_there[None, :] - high[:, None]) + (low_there[None, :] - low[:, None])
         else:
             gaps = (high[:, None] - high_there[None, :]) + (low[:, None] - low_there[None, :])
-        x *= tl.exp2(tl.minimum(gaps, 0.0, propagate_nan=tl.PropagateNan.ALL))
+        # A gap that is no number becomes 0 (on a GPU): a factor of the state says so where it should, and tokens before it do not see it.
+        x *= tl.exp2(tl.minimum(gaps, 0.0))
     return x
 
 
