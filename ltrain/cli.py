@@ -151,6 +151,7 @@ def parser() -> argparse.ArgumentParser:
     sub.set_defaults(verb=bench_fp8)
     sub = bench.add_parser("context-parallel", help="each kind of mixing over the ranks that torchrun started, beside one rank: time and bytes")
     every = "attention,window,mla,dsa,moba,linear_attention,lightning,mamba2,gla,delta_net,gated_delta_net,kda,rwkv7,mamba,rg_lru,short_conv"
+    every += ",delta_net_layer,gated_delta_net_layer,kda_layer"
     hybrid = "with --simulate one for each layer of a hybrid, default kda,kda,kda,attention"
     sub.add_argument("--operators", type=_names, help=f"with commas (default {every}; {hybrid})")
     sub.add_argument("--tokens", type=_lengths, help="of the streams, with commas (default 32768; with --simulate 1048576)")

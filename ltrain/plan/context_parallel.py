@@ -150,6 +150,17 @@ def operators(s: Sizes) -> dict[str, Operator]:
         block = max(s.selected // 4, 1)
         return block_attention(x["q"], k.contiguous(), v.contiguous(), seq.exchange.parts(seq), scale=s.head_dim**-0.5, block=block, top=8)
 
+    def layer(inner: Operator) -> Operator:
+        """With its projections: a product to each of its inputs, and one from what comes out."""
+        whole = {name: (math.prod(shape), channels) for name, shape in inner.shapes.items()} | {"out": (channels, channels)}
+
+        def run(x: Inputs, seq: Sequence) -> Tensor:
+            weights = {name: x[name] * channels**-0.5 for name in whole}
+            mixed = inner.run({name: (x["x"] @ weights[name].T).unflatten(-1, shape) for name, shape in inner.shapes.items()}, seq)
+            return mixed.flatten(1) @ weights["out"].T
+
+        return replace(inner, shapes={"x": (channels,)}, run=run, whole=whole)
+
     def selective(x: Inputs, seq: Sequence) -> Tensor:
         return seq.exchange.recurrence(Selective(x["x"], F.softplus(x["step"].float()), x["rate"].float().exp(), x["B"], x["C"]), seq)
 
@@ -181,6 +192,7 @@ def operators(s: Sizes) -> dict[str, Operator]:
         "delta_net": linear("none", True),
         "gated_delta_net": linear("head", True),
         "kda": linear("channel", True),
+        **{f"{name}_layer": layer(linear(decay, True)) for name, decay in (("delta_net", "none"), ("gated_delta_net", "head"), ("kda", "channel"))},
         "rwkv7": Operator(
             dict.fromkeys(("r", "w", "k", "v", "b", "c"), (s.heads, s.head_dim)),
             generalised,
