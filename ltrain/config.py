@@ -101,7 +101,9 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # matrices only; norms, biases, decays and convolutions have none
     clip: float = 1.0  # global gradient norm; 0: no clipping
-    recompute: str = "none"  # again in the backward: none | selective (what is cheap: norms, gates, convolutions, rotations) | full (each block)
+    recompute: str = (
+        "none"  # again in the backward: none | selective (what is cheap: norms, gates, convolutions, rotations, states) | full (each block)
+    )
 
 
 @dataclass

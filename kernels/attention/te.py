@@ -115,7 +115,7 @@ class Call(NamedTuple):
         forms = [Form(False, self.kind.reach, self.kind.causal)]
         if alone:
             forms.insert(0, forms[0]._replace(alone=True))
-        if back and self.kind == Kind(False, 0) and _narrow(q, v):
+        if back and self.kind == Kind(False, 0) and _narrow(q, v) and all(max(p.q_len, p.k_len) <= FAR for p in self.pairs):
             forms.insert(0, Form(False, (FAR, FAR), False))
         return next((form for form in forms[:-1] if _lacks(form, *_sizes(q, k, v)) is None), forms[-1])
 

@@ -63,7 +63,9 @@ class _Recurrence(torch.autograd.Function):
         made = prepared(q, k, v, decay, beta, chunks, shapes, scale)
         states, final, left = passed(k, initial, chunks, shapes, made, ends)
         output = read(q, k, made.u, states, chunks, shapes, made, scale, later=False)
-        ctx.save_for_backward(q, k, v, decay, beta, initial, *(made[:3] if recompute else (*made, states, left)))
+        # What is v itself is saved once.
+        kept = made[:3] if recompute else [None if x is v else x for x in (*made, states, left)]
+        ctx.save_for_backward(q, k, v, decay, beta, initial if recompute else None, *kept)
         ctx.chunks, ctx.shapes, ctx.scale = chunks, shapes, scale
         ctx.set_materialize_grads(False)  # zeros for the final states would be as large as these
         return output, final
@@ -77,8 +79,8 @@ class _Recurrence(torch.autograd.Function):
         do = torch.zeros_like(v) if do is None else do
         with_ddecay, _, with_dinitial = ctx.needs_input_grad[3:6]
         if len(kept) > 3:
-            *of_tokens, states, left = kept
-            made = Prepared(*of_tokens)
+            made, states, left = Prepared(*kept[:-2]), kept[-2], kept[-1]
+            made = made if shapes.delta else made._replace(u=v)
         else:
             made = prepared(q, k, v, decay, beta, chunks, shapes, scale, kept)
             states, _, left = passed(k, initial, chunks, shapes, made, ends=False)
@@ -87,8 +89,9 @@ class _Recurrence(torch.autograd.Function):
             du = read(q, k, do, None, chunks, shapes, made, scale, later=True)
             dstates, dinitial = passed_back(q, k, do, du, dfinal, chunks, shapes, made, scale, with_dinitial)
             made = made.left
+            del kept
             scored = score_gradients(v, do, du, chunks, shapes, made, scale)
-            del du, kept
+            del du
             found = key_gradients(q, k, decay, beta, do, (states, dstates), scored, chunks, shapes, made, scale)
         else:
             dstates, dinitial = passed_back(q, k, do, None, dfinal, chunks, shapes, made, scale, with_dinitial)

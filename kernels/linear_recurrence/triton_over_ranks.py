@@ -93,12 +93,12 @@ class _Inputs:
         carry: Carry,
         sizes: tuple[int, int],
         after: Tensor | None,
-        states: tuple[Tensor, Tensor | None] | None,
+        states: Tensor | None,
     ) -> Tensor | None:
-        """What the backward takes, in ctx; states: before all chunks, and what these leave of one, None: they are made again. -> the states after all
-        segments, in the order in which these lie"""
-        kept = self.made[:3] if states is None else (*self.made, *states)
-        ctx.save_for_backward(*self.laid, initial, *matrices.values(), *kept)
+        """What the backward takes, in ctx; states: before all chunks, None: they are made again. -> the states after all segments, in the order in
+        which these lie"""
+        kept = self.made[:3] if states is None else [None if x is self.laid.v else x for x in (*self.made, states)]
+        ctx.save_for_backward(*self.laid, initial if states is None else None, *matrices.values(), *kept)
         ctx.given = self.cuts, self.scale, carry, sizes, list(matrices)
         ctx.set_materialize_grads(False)  # zeros for the final states would be as large as these
         if after is None:
@@ -116,8 +116,8 @@ class _Phases(_Inputs):
         super().__init__(laid, cuts, carry, scale)
         self.kept, self.solved = len(kept) > 3, bool(kept)
         if self.kept:
-            *made, states, _ = kept
-            self.made, self.states = parts.Prepared(*made), states
+            *made, self.states = kept
+            self.made = parts.Prepared(*made)
         else:
             self.made = parts.room(laid.k, laid.v, self.all.chunks.block_count, self.shapes, tuple(kept) or None)
             self.states = self.of_chunks()
@@ -207,7 +207,7 @@ class _Delta(torch.autograd.Function):
         initial = phases.stacked(states, rest)
         phases.pass_states(MIDDLE, LAST, initial, None if after is None else after[rest.places])
         phases.read(MIDDLE, LAST, phases.made.u, out, later=False)
-        return out, phases.keep(ctx, initial, matrices, carry, sizes, after, None if recompute else (phases.states, None))
+        return out, phases.keep(ctx, initial, matrices, carry, sizes, after, None if recompute else phases.states)
 
     @staticmethod
     @once_differentiable
@@ -251,7 +251,7 @@ class _Sums(_Inputs):
         self.kept = len(kept) > 3
         q, k, v, decay, _ = laid
         if self.kept:
-            self.made = parts.Prepared(*kept[:-2])
+            self.made = parts.Prepared(*kept[:-1])._replace(u=v)
         else:
             self.made = parts.prepared(q, k, v, decay, None, self.all.chunks, self.shapes, scale, tuple(kept) or None)
 
@@ -334,7 +334,7 @@ class _Additive(torch.autograd.Function):
         initial = sums.stacked(before, rest)
         sums.accumulate((MIDDLE, LAST), states, left, initial, None if after is None else after[rest.places], back=False)
         sums.read((MIDDLE, LAST), states, out)
-        return out, sums.keep(ctx, initial, matrices, carry, sizes, after, None if recompute else (states, left))
+        return out, sums.keep(ctx, initial, matrices, carry, sizes, after, None if recompute else states)
 
     @staticmethod
     @once_differentiable
@@ -353,7 +353,7 @@ class _Additive(torch.autograd.Function):
         own = dict(zip(rest.segments, dinitial[:, :, :key, :value], strict=True))
         arriving = carry.gradients(own, dict(zip(numbers, matrices, strict=True)))
         if sums.kept:
-            states = kept[-2]
+            states = kept[-1]
         else:
             states, _ = sums.add_chunks(k, v, back=False)
             sums.accumulate((WHOLE, FIRST), states, left, None, None, back=False)

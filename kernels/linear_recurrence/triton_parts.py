@@ -62,7 +62,7 @@ class Prepared(NamedTuple):
     writer: Tensor | None
     fade: Tensor | None  # [blocks, H, K] or [blocks, H]; of `heads.sum_decays` [chunks, H]
     halves: Tensor | None  # [blocks, H, 2, K]
-    sums: Tensor | None  # [T, H, 2], of decays per head
+    sums: Tensor | None  # [T, H, 2], of decays per head: natural logs of what is left, of `heads.sum_decays` to base 2
 
     @property
     def left(self) -> "Prepared":
@@ -243,10 +243,11 @@ def read(
             options, keys = shapes.options("read of heads"), padded(shapes.key)
             x, y, factor = (k, q, made.writer) if later else (q, k, made.reader)
             given = x, y, z, made.sums, factor, states
-            if shapes.group > 1 and shapes.blocks <= TOGETHER and options["BK"] == keys and options["BV"] == padded(shapes.value):
-                options = shapes.options("read_together") | {"C": shapes.blocks * BLOCK, "LATER": later}
+            together = shapes.options("read_together") | {"C": shapes.blocks * BLOCK, "LATER": later}
+            whole = together["BK"] == keys and together["BV"] == padded(shapes.value)
+            if shapes.group > 1 and shapes.blocks <= TOGETHER and whole and not shapes.exact:  # float32 would spill ten thousand bytes a thread
                 of_heads.read_together[chunks.chunk_count, shapes.heads // shapes.group](
-                    *(*given, chunks.begins, chunks.ends, out, scale, *shapes.numbers), **options
+                    *(*given, chunks.begins, chunks.ends, out, scale, *shapes.numbers), **together
                 )
             else:
                 grid = chunks.block_count, shapes.heads, ceil_div(shapes.value, options["BV"])

@@ -3,8 +3,9 @@
 Model code says in place what is cheap: `cheap(function, *inputs)` is function(*inputs). Inside a block that recomputes selectively, what
 the call saves for its own backward, and its outputs where others save them for theirs (the matrix product after a norm, the attention
 kernel after the rotation of its queries), are replaced by the recipe. The first of them that the backward asks for runs the function
-once more, for all of them. Every other kernel and matrix product runs once (the selection of Korthikanti et al. 2022, carried on to the
-outputs), and the graph is that of a plain forward, so that gradients are the same numbers.
+once more, for all of them. Kernels of recurrences make states again by themselves (`selecting`). Every other kernel and matrix product runs
+once (the selection of Korthikanti et al. 2022, carried on to the outputs), and the graph is that of a plain forward, so that gradients are
+the same numbers.
 """
 
 from collections.abc import Callable, Iterator

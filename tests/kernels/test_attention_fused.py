@@ -171,7 +171,7 @@ class Fused:
         names += names if alone else ["cu_seqlens_q_padded", "cu_seqlens_kv_padded"]
         bounds = [options[name].tolist() for name in names]
         causal, (behind, ahead) = "causal" in options["attn_mask_type"], options["window_size"]
-        assert ahead == (0 if causal else -1) or not alone and min(behind, ahead) > q.shape[0]
+        assert ahead == (0 if causal else -1) or not alone and min(behind, ahead) > max(q.shape[0], options["max_seqlen_kv"])
         self.forms.add((alone, causal, ahead > 0))
         for (a, b), (c, d), first, begin in zip(pairwise(bounds[0]), pairwise(bounds[1]), *bounds[2:], strict=False):
             yield Pair(first, b - a, begin, d - c, causal, 0 if ahead > 0 else behind + 1)

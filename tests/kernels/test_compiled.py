@@ -11,7 +11,28 @@ from tests.kernels.interpreter import GPU, INTERPRETED
 
 pytestmark = pytest.mark.skipif(GPU or INTERPRETED, reason="compiles for a GPU that is not there")
 
+# Of a program that Triton 3.6 made: %state is one tile, and the products of a turn go on while the next one's is loaded.
+LOOP = """
+    %tile = ttg.local_alloc : () -> !ttg.memdesc<1x64x32xbf16, #shared, #smem, mutable> loc(#loc1)
+    %view = ttg.memdesc_index %tile[%c0_i32] : !ttg.memdesc<1x64x32xbf16, #shared, #smem, mutable> -> !ttg.memdesc<64x32xbf16, #shared> loc(#loc1)
+    %sums:2 = scf.for %turn = %c0_i32 to %V step %c64_i32 iter_args(%sum = %zeros, %other = %zeros) -> (tensor<64x32xf32, #mma>)  : i32 {
+      %state = ttg.memdesc_index %tile[%turn] : !ttg.memdesc<1x64x32xbf16, #shared, #smem, mutable> -> !ttg.memdesc<64x32xbf16, #shared> loc(#loc1)
+      %one = ttng.warp_group_dot %rows, %state, %sum {inputPrecision = 0 : i32, isAsync = true} : tensor<64x32xf32, #mma> loc(#loc2)
+      %two = ttng.warp_group_dot %rows, %state, %other {inputPrecision = 0 : i32, isAsync = true} : tensor<64x32xf32, #mma> loc(#loc2)
+      %all:2 = ttng.warp_group_dot_wait %one, %two {pendings = PENDING : i32} : tensor<64x32xf32, #mma> loc(#loc2)
+      %copy = ttg.async_copy_global_to_local %at, %view mask %inside : tensor<64x32x!tt.ptr<bf16>> -> <64x32xbf16, #shared, #smem, mutable> loc(#loc1)
+      scf.yield %all#0, %all#1 : tensor<64x32xf32, #mma> loc(#loc2)
+    } loc(#loc2)
+"""
+
 SIZES = Sizes(heads=2, kv_heads=1, selected=64, hidden=128, vocab=256, experts=4)
+
+
+def test_tiles_that_are_overwritten_are_seen() -> None:
+    from tests.kernels.compiled import overwritten
+
+    assert set(overwritten(LOOP.replace("PENDING", "2"))) == set(overwritten(LOOP.replace("PENDING", "1"))) == {"%tile"}
+    assert not overwritten(LOOP.replace("PENDING", "0")) and not overwritten(LOOP.replace("PENDING", "2").replace("<1x64", "<2x64"))
 
 
 @pytest.mark.parametrize("name", sorted(set(operators(SIZES)) - {"norm", "experts"}))

@@ -11,12 +11,12 @@ from tests.kernels.interpreter import DEVICE, GPU, on_gpu, runs
 from tests.kernels.test_linear_recurrence import BOTH, cu, inputs
 
 
-def compare(lengths, tolerance, *, dtype=torch.float32, with_map=False, reset=(), backend="triton", constant=False, **kwargs):
+def compare(lengths, tolerance, *, dtype=torch.float32, with_map=False, reset=(), lowest=-1e9, backend="triton", constant=False, **kwargs):
     """Output, final state and every gradient, relative RMS below `tolerance`, of the same rounded inputs; constant: one row of decays for all tokens,
     which has no gradient."""
     x = inputs(lengths, dtype=dtype, **kwargs)
     for token in reset:
-        x[3].data[token] = -1e9
+        x[3].data[token] = lowest
     x[3:] = [None if t is None else t.detach().float().requires_grad_() for t in x[3:]]
     x = [None if t is None else t.detach().to(DEVICE).requires_grad_() for t in x]
     wide = [None if t is None else t.detach().double().requires_grad_() for t in x]
@@ -94,10 +94,26 @@ def test_what_is_kept_or_made_again_is_the_same(decay, delta):
             *args, state = leaves
             out = linear_recurrence(*args, cu([70, 0, 130]), scale=0.4, initial_state=state, backend="triton", recompute=recompute).output
         found.append((out, *torch.autograd.grad(out.square().sum(), given)))
-        kept.append(sum(sizes.values()) - sum(t.untyped_storage().nbytes() for t in given))
+        inputs_at = {t.untyped_storage().data_ptr() for t in given}
+        kept.append(sum(size for address, size in sizes.items() if address not in inputs_at))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     pairs = len(leaves[0]) * leaves[2].shape[1] * 64 * 4 * ((decay == "channel" or delta) + delta)
     assert kept[1] <= pairs + 64 < kept[0]
+
+
+@runs
+@pytest.mark.parametrize("delta", [True, False])
+@pytest.mark.parametrize("lowest", [-1e13, torch.finfo(torch.float32).min])
+def test_tokens_that_are_reset_per_head(lowest, delta):
+    """However low a finite decay is, nothing of before is left, and the decays beside it are what they are."""
+    compare([66, 3], 1e-5, heads=1, group=2, width=16, value_width=16, level=-0.5, delta=delta, reset=(5, 6, 40, 63), lowest=lowest)
+
+
+@runs
+@pytest.mark.parametrize("decay", ["none", "head"])
+def test_value_heads_that_read_together(decay):
+    """In 16 bits, chunks of two blocks of values of at most 64 channels."""
+    compare([200, 1, 128], 2e-3, heads=2, group=2, width=32, value_width=48, dtype=torch.float16, level=-0.1, decay=decay, delta=False)
 
 
 @runs

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ltrain.kernels.linear_recurrence.triton_kernels.forward import COUNTS
 from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
+    ALL,
     CHANNEL,
     HALVES,
     HEAD,
@@ -220,6 +221,7 @@ def pair_gradients(
     """Grid (blocks * K / BK, H) -> dq, dk [T, H, K], and for `decay_gradients`: moved = q_t dq_t - k_t dk_t [T, H, K], and what of q_t dq_t comes
     from the state before the chunk, summed over the block: recalled [blocks, H, K]. states and dstates [chunks, H, K, V]: before each chunk, and
     of those after it. Both gradients in one program: in programs of their own, two at once on a processor, they took 2.20 ms in place of 2.13."""
+    tl.static_assert(PAIRS != ALL)
     parts = tl.cdiv(K, BK)
     block, part, h = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1)
     if (tl.load(levels_from + block * H + h) == levels - 1) != (PAIRS == HALVES):

@@ -16,6 +16,7 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     NONE,
     add_columns,
     add_rows,
+    bounded,
     decays,
     decays_transposed,
     fade_across,
@@ -210,7 +211,7 @@ def prepare(
     dtype = k.dtype.element_ty
     high, low = 0.0, 0.0
     if DECAY == HEAD:
-        g = tl.cumsum(tl.load(decay + t * H + h, mask=inside, other=0.0).to(tl.float64), 0)
+        g = tl.cumsum(bounded(tl.load(decay + t * H + h, mask=inside, other=0.0)).to(tl.float64), 0)
         last = tl.sum(tl.where(rows == C - 1, g, 0.0), 0)  # rows past the end repeat it
         high = g.to(tl.float32)
         low = (g - high).to(tl.float32)
@@ -392,24 +393,24 @@ def read(
             at, exists = state_at(states, chunk * H + h, K, V, BK, BV, row, column)
             query = tile(x, t, inside, of, heads, K, BK, row)
             if BLOCKS > 1:
-                of_part = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, row)
-                query = (query * fade_across(of_part, BLOCKS, DECAY, BLOCKS, BK)[None, :]).to(dtype)
+                of_part = fades_beside(fade, block, step, count, h, H, K, BLOCKS, BK, row)
+                query = (query * fade_across(of_part, BLOCKS, BLOCKS, BK)[None, :]).to(dtype)
             result += tl.dot(query, tl.load(at, mask=exists, other=0.0), input_precision=DOT)
         if not LATER:  # the gradient of a state has the scale in it
             result *= scale
     if BLOCKS > 1:  # of decays per channel
-        fades = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, 0)
+        fades = fades_beside(fade, block, step, count, h, H, K, BLOCKS, BK, 0)
         for n in range(1, count + 1):
             others = t + step * n * C
             exist = (others >= 0) & (others < length)
             if BK == KEYS:
-                faded = (tile(x, t, inside, h, H, K, BK, 0) * fade_across(fades, n, DECAY, BLOCKS, BK)[None, :]).to(dtype)
+                faded = (tile(x, t, inside, h, H, K, BK, 0) * fade_across(fades, n, BLOCKS, BK)[None, :]).to(dtype)
                 near = tl.dot(faded, tile_transposed(y, others, exist, h, H, K, BK, 0), input_precision=DOT) * scale
             else:
                 near = tl.zeros((C, C), dtype=tl.float32)
                 for offset in range(0, K, BK):
-                    of_part = fades_beside(fade, block, step, count, h, H, K, DECAY, BLOCKS, BK, offset)
-                    faded = (tile(x, t, inside, h, H, K, BK, offset) * fade_across(of_part, n, DECAY, BLOCKS, BK)[None, :]).to(dtype)
+                    of_part = fades_beside(fade, block, step, count, h, H, K, BLOCKS, BK, offset)
+                    faded = (tile(x, t, inside, h, H, K, BK, offset) * fade_across(of_part, n, BLOCKS, BK)[None, :]).to(dtype)
                     near += tl.dot(faded, tile_transposed(y, others, exist, h, H, K, BK, offset), input_precision=DOT)
                 near *= scale
             result += tl.dot(near.to(dtype), tile(z, others, exist, h, H, V, BV, column), input_precision=DOT)

@@ -19,6 +19,8 @@ import triton.language as tl
 from ltrain.kernels.linear_recurrence.triton_kernels.forward import COUNTS
 from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     HEAD,
+    both_of_sums,
+    bounded,
     place_of,
     products_of_rows,
     put,
@@ -43,14 +45,14 @@ def sum_decays(decay, begins, ends, reader, writer, left, sums, step, H, C: tl.c
     for start in range(begin, end, C):
         t = start + rows
         exists = (t < end)[:, None] & (heads < H)[None, :]
-        last += tl.sum(tl.load(decay + t[:, None] * step + heads[None, :], mask=exists, other=0.0).to(tl.float64), 0)
+        last += tl.sum(bounded(tl.load(decay + t[:, None] * step + heads[None, :], mask=exists, other=0.0)).to(tl.float64), 0)
     tl.store(left + chunk * H + heads, tl.exp(last.to(tl.float32)), mask=heads < H)
     before = tl.zeros((HEADS,), dtype=tl.float64)
     for start in range(begin, end, C):
         t = start + rows
         exists = (t < end)[:, None] & (heads < H)[None, :]
         at = t[:, None] * H + heads[None, :]
-        x = tl.load(decay + t[:, None] * step + heads[None, :], mask=exists, other=0.0).to(tl.float64)
+        x = bounded(tl.load(decay + t[:, None] * step + heads[None, :], mask=exists, other=0.0)).to(tl.float64)
         g = tl.cumsum(x, 0) + before[None, :]
         before += tl.sum(x, 0)
         power = g * LOG2E
@@ -63,10 +65,9 @@ def sum_decays(decay, begins, ends, reader, writer, left, sums, step, H, C: tl.c
 
 @triton.jit
 def _sums(sums, t, inside, h, H, DECAY: tl.constexpr):
-    """g of a head, and what float32 loses of it [C, 2]. Loaded at once: Triton copies a load of fewer numbers than a program has threads to every
-    place where it is needed, in its layout: a thread then loads 16 numbers for one."""
+    """log2 e^g of a head, and what float32 loses of it [C, 2]; see tiles.both_of_sums."""
     if DECAY == HEAD:
-        found = tl.load(sums + ((t * H + h) * 2)[:, None] + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0.0)
+        found = both_of_sums(sums, t, inside, h, H)
     else:
         found = 0.0
     return found
@@ -94,7 +95,7 @@ def _faded(x, ours, theirs, DECAY: tl.constexpr, LATER: tl.constexpr):
             gaps = (high_there[None, :] - high[:, None]) + (low_there[None, :] - low[:, None])
         else:
             gaps = (high[:, None] - high_there[None, :]) + (low[:, None] - low_there[None, :])
-        # A gap that is no number becomes 0 (on a GPU): a factor of the state says so where it should, and tokens before it do not see it.
+        # A gap that is no number becomes 0 on a GPU: tokens before it do not see it, and those after it are none by their factor of the state.
         x *= tl.exp2(tl.minimum(gaps, 0.0))
     return x
 
@@ -175,7 +176,7 @@ def read(
     put(out, result, t, inside, h, H, V, BV, column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def read_together(
     x,
     y,

@@ -14,7 +14,7 @@ HALVES = tl.constexpr(1)
 LEVELS = tl.constexpr(2)
 
 BLOCK = tl.constexpr(16)  # rows that the triangular system is solved in one by one
-LOWEST = tl.constexpr(-1e4)  # log decay per channel from which on it makes no difference: e^-1e4 is 0
+LOWEST = tl.constexpr(-1e4)  # log decay from which on it makes no difference: e^-1e4 is 0
 
 
 @triton.jit
@@ -83,12 +83,25 @@ def state_transposed(x, index, K, V, BK: tl.constexpr, BV: tl.constexpr, row, co
 
 
 @triton.jit
+def bounded(decay):
+    """In float32, and no less than LOWEST: sums stay finite, and the decays around a reset exact. What is no number stays none, which maximum would
+    make LOWEST of."""
+    x = decay.to(tl.float32)
+    return tl.where(x < LOWEST, LOWEST, x)
+
+
+@triton.jit
+def both_of_sums(sums, t, inside, h, H):
+    """From sums [T, H, 2] of a head, both numbers [C, 2]. Loaded at once: Triton copies a load of fewer numbers than a program has threads to every
+    place where it is needed, in its layout: a thread then loads 16 numbers for one."""
+    return tl.load(sums + ((t * H + h) * 2)[:, None] + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0.0)
+
+
+@triton.jit
 def sums_of(sums, t, inside, h, H, DECAY: tl.constexpr):
-    """From sums [T, H, 2], g [C] of a head and what float32 loses of it. Loaded at once: Triton copies a load of fewer numbers than a program has
-    threads to every place where it is needed, in its layout: a thread then loads 16 numbers for one."""
+    """g [C] of a head and what float32 loses of it, as forward.prepare left them."""
     if DECAY == HEAD:
-        pairs = tl.load(sums + ((t * H + h) * 2)[:, None] + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0.0)
-        high, low = tl.split(pairs)
+        high, low = tl.split(both_of_sums(sums, t, inside, h, H))
     else:
         high, low = 0.0, 0.0
     return high, low
@@ -108,26 +121,22 @@ def fade_of(fade, chunk, exists, h, H, K, DECAY: tl.constexpr, BK: tl.constexpr,
 
 
 @triton.jit
-def fades_beside(fade, block, step, count, h, H, K, DECAY: tl.constexpr, BLOCKS: tl.constexpr, BK: tl.constexpr, row):
-    """What each of `count` < BLOCKS blocks from the one beside `block` on leaves of the state: as in fade_of but [BK], 1 past the last."""
+def fades_beside(fade, block, step, count, h, H, K, BLOCKS: tl.constexpr, BK: tl.constexpr, row):
+    """What each of `count` < BLOCKS blocks from the one beside `block` on leaves of channels of the state [BK], 1 past the last."""
     found = ()
     channels = row + tl.arange(0, BK)
     for n in tl.static_range(1, BLOCKS):
-        if DECAY == CHANNEL:
-            at = fade + ((block + step * n) * H + h).to(tl.int64) * K + channels
-            found = found + (tl.load(at, mask=(channels < K) & (n <= count), other=1.0),)  # type: ignore[assignment]
-        if DECAY == HEAD:
-            found = found + (tl.load(fade + ((block + step * n) * H + h).to(tl.int64), mask=n <= count, other=1.0),)  # type: ignore[assignment]
+        at = fade + ((block + step * n) * H + h).to(tl.int64) * K + channels
+        found = found + (tl.load(at, mask=(channels < K) & (n <= count), other=1.0),)  # type: ignore[assignment]
     return found
 
 
 @triton.jit
-def fade_across(fades, n, DECAY: tl.constexpr, BLOCKS: tl.constexpr, BK: tl.constexpr):
+def fade_across(fades, n, BLOCKS: tl.constexpr, BK: tl.constexpr):
     """Of fades_beside: what all blocks before the n-th leave."""
-    left = tl.full((BK,), 1.0, dtype=tl.float32) if DECAY == CHANNEL else 1.0
-    if DECAY != NONE:
-        for between in tl.static_range(1, BLOCKS):
-            left *= tl.where(between < n, fades[between - 1], 1.0)
+    left = tl.full((BK,), 1.0, dtype=tl.float32)
+    for between in tl.static_range(1, BLOCKS):
+        left *= tl.where(between < n, fades[between - 1], 1.0)
     return left
 
 
@@ -211,14 +220,12 @@ def add_columns(high, low, ones, DOT: tl.constexpr):
 
 @triton.jit
 def decays(decay, t, inside, h, H, K, B: tl.constexpr, offset):
-    g = tile(decay, t, inside, h, H, K, B, offset).to(tl.float32)
-    return tl.where(g < LOWEST, LOWEST, g)  # what is no number stays none, which maximum would make LOWEST of
+    return bounded(tile(decay, t, inside, h, H, K, B, offset))
 
 
 @triton.jit
 def decays_transposed(decay, t, inside, h, H, K, B: tl.constexpr, offset):
-    g = tile_transposed(decay, t, inside, h, H, K, B, offset).to(tl.float32)
-    return tl.where(g < LOWEST, LOWEST, g)
+    return bounded(tile_transposed(decay, t, inside, h, H, K, B, offset))
 
 
 @triton.jit
