@@ -167,7 +167,7 @@ class Shapes(NamedTuple):
     def narrow(self, segments: int) -> dict[str, Any]:
         """Options of the programs that go chunk by chunk. Each loads all of W, K and Q for its few columns of the state: few, so that there
         are programs for all processors, but no fewer."""
-        widest = 16 if self.exact else 32 if self.key > 128 else 64
+        widest = 16 if self.exact or self.key > 128 else 64  # 32 of 256 keys are a thousand bytes more than a processor has
         columns = next((n for n in (64, 32) if n <= widest and segments * self.heads * ceil_div(self.value, n) >= PROGRAMS), 16)
         # What a stage loads ahead is W, K and Q of a chunk: 48 KiB of 16-bit numbers for K = 128.
         stages = 1 if self.exact else 2 if self.key > 128 else 4 if columns == 16 else 3

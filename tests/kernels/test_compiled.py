@@ -48,6 +48,20 @@ def test_programs_of_an_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert found
 
 
+@pytest.mark.parametrize("delta", [True, False])
+def test_programs_of_the_widest_heads(delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many documents as let a program have most columns of a state."""
+    from ltrain.kernels.linear_recurrence import linear_recurrence
+    from tests.kernels.compiled import compiling
+
+    q, k, v, decay = (torch.zeros(70, heads, 256, dtype=torch.bfloat16, requires_grad=True) for heads in (2, 2, 16, 16))
+    beta = torch.zeros(70, 16) if delta else None
+    with compiling(monkeypatch) as found:
+        out = linear_recurrence(q, k, v, decay, beta, torch.arange(71, dtype=torch.int32), scale=1.0, backend="triton").output
+        torch.autograd.grad(out.sum(), (q, k, v, decay))
+    assert found
+
+
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("experts", [8, 300])
 def test_programs_of_a_router(score: str, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
