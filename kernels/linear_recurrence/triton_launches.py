@@ -33,7 +33,6 @@ class Launch(NamedTuple):
 LAUNCHES = {
     "sum_decays": Launch(key=64, programs=2, stages=1),
     "prepare": Launch(key=64, programs=2, stages=1),
-    "prepare per channel": Launch(key=64, programs=2, stages=1),
     "add_chunks": Launch(value=128, programs=2),
     "add_chunks of heads": Launch(value=128, programs=2),
     "add_chunks of heads grouped": Launch(warps=4),
