@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from ltrain.kernels.segments import accumulator, gather_rows, scatter_rows
 
 BLOCK = 16  # tokens between the points that per-channel exponents are taken from
+LOWEST = -1e4  # log decay from which on it makes no difference, e^-1e4 being 0: sums with lower ones would lose the decays beside them
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def linear_recurrence(
 
     q, k, v = chunks(q), chunks(k), chunks(v)
     # Sums of decays in float64: over a chunk they outgrow what float32 keeps of the differences between them.
-    g = chunks(v.new_zeros(bounds[-1], heads) if decay is None else decay, torch.float64).cumsum(2)  # [chunks, H, C(, K)]
+    g = chunks(v.new_zeros(bounds[-1], heads) if decay is None else decay.clamp(min=LOWEST), torch.float64).cumsum(2)  # [chunks, H, C(, K)]
     b = None if beta is None else chunks(beta).unsqueeze(-1)  # [chunks, H, C, 1]
     if g.ndim == 4:
         q, k = per_head(q), per_head(k)

@@ -79,6 +79,18 @@ def test_decay_levels_and_widths(level, width, value_width, group, decay):
     torch.testing.assert_close(gradients(got, x), gradients(expected, x), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("delta", [True, False])
+@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("lowest", [-1e13, torch.finfo(torch.float32).min])
+def test_after_a_reset_nothing_of_before_is_left(lowest, decay, delta):
+    x = inputs([40, 3], level=-0.5, decay=decay, delta=delta)
+    for token in (5, 6, 39):
+        x[3].data[token] = lowest
+    near, exact = (run(x, [40, 3], by) for by in ("chunked", "reference"))
+    torch.testing.assert_close(near, exact)
+    torch.testing.assert_close(gradients(near, x), gradients(exact, x))
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 16, 33, 128])
 def test_any_chunk_length(chunk):
     x = inputs([50, 3, 70], heads=1, decay="channel")
