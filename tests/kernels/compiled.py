@@ -57,7 +57,10 @@ def overwritten(ttgir: str) -> list[str]:
     """Tiles in shared memory, one at a time, that a loop loads anew while products may still read them: what Triton 3.6 makes of a tile that is used
     in registers, too, if every product of the loop is added to a sum, which no turn has to wait for."""
     single = set(re.findall(r"(%\S+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<1x", ttgir))
-    tiles = {view: tile for view, tile in re.findall(r"(%\S+) = ttg\.memdesc_index (%[^\s\[]+)\[", ttgir) if tile in single}
+    tiles: dict[str, str] = {}  # by views of them
+    for view, of in re.findall(r"(%\S+) = ttg\.memdesc_\w+ (%[^\s\[]+)", ttgir):
+        if of in single or of in tiles:
+            tiles[view] = tiles.get(of, of)
     found: list[str] = []
     loops: list[tuple[int, list[str]]] = []  # around a line, by indentation
     for line in ttgir.splitlines():
