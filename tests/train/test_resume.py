@@ -153,7 +153,7 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     """An absurd learning rate: the first step is fine, its update is not, and the last checkpoint stays."""
-    config = small(tmp_path, train__lr=1e30, train__min_lr=1e30, train__clip=0.0, train__warmup_steps=0, checkpoint__every=1)
+    config = small(tmp_path, train__lr=1e38, train__min_lr=1e38, train__clip=0.0, train__warmup_steps=0, checkpoint__every=1)
     text = failure(config, tmp_path / "log")
     assert "NonFiniteLoss: the loss is nan at step 2;" in text
     report = text[text.index("NonFiniteLoss: ") :]
