@@ -63,8 +63,7 @@ class _Recurrence(torch.autograd.Function):
         made = prepared(q, k, v, decay, beta, chunks, shapes, scale)
         states, final, left = passed(k, initial, chunks, shapes, made, ends)
         output = read(q, k, made.u, states, chunks, shapes, made, scale, later=False)
-        # What is v itself is saved once.
-        kept = made[:3] if recompute else [None if x is v else x for x in (*made, states, left)]
+        kept = made[:3] if recompute else (*made.saved(v), states, left)
         ctx.save_for_backward(q, k, v, decay, beta, initial if recompute else None, *kept)
         ctx.chunks, ctx.shapes, ctx.scale = chunks, shapes, scale
         ctx.set_materialize_grads(False)  # zeros for the final states would be as large as these
@@ -79,8 +78,7 @@ class _Recurrence(torch.autograd.Function):
         do = torch.zeros_like(v) if do is None else do
         with_ddecay, _, with_dinitial = ctx.needs_input_grad[3:6]
         if len(kept) > 3:
-            made, states, left = Prepared(*kept[:-2]), kept[-2], kept[-1]
-            made = made if shapes.delta else made._replace(u=v)
+            made, states, left = Prepared.restored(kept[:-2], v), kept[-2], kept[-1]
         else:
             made = prepared(q, k, v, decay, beta, chunks, shapes, scale, kept)
             states, _, left = passed(k, initial, chunks, shapes, made, ends=False)

@@ -97,7 +97,7 @@ class _Inputs:
     ) -> Tensor | None:
         """What the backward takes, in ctx; states: before all chunks, None: they are made again. -> the states after all segments, in the order in
         which these lie"""
-        kept = self.made[:3] if states is None else [None if x is self.laid.v else x for x in (*self.made, states)]
+        kept = self.made[:3] if states is None else (*self.made.saved(self.laid.v), states)
         ctx.save_for_backward(*self.laid, initial if states is None else None, *matrices.values(), *kept)
         ctx.given = self.cuts, self.scale, carry, sizes, list(matrices)
         ctx.set_materialize_grads(False)  # zeros for the final states would be as large as these
@@ -116,8 +116,7 @@ class _Phases(_Inputs):
         super().__init__(laid, cuts, carry, scale)
         self.kept, self.solved = len(kept) > 3, bool(kept)
         if self.kept:
-            *made, self.states = kept
-            self.made = parts.Prepared(*made)
+            self.made, self.states = parts.Prepared.restored(kept[:-1], laid.v), kept[-1]
         else:
             self.made = parts.room(laid.k, laid.v, self.all.chunks.block_count, self.shapes, tuple(kept) or None)
             self.states = self.of_chunks()
@@ -251,7 +250,7 @@ class _Sums(_Inputs):
         self.kept = len(kept) > 3
         q, k, v, decay, _ = laid
         if self.kept:
-            self.made = parts.Prepared(*kept[:-1])._replace(u=v)
+            self.made = parts.Prepared.restored(kept[:-1], v)
         else:
             self.made = parts.prepared(q, k, v, decay, None, self.all.chunks, self.shapes, scale, tuple(kept) or None)
 

@@ -18,14 +18,13 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     LEVELS,
     add_rows,
     decays,
+    factors_of_halves,
     factors_of_level,
     fade_of,
     fades_of_rows,
-    half_of,
     place_of,
     products_of_rows,
     put,
-    signs_from_middle,
     split,
     state_at,
     state_transposed,
@@ -291,10 +290,7 @@ def pair_gradients(
     # Branches, though a launch takes one of them: see tiles.add_rows.
     if PAIRS != LEVELS:
         if first == levels - 1:
-            start, stop = half_of(halves, block, h, H, K, BK, here)
-            middle = add_rows(signs_from_middle(C), high, low, DOT)
-            later, earlier = tl.exp(middle), tl.exp(-middle)
-            from_start, to_end = later * tl.exp(start)[None, :], earlier * tl.exp(stop)[None, :]
+            later, earlier, from_start, to_end = factors_of_halves(halves, block, h, H, K, BK, here, high, low, C, DOT)
             tl.store(at, tl.sum(recalling * from_start * query, 0), mask=exist)
             on_read = tl.where(rows[:, None] > rows[None, :], near, 0.0).to(dtype)
             on_store = tl.where(rows[:, None] < rows[None, :], near_columns, 0.0).to(dtype)

@@ -13,14 +13,13 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     NONE,
     add_rows,
     decays,
+    factors_of_halves,
     factors_of_level,
     fade_between,
     fade_of,
     fades_of_rows,
-    half_of,
     put,
     rows_of,
-    signs_from_middle,
     split,
     state_at,
     state_or_zeros,
@@ -254,10 +253,7 @@ def key_gradients(
         # Branches, though a launch takes one of them: see tiles.add_rows.
         if PAIRS != LEVELS:
             if first == levels - 1:
-                start, stop = half_of(halves, chunk, h, H, K, BK, here)
-                middle = add_rows(signs_from_middle(C), high, low, DOT)
-                later, earlier = tl.exp(middle), tl.exp(-middle)
-                from_start, to_end = later * tl.exp(start)[None, :], earlier * tl.exp(stop)[None, :]
+                later, earlier, from_start, to_end = factors_of_halves(halves, chunk, h, H, K, BK, here, high, low, C, DOT)
                 reading *= from_start
                 storing *= to_end
                 erasing *= from_start

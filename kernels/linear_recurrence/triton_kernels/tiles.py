@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ltrain.kernels.linear_recurrence import chunked
+
 NONE = tl.constexpr(0)  # values of DECAY
 HEAD = tl.constexpr(1)
 CHANNEL = tl.constexpr(2)
@@ -14,7 +16,7 @@ HALVES = tl.constexpr(1)
 LEVELS = tl.constexpr(2)
 
 BLOCK = tl.constexpr(16)  # rows that the triangular system is solved in one by one
-LOWEST = tl.constexpr(-1e4)  # log decay from which on it makes no difference: e^-1e4 is 0
+LOWEST = tl.constexpr(chunked.LOWEST)
 
 
 @triton.jit
@@ -338,6 +340,16 @@ def half_of(halves, chunk, h, H, K, B: tl.constexpr, offset):
     columns = offset + tl.arange(0, B)
     at = halves + (chunk * H + h).to(tl.int64) * 2 * K + columns
     return tl.load(at, mask=columns < K, other=0.0), tl.load(at + K, mask=columns < K, other=0.0)
+
+
+@triton.jit
+def factors_of_halves(halves, chunk, h, H, K, B: tl.constexpr, offset, high, low, C: tl.constexpr, DOT: tl.constexpr):
+    """Of split decays where halves_suffice: the factors of a row as the later and as the earlier of a pair, and from the chunk's start to it and from
+    there to its end [C, B]."""
+    start, stop = half_of(halves, chunk, h, H, K, B, offset)
+    middle = add_rows(signs_from_middle(C), high, low, DOT)
+    later, earlier = tl.exp(middle), tl.exp(-middle)
+    return later, earlier, later * tl.exp(start)[None, :], earlier * tl.exp(stop)[None, :]
 
 
 @triton.jit
