@@ -93,7 +93,7 @@ class _Recurrence(torch.autograd.Function):
             found = key_gradients(q, k, decay, beta, do, (states, dstates), scored, chunks, shapes, made, scale)
         else:
             dstates, dinitial = passed_back(q, k, do, None, dfinal, chunks, shapes, made, scale, with_dinitial)
-            found = *token_gradients(q, k, v, decay, do, (states, dstates), left, chunks, shapes, made, scale, with_ddecay), None
+            found = *token_gradients(q, k, v, decay, do, states, lambda: dstates, left, chunks, shapes, made, scale, with_ddecay), None
         return *found, dinitial, None, None, None, None
 
 

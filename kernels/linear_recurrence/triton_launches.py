@@ -15,36 +15,38 @@ BLOCK = 64  # tokens that meet in one product
 # Blocks of a chunk where nothing is erased. A state is stored and loaded about 14 times, and each token meets those of half a chunk in 8
 # products: with 128 channels, 2 blocks take as long for the states as 4 to 8 for the products. States of half the size are stored twice as often.
 BLOCKS = 4
-WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
+WARPS = 8  # with 4, tiles of 32 channels are in the range that Triton 3.4 to 3.7 gets wrong on Hopper: prepare read from nowhere
 PROGRAMS = 128  # about as many as an H100 has processors
 
 
 class Launch(NamedTuple):
     """How a program is launched; channels of keys and of values at a time, half as many of float32; programs: at once on a processor, which
-    takes a part of its registers for each, and sooner spills some than waits for memory; stages: tiles that a loop loads ahead."""
+    takes a part of its registers for each, and sooner spills some than waits for memory; stages: tiles that a loop loads ahead; least: channels at a
+    time of narrower heads, too (see WARPS)."""
 
     key: int = 128
     value: int = 64
     programs: int = 1
     stages: int = 3
     warps: int = WARPS
+    least: int = 16
 
 
 LAUNCHES = {
-    "sum_decays": Launch(key=64, programs=2, stages=1),
-    "prepare": Launch(key=64, programs=2, stages=1),
+    "sum_decays": Launch(key=64, programs=4, stages=1, warps=4, least=64),
+    "prepare": Launch(key=64, programs=3, stages=1, warps=4, least=64),
     "add_chunks": Launch(value=128, programs=2),
     "add_chunks of heads": Launch(value=128, programs=2),
     "add_chunks of heads grouped": Launch(warps=4),
     "read": Launch(value=128, programs=2, stages=2),
-    "read per channel": Launch(value=128, stages=2),
-    "pair_gradients per channel": Launch(key=64, stages=2),
+    "read per channel": Launch(value=128, programs=2, stages=2, warps=4, least=64),
+    "pair_gradients per channel": Launch(key=64, programs=2, stages=1, warps=4, least=64),
     "read of heads": Launch(value=128, stages=2, warps=4),
     "read_together": Launch(value=128, stages=4),
     "pair_scores": Launch(value=128, programs=3, stages=3, warps=4),
     "pair_gradients of heads": Launch(value=128, stages=3, warps=4),
     "decay_gradients": Launch(key=64, stages=2),
-    "score_gradients": Launch(programs=2, stages=2),
+    "score_gradients": Launch(programs=3, stages=2, warps=4, least=64),
     "key_gradients": Launch(key=64, programs=2, stages=2),
     "key_gradients per channel": Launch(key=32, programs=2, stages=2),
 }
@@ -156,10 +158,11 @@ class Shapes(NamedTuple):
         kinds = [" grouped"] * (self.group > 1) + [" per channel"] * (self.decay == 2)
         launch = next((LAUNCHES[program + kind] for kind in kinds if program + kind in LAUNCHES), LAUNCHES.get(program, Launch()))
         key, value = (block // 2 if self.exact else block for block in launch[:2])
+        least = 16 if self.exact else launch.least
         registers = {"maxnreg": 65536 // (32 * launch.warps * launch.programs) // 8 * 8} if launch.programs > 1 and not self.exact else {}
         stages = 1 if self.exact else launch.stages
         pipeline = {"DOT": "ieee" if self.exact else "tf32", "num_warps": WARPS if self.exact else launch.warps, "num_stages": stages}
-        sizes = {"C": BLOCK, "BK": min(key, padded(self.key)), "BV": min(value, padded(self.value)), "DECAY": self.decay}
+        sizes = {"C": BLOCK, "BK": min(key, max(least, padded(self.key))), "BV": min(value, max(least, padded(self.value))), "DECAY": self.decay}
         return {name: x for name, x in (sizes | pipeline | registers).items() if name not in without}
 
     @lru_cache(maxsize=256)  # noqa: B019, likewise
@@ -171,4 +174,5 @@ class Shapes(NamedTuple):
         # What a stage loads ahead is W, K and Q of a chunk: 48 KiB of 16-bit numbers for K = 128.
         stages = 1 if self.exact else 2 if self.key > 128 else 4 if columns == 16 else 3
         pipeline = {"num_warps": 4 if columns == 16 else WARPS, "num_stages": stages}
-        return self.options("pass") | {"BK": padded(self.key), "BV": min(columns, padded(self.value))} | pipeline
+        key, value = padded(self.key), min(columns, padded(self.value))
+        return self.options("pass") | {"BK": key, "BV": value, "WHOLE": key == self.key and self.value % value == 0} | pipeline

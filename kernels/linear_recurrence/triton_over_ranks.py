@@ -358,9 +358,13 @@ class _Additive(torch.autograd.Function):
             sums.accumulate((WHOLE, FIRST), states, left, None, None, back=False)
             sums.accumulate((MIDDLE, LAST), states, left, initial, None, back=False)
         sums.accumulate((WHOLE, WHOLE), dstates, left, None, None, back=True)
-        dfinal = sums.stacked(arriving(), sums.parts[FIRST, MIDDLE])
-        sums.accumulate((FIRST, MIDDLE), dstates, left, dfinal, None, back=True)
-        args = (states, dstates), left, sums.all.chunks, sums.shapes, sums.made, scale, ctx.needs_input_grad[3]
+
+        def after() -> Tensor:
+            dfinal = sums.stacked(arriving(), sums.parts[FIRST, MIDDLE])
+            sums.accumulate((FIRST, MIDDLE), dstates, left, dfinal, None, back=True)
+            return dstates
+
+        args = states, after, left, sums.all.chunks, sums.shapes, sums.made, scale, ctx.needs_input_grad[3]
         return *parts.token_gradients(q, k, v, decay, do, *args), *[None] * 6
 
 

@@ -4,7 +4,7 @@ Those of the delta rule take `chunks` of any segments, and of what is there for 
 segments before others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ ALIGNED = 16
 LEVELS = BLOCK.bit_length() - 1  # see tiles.pair_spans
 HEADS = 8  # in a program of `heads.sum_decays` or `heads.decay_gradients`: the decays of a token lie together
 TOGETHER = 2  # blocks of a chunk that `heads.read_together` has the scores of in its registers
-ROWS = 16  # of `backward.sum_parts`
+ROWS = 16  # of `backward.sum_parts` and `sum_heads`
 NUMBERS = 512  # of a state in a program of `additive.accumulate`
 ACROSS = 4096  # of a state at a time in a program of `heads.gradients_across`
 
@@ -318,9 +318,15 @@ def pass_gradients(
 
 
 def of_key_heads(x: Tensor, group: int) -> Tensor:
-    """[T, H, K] of value heads, summed over those of a key head -> [T, H / group, K]. In one program of all of these, what one left stood in the way
-    of the next: 4.9 ms in place of 2.2 for two."""
-    return x if group == 1 else x.unflatten(1, (-1, group)).sum(2)
+    """[T, H, K] of value heads, summed over those of a key head -> [T, H / group, K]. In one program with what makes them, what one head left stood
+    in the way of the next: 4.9 ms in place of 2.2 for two."""
+    if group == 1:
+        return x
+    tokens, heads, key = x.shape
+    out, rows = x.new_empty(tokens, heads // group, key), tokens * heads // group
+    if rows:
+        backward.sum_heads[(ceil_div(rows, ROWS),)](x, out, rows, group, key, ROWS, padded(key), num_warps=4)
+    return out
 
 
 class Scored(NamedTuple):
@@ -380,24 +386,40 @@ def key_gradients(
     return of_key_heads(dq, shapes.group), of_key_heads(dk, shapes.group), dv, ddecay, dbeta
 
 
+def pair_gradients(
+    given: tuple[Tensor | None, ...],
+    found: tuple[Tensor, Tensor | None, Tensor | None],
+    chunks: Chunks,
+    shapes: Shapes,
+    scale: float,
+    *,
+    later: bool,
+) -> None:
+    """Without decays or with one per head: see `heads.pair_gradients`, whose arguments `given` and `found` are."""
+    options = shapes.options("pair_gradients of heads")
+    grid = chunks.block_count, ceil_div(shapes.key, options["BK"]), shapes.heads // shapes.group
+    axes = {"KEYS": padded(shapes.key), "VALUES": padded(shapes.value), "GROUPED": shapes.group > 1, "MOVES": found[1] is not None}
+    args = *given, *chunks.places, *found, scale, chunks.block_count, len(found[0])
+    of_heads.pair_gradients[grid](*args, *shapes.numbers, LATER=later, **axes, **options)
+
+
 def _head_gradients(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     decay: Tensor | None,
-    through: tuple[Tensor, Tensor],
+    states: Tensor,
+    after: Callable[[], Tensor],
     left: Tensor | None,
-    grads: tuple[Tensor, Tensor],
     chunks: Chunks,
     shapes: Shapes,
     made: Prepared,
     scale: float,
     moves: bool,
-) -> Tensor | None:
-    """Of `token_gradients`, without decays or with one per head, from q, k, v, dO and the states and their gradients: fills dq and dk -> ddecay, if
-    wanted: moves"""
-    (q, k, v, do), (states, dstates), (dq, dk) = inputs, through, grads
+) -> tuple[Tensor | None, ...]:
+    """`token_gradients` without decays or with one per head, of q, k, v, dO"""
+    q, k, v, do = inputs
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
     blocks, (tokens, heads, _) = chunks.block_count, v.shape
-    options = shapes.options("pair_gradients of heads")
-    parts, grouped = ceil_div(shapes.key, options["BK"]), shapes.group > 1
+    parts, grouped = ceil_div(shapes.key, shapes.options("pair_gradients of heads")["BK"]), shapes.group > 1
     ddecay = of_reads = of_writes = recalled = pairs = None
     if moves and decay is not None:
         # Grouped, a part for each of the blocks that a token of a chunk may meet.
@@ -406,19 +428,17 @@ def _head_gradients(
         recalled = None if grouped else v.new_empty(parts, blocks, heads, dtype=torch.float32)
         ddecay = torch.empty_like(decay, memory_format=torch.contiguous_format)
     if not blocks:
-        return ddecay
-    axes = {"KEYS": padded(shapes.key), "VALUES": padded(shapes.value), "GROUPED": grouped, "MOVES": ddecay is not None}
+        return dq, dk, read(q, k, do, after(), chunks, shapes, made, scale, later=True), ddecay
     if grouped:
         pairs = q.new_empty(shapes.blocks, tokens, heads // shapes.group, BLOCK)
         of_heads.pair_scores[blocks, heads // shapes.group, shapes.blocks](
             *(q, k, v, do, made.sums, *chunks.places, pairs, of_reads, of_writes, scale, parts, tokens, *shapes.numbers),
-            **{name: x for name, x in axes.items() if name != "GROUPED"},
-            **shapes.options("pair_scores"),
+            **{"KEYS": padded(shapes.key), "VALUES": padded(shapes.value), "MOVES": ddecay is not None} | shapes.options("pair_scores"),
         )
-    reads = do, v, k, q, pairs, made.sums, made.reader, states, *chunks.places, dq, of_reads, recalled
-    writes = v, do, q, k, pairs, made.sums, made.writer, dstates, *chunks.places, dk, of_writes, recalled
-    for args, later in ((reads, False), (writes, True)):
-        of_heads.pair_gradients[blocks, parts, heads // shapes.group](*args, scale, blocks, tokens, *shapes.numbers, LATER=later, **axes, **options)
+    pair_gradients((do, v, k, q, pairs, made.sums, made.reader, states), (dq, of_reads, recalled), chunks, shapes, scale, later=False)
+    dstates = after()
+    dv = read(q, k, do, dstates, chunks, shapes, made, scale, later=True)
+    pair_gradients((v, do, q, k, pairs, made.sums, made.writer, dstates), (dk, of_writes, recalled), chunks, shapes, scale, later=True)
     if ddecay is not None:
         assert left is not None
         count, passing = chunks.chunk_count, torch.empty_like(left)
@@ -430,7 +450,7 @@ def _head_gradients(
             GROUPED=grouped,
             num_warps=4,
         )
-    return ddecay
+    return dq, dk, dv, ddecay
 
 
 def token_gradients(
@@ -439,7 +459,8 @@ def token_gradients(
     v: Tensor,
     decay: Tensor | None,
     do: Tensor,
-    through: tuple[Tensor, Tensor],
+    states: Tensor,
+    after: Callable[[], Tensor],
     left: Tensor | None,
     chunks: Chunks,
     shapes: Shapes,
@@ -447,14 +468,13 @@ def token_gradients(
     scale: float,
     moves: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Where nothing is erased, from the states before and their gradients after each chunk, and what each leaves of one: dq, dk, dv, ddecay; moves:
-    whether the last is wanted"""
-    blocks, count, (tokens, heads, _), (states, dstates) = chunks.block_count, chunks.chunk_count, v.shape, through
-    dv = read(q, k, do, dstates, chunks, shapes, made, scale, later=True)
+    """Where nothing is erased, from the states before each chunk, their gradients after it, which are asked for when nothing else is left to do, and
+    what each leaves of one: dq, dk, dv, ddecay; moves: whether the last is wanted"""
     if shapes.of_heads:
-        dq, dk = torch.empty_like(q), torch.empty_like(k)
-        ddecay = _head_gradients((q, k, v, do), decay, (states, dstates), left, (dq, dk), chunks, shapes, made, scale, moves)
-        return dq, dk, dv, ddecay
+        return _head_gradients((q, k, v, do), decay, states, after, left, chunks, shapes, made, scale, moves)
+    blocks, count, (tokens, heads, _) = chunks.block_count, chunks.chunk_count, v.shape
+    dstates = after()
+    dv = read(q, k, do, dstates, chunks, shapes, made, scale, later=True)
     assert decay is not None
     options = shapes.options("pair_gradients", without=("DECAY",))
     parts = ceil_div(shapes.key, options["BK"])

@@ -73,30 +73,31 @@ def leaves(x: Inputs, fixed: Iterable[str]) -> tuple[Inputs, list[str]]:
 
 
 def elapsed(run: Callable[[], object], device: torch.device, steps: int) -> float:
-    """Seconds, the median of at most `steps` runs: of the device between two events on a GPU, of the clock elsewhere."""
+    """Seconds, the median of at most `steps` runs: of the clock, or of a GPU between two events. There the runs are queued behind each other, as the
+    layers of a model are: where a device waits for each run's first kernel, short ones would take as long as their launches."""
     cold = torch.empty(COLD if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-    times: list[float] = []
-    began = 0.0
-    for n in range(WARM_UP + steps):
-        if n == WARM_UP:
-            began = time.perf_counter()
-        if len(times) >= LEAST and time.perf_counter() - began > SECONDS:
-            break
-        cold.zero_()
-        if device.type == "cuda":
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            run()
-            last.record()
-            last.synchronize()
-            taken = first.elapsed_time(last) / 1e3
-        else:
+    for _ in range(WARM_UP):
+        run()
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    count = max(min(steps, LEAST), min(steps, int(SECONDS / (time.perf_counter() - start))))
+    if device.type != "cuda":
+        times = []
+        for _ in range(count):
             start = time.perf_counter()
             run()
-            taken = time.perf_counter() - start
-        if n >= WARM_UP:
-            times.append(taken)
-    return statistics.median(times)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for first, last in events:
+        cold.zero_()
+        first.record()
+        run()
+        last.record()
+    synchronise(device)
+    return statistics.median(first.elapsed_time(last) / 1e3 for first, last in events)
 
 
 def timed(operator: Operator, one: Implementation, tokens: int, dtype: torch.dtype, machine: Machine, steps: int) -> dict[str, Any]:

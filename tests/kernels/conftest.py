@@ -1,10 +1,13 @@
 """What the tests of kernels share."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from tests.kernels.interpreter import GPU, INTERPRETED
 
@@ -27,4 +30,51 @@ def nothing_is_zero_by_chance(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     if GPU or INTERPRETED:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
             monkeypatch.setattr(owner, name, _filled(getattr(owner, name)))
+    yield
+
+
+class _Checked:
+    """Triton's interpreter, but that an address outside of a launch's tensors is an error."""
+
+    def __init__(self, inner: Any, tensors: list[tuple[int, int]]):
+        self.inner, self.tensors = inner, tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def _check(self, what: str, at: np.ndarray, mask: np.ndarray, size: int) -> None:
+        at = at[mask.astype(bool)].astype(np.int64)
+        inside = np.zeros(at.shape, bool)
+        for start, stop in self.tensors:
+            inside |= (at >= start) & (at + size <= stop)
+        assert inside.all(), f"{what}: {(~inside).sum()} of {inside.size} addresses are outside of all tensors"
+
+    def load(self, at: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        self._check("load", at, mask, np.dtype(dtype).itemsize)
+        return self.inner.load(at, mask, other, dtype)
+
+    def store(self, at: np.ndarray, value: np.ndarray, mask: np.ndarray) -> None:
+        self._check("store", at, mask, value.dtype.itemsize)
+        self.inner.store(at, value, mask)
+
+    def atomic_rmw(self, op: Any, at: np.ndarray, value: np.ndarray, mask: np.ndarray, order: Any) -> np.ndarray:
+        self._check("atomic", at, mask, value.dtype.itemsize)
+        return self.inner.atomic_rmw(op, at, value, mask, order)
+
+
+@pytest.fixture(autouse=True)
+def no_address_is_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a GPU would stop for, or not: what lies beside a tensor there is most often another."""
+    if INTERPRETED:
+        tensors: list[tuple[int, int]] = []
+        given = interpreter.GridExecutor._init_args_hst
+
+        def init(self: Any, args: Any, kwargs: Any) -> Any:
+            on_host = given(self, args, kwargs)
+            of = [x for x in (*on_host[0], *on_host[1].values()) if isinstance(x, Tensor)]
+            tensors[:] = [(x.untyped_storage().data_ptr(), x.untyped_storage().data_ptr() + x.untyped_storage().nbytes()) for x in of]
+            return on_host
+
+        monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", init)
+        monkeypatch.setattr(interpreter, "_interpreter", _Checked(interpreter._interpreter, tensors))
     yield

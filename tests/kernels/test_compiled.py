@@ -25,6 +25,17 @@ LOOP = """
     } loc(#loc2)
 """
 
+# Of a program that ptxas 12.8 made, which is right with UR9 in place of UR4.
+PRODUCTS = """
+        /*0100*/                   LDG.E R4, desc[UR12][R4.64] ;
+        /*0180*/                   R2UR UR4, R4 ;
+        /*15b0*/                   USGXT.U32 UR9, UR9, 0xe ;
+        /*bee0*/                   UIADD3 UR18, UP1, UR4, 0x40, URZ ;
+        /*cbd0*/                   UMOV UR26, UR9 ;
+        /*d670*/                   HGMMA.64x32x16.F32.BF16 R24, R56, gdesc[UR24].tnspB, RZ, !UPT ;
+        /*d680*/                   HGMMA.64x32x16.F32.BF16 R24, R60, gdesc[UR16].tnspB, R24 ;
+"""
+
 SIZES = Sizes(heads=2, kv_heads=1, selected=64, hidden=128, vocab=256, experts=4)
 
 
@@ -33,6 +44,13 @@ def test_tiles_that_are_overwritten_are_seen() -> None:
 
     assert set(overwritten(LOOP.replace("PENDING", "2"))) == set(overwritten(LOOP.replace("PENDING", "1"))) == {"%tile"}
     assert not overwritten(LOOP.replace("PENDING", "0")) and not overwritten(LOOP.replace("PENDING", "2").replace("<1x64", "<2x64"))
+
+
+def test_products_that_read_elsewhere_are_seen() -> None:
+    from tests.kernels.compiled import strayed
+
+    assert ["UR16" in product for product in strayed(PRODUCTS)] == [True]
+    assert not strayed(PRODUCTS.replace("UR4, 0x40", "UR9, 0x40"))
 
 
 @pytest.mark.parametrize("name", sorted(set(operators(SIZES)) - {"norm", "experts"}))

@@ -22,6 +22,7 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     factors_of_level,
     fade_of,
     fades_of_rows,
+    numbers_at,
     place_of,
     products_of_rows,
     put,
@@ -65,41 +66,34 @@ def add_chunks(
     chunk, h = tl.program_id(0), tl.program_id(1)
     parts = tl.cdiv(K, BK)
     row, column = tl.program_id(2) % parts * BK, tl.program_id(2) // parts * BV
-    begin = tl.load(begins + chunk).to(tl.int64)
-    length = tl.load(ends + chunk) - tl.load(begins + chunk)
-    if DECAY == CHANNEL:
-        x += begin * H * K
-    else:
-        x += begin * (H // G) * K
-    if DECAY == HEAD:
-        factors += begin * H
-    y += begin * H * V
+    begin = tl.load(begins + chunk)
+    length = tl.load(ends + chunk) - begin
     block, step = tl.load(firsts + chunk), 1
     count = tl.cdiv(length, C)
-    t = tl.arange(0, C)
+    rows = tl.arange(0, C)
     if BACKWARD:
-        t += (count - 1) * C
+        rows += (count - 1) * C
         block, step = block + count - 1, -1
     state = tl.zeros((BK, BV), dtype=tl.float32)
     if DECAY == CHANNEL:
         whole = fade_of(fade, block, True, h, H, K, DECAY, BK, row)
         following = whole
     for done in range(count):
-        inside = t < length
+        t, inside = (begin.to(tl.int64), rows), rows < length
         write = tile(y, t, inside, h, H, V, BV, column)
         if DECAY == CHANNEL:
             key = tile_transposed(x, t, inside, h, H, K, BK, row)
         else:
             key = tile_transposed(x, t, inside, h // G, H // G, K, BK, row)
         if DECAY == HEAD:
-            write = (write * tl.load(factors + t * H + h, mask=inside, other=0.0)[:, None]).to(x.dtype.element_ty)
+            write = (write * tl.load(numbers_at(factors, t, h, H), mask=inside, other=0.0)[:, None]).to(x.dtype.element_ty)
         if DECAY == CHANNEL:
             state *= following
             if done > 0:
                 whole *= following
             following = fade_of(fade, block + step * (done + 1), done + 1 < count, h, H, K, DECAY, BK, row)
         state += tl.dot(key, write, input_precision=DOT)
-        t += step * C
+        rows += step * C
     at, exists = state_at(added, chunk * H + h, K, V, BK, BV, row, column)
     tl.store(at, (state * scale).to(added.dtype.element_ty), mask=exists)
     if DECAY == CHANNEL and column == 0:
@@ -225,21 +219,10 @@ def pair_gradients(
     block, part, h = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1)
     if (tl.load(levels_from + block * H + h) == levels - 1) != (PAIRS == HALVES):
         return
-    chunk, begin, t, length, before, after = place_of(block, starts, chunks, begins, ends, C)
-    for_keys, for_values, for_channels = begin * (H // G) * K, begin * H * V, begin * H * K
-    q += for_keys
-    k += for_keys
-    dq += for_channels
-    dk += for_channels
-    v += for_values
-    do += for_values
-    decay += for_channels
-    reader += for_channels
-    writer += for_channels
-    moved += for_channels
+    chunk, t, length, before, after = place_of(block, starts, chunks, begins, ends, C)
     here = part * BK
     rows, channels = tl.arange(0, C), here + tl.arange(0, BK)
-    inside = t < length
+    inside = t[1] < length
     dtype = k.dtype.element_ty
     exist = channels < K
     reading = tl.zeros((C, BK), dtype=tl.float32)
@@ -249,18 +232,20 @@ def pair_gradients(
     # Through the scores with the other blocks of the chunk, the farthest first: what is there already fades over each.
     if BLOCKS > 1:
         for n in range(before):
-            others = t - (before - n) * C
+            others = t[0], t[1] - (before - n) * C
+            exist_there = others[1] >= 0
             left = tl.load(fade + ((block - before + n) * H + h).to(tl.int64) * K + channels, mask=exist, other=0.0)
-            near = products_of_rows(do, v, t, inside, others, others >= 0, h, H, V, C, BV, BV == VALUES, DOT) * scale
+            near = products_of_rows(do, v, t, inside, others, exist_there, h, H, V, C, BV, BV == VALUES, DOT) * scale
             reading *= left[None, :]
-            reading += tl.dot(near.to(dtype), tile(writer, others, others >= 0, h, H, K, BK, here), input_precision=DOT)
+            reading += tl.dot(near.to(dtype), tile(writer, others, exist_there, h, H, K, BK, here), input_precision=DOT)
             across_before *= left
         for n in range(after):
-            others = t + (after - n) * C
+            others = t[0], t[1] + (after - n) * C
+            exist_there = others[1] < length
             left = tl.load(fade + ((block + after - n) * H + h).to(tl.int64) * K + channels, mask=exist, other=0.0)
-            near = products_of_rows(v, do, t, inside, others, others < length, h, H, V, C, BV, BV == VALUES, DOT) * scale
+            near = products_of_rows(v, do, t, inside, others, exist_there, h, H, V, C, BV, BV == VALUES, DOT) * scale
             storing *= left[None, :]
-            storing += tl.dot(near.to(dtype), tile(reader, others, others < length, h, H, K, BK, here), input_precision=DOT)
+            storing += tl.dot(near.to(dtype), tile(reader, others, exist_there, h, H, K, BK, here), input_precision=DOT)
             across_after *= left
     # Through the states: of what reads the one before the chunk, and is stored in the one after it. For the loop see tiles.add_rows.
     recalling = tl.zeros((C, BK), dtype=tl.float32)
@@ -339,9 +324,10 @@ def decay_gradients(
     reads, more of what it writes. What was moved in between cancels as it was added, so that behind a strong decay next to nothing is left.
     """
     chunk, h, here = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BK
-    begin, end = tl.load(begins + chunk).to(tl.int64), tl.load(ends + chunk).to(tl.int64)
+    begin = tl.load(begins + chunk)
+    length = tl.load(ends + chunk) - begin
     block = tl.load(firsts + chunk)
-    count = tl.cdiv(end - begin, C).to(tl.int32)
+    count = tl.cdiv(length, C)
     rows = tl.arange(0, C)
     channels = here + tl.arange(0, BK)
     exist = channels < K
@@ -354,8 +340,8 @@ def decay_gradients(
     for place in range(count):
         passing += tl.load(recalled + ((block + place) * H + h).to(tl.int64) * K + channels, mask=exist, other=0.0)
     for place in range(count):
-        t = begin + place * C + rows
-        inside = t < end
+        t = begin.to(tl.int64), place * C + rows
+        inside = t[1] < length
         x = tile(moved, t, inside, h, H, K, BK, here)
         high, low = split(x, states.dtype.element_ty)
         put(ddecay, passing[None, :] - add_rows(rows[:, None] > rows[None, :], high, low, DOT), t, inside, h, H, K, BK, here)

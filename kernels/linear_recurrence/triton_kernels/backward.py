@@ -18,7 +18,9 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     fade_between,
     fade_of,
     fades_of_rows,
+    numbers_at,
     put,
+    put_state,
     rows_of,
     split,
     state_at,
@@ -28,6 +30,53 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     tile,
     tile_transposed,
 )
+
+
+@triton.jit
+def _pass_chunk_back(
+    state,
+    t,
+    inside,
+    chunk,
+    k,
+    w,
+    reader,
+    writer,
+    fade,
+    do,
+    du,
+    dstates,
+    h,
+    H,
+    G,
+    K,
+    V,
+    offset,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Of pass_gradients, as forward._pass_chunk, from the last chunk to the first."""
+    low = state
+    if DECAY != NONE:
+        leaves = fade_of(fade, chunk, True, h, H, K, DECAY, BK, 0)
+        low += 0.0 * leaves
+    low = low.to(k.dtype.element_ty)
+    if dstates is not None:
+        put_state(dstates, low, inside, chunk * H + h, K, V, BK, BV, offset)
+    out = tile(do, t, inside, h, H, V, BV, offset)
+    if DECAY == NONE:
+        key = tile(k, t, inside, h // G, H // G, K, BK, 0)
+    else:
+        key = tile(writer, t, inside, h, H, K, BK, 0)
+        state *= leaves
+    stored = tl.dot(key, low, input_precision=DOT)
+    state += tl.dot(tile_transposed(reader, t, inside, h, H, K, BK, 0), out, input_precision=DOT)
+    write = (stored - tile(du, t, inside, h, H, V, BV, offset)).to(k.dtype.element_ty)  # a difference, as in forward.pass_states
+    if dstates is not None:
+        put(du, write, t, inside, h, H, V, BV, offset)
+    return state + tl.dot(tile_transposed(w, t, inside, h, H, K, BK, 0), write, input_precision=DOT)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -52,6 +101,7 @@ def pass_gradients(
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    WHOLE: tl.constexpr,
     DECAY: tl.constexpr,
     DOT: tl.constexpr,
 ):
@@ -61,32 +111,19 @@ def pass_gradients(
     segment, h, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
     state = state_or_zeros(dfinal, segment * H + h, K, V, BK, BV, offset)
     rows = tl.arange(0, C)
-    begin, end = tl.load(opens + segment).to(tl.int64), tl.load(closes + segment).to(tl.int64)
-    count = tl.load(bounds + segment + 1) - tl.load(bounds + segment)
-    first = tl.load(bounds + segment)
-    following = fade_of(fade, first + count - 1, count > 0, h, H, K, DECAY, BK, 0)
-    for back in range(count):
-        place = count - 1 - back
-        chunk = first + place
-        low = state.to(k.dtype.element_ty)
-        if dstates is not None:
-            after, here = state_at(dstates, chunk * H + h, K, V, BK, BV, 0, offset)
-            tl.store(after, low, mask=here)
-        t = begin + place * C + rows
-        inside = t < end
-        out = tile(do, t, inside, h, H, V, BV, offset)
-        if DECAY == NONE:
-            key = tile(k, t, inside, h // G, H // G, K, BK, 0)
-        else:
-            key = tile(writer, t, inside, h, H, K, BK, 0)
-            state *= following
-            following = fade_of(fade, chunk - 1, place > 0, h, H, K, DECAY, BK, 0)
-        stored = tl.dot(key, low, input_precision=DOT)
-        state += tl.dot(tile_transposed(reader, t, inside, h, H, K, BK, 0), out, input_precision=DOT)
-        write = (stored - tile(du, t, inside, h, H, V, BV, offset)).to(k.dtype.element_ty)  # a difference, as in forward.pass_states
-        if dstates is not None:
-            put(du, write, t, inside, h, H, V, BV, offset)
-        state += tl.dot(tile_transposed(w, t, inside, h, H, K, BK, 0), write, input_precision=DOT)
+    begin, end = tl.load(opens + segment), tl.load(closes + segment)
+    first, stop = tl.load(bounds + segment), tl.load(bounds + segment + 1)
+    given = k, w, reader, writer, fade, do, du, dstates, h, H, G, K, V, offset
+    whole = (end - begin) // C if WHOLE else 0  # as in forward.pass_states
+    for back in range(stop - first - whole):
+        chunk = stop - 1 - back
+        start = begin + (chunk - first) * C
+        t, inside = (start.to(tl.int64), rows), rows < end - start
+        state = _pass_chunk_back(state, t, inside, chunk, *given, BK, BV, DECAY, DOT)
+    for back in range(whole):
+        chunk = first + whole - 1 - back
+        t = (begin + (chunk - first) * C).to(tl.int64), rows
+        state = _pass_chunk_back(state, t, None, chunk, *given, BK, BV, DECAY, DOT)
     if dinitial is not None:
         at, exists = state_at(dinitial, segment * H + h, K, V, BK, BV, 0, offset)
         tl.store(at, state, mask=exists)
@@ -132,12 +169,12 @@ def score_gradients(
         put(wide, d, t, inside, h, H, V, BV, offset)
         erases += tl.dot(d.to(u.dtype.element_ty), write, input_precision=DOT)
     rows = tl.arange(0, C)
-    tl.store(own + t * H + h, tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1) * scale, mask=inside)
+    tl.store(numbers_at(own, t, h, H), tl.sum(tl.where(rows[:, None] == rows[None, :], reads, 0.0), 1) * scale, mask=inside)
     high, low = sums_of(sums, t, inside, h, H, DECAY)
     fades = fade_between(high, low, C, DECAY, True)
     put(on_reads, reads * fades, t, inside, h, H, C, C, 0)
     put(on_erases, erases * fades, t, inside, h, H, C, C, 0)
-    tl.store(of_beta + t * H + h, db, mask=inside)
+    tl.store(numbers_at(of_beta, t, h, H), db, mask=inside)
 
 
 @triton.jit
@@ -242,7 +279,7 @@ def key_gradients(
         fading *= tl.load(fade + chunk * H + h)
     reading *= scale
     query, key = tile(q, t, inside, h // G, H // G, K, BK, here), tile(k, t, inside, h // G, H // G, K, BK, here)
-    b = tl.load(beta + t * H + h, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(numbers_at(beta, t, h, H), mask=inside, other=0.0).to(tl.float32)
     # Through the states, then through the scores, added to the same three; but for a token's score with itself, which does not decay.
     pairs = on_reads, on_erases, t, inside, h, H, scale
     if DECAY == CHANNEL:
@@ -286,17 +323,17 @@ def key_gradients(
         reading += of_read
         erasing -= of_erase
         storing += of_store
-    tl.store(of_beta + ((part + 1) * T + t) * H + h, tl.sum(erasing * key, 1), mask=inside)
+    tl.store(numbers_at(of_beta + (part + 1).to(tl.int64) * T * H, t, h, H), tl.sum(erasing * key, 1), mask=inside)
     erasing *= b[:, None]
     of_decay = reading * query - storing * key + erasing * key  # of g_t
     # g_t is the sum of the decays up to t: a decay has the gradients of all sums from its own on.
     if DECAY == HEAD:
         total = tl.cumsum(tl.sum(of_decay, 1), 0, reverse=True) + fading
-        tl.store(ddecay + (part * T + t) * H + h, total, mask=inside)
+        tl.store(numbers_at(ddecay + part.to(tl.int64) * T * H, t, h, H), total, mask=inside)
     if DECAY == CHANNEL:
         high, low = split(of_decay, k.dtype.element_ty)
         put(ddecay, add_rows(rows[:, None] <= rows[None, :], high, low, DOT) + fading[None, :], t, inside, h, H, K, BK, here)  # type: ignore[index]
-    itself = tl.load(own + t * H + h, mask=inside, other=0.0)[:, None]
+    itself = tl.load(numbers_at(own, t, h, H), mask=inside, other=0.0)[:, None]
     put(dq, reading + itself * key, t, inside, h, H, K, BK, here)
     put(dk, storing + itself * query + erasing, t, inside, h, H, K, BK, here)
 
@@ -327,3 +364,15 @@ def sum_parts(dv, beta, of_beta, dbeta, of_decay, ddecay, rows, parts, V: tl.con
     tl.store(dbeta + row, total.to(dbeta.dtype.element_ty), mask=exists)
     if ddecay is not None:
         tl.store(ddecay + row, _total(of_decay + row, rows, parts, exists, ROWS).to(ddecay.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["rows", "G"])
+def sum_heads(x, out, rows, G, K, ROWS: tl.constexpr, BK: tl.constexpr):
+    """x [rows, G, K] -> out [rows, K], its sums over G in float32."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channels = tl.arange(0, BK)
+    inside = (row < rows)[:, None] & (channels < K)[None, :]
+    total = tl.zeros((ROWS, BK), dtype=tl.float32)
+    for member in range(G):
+        total += tl.load(x + (row * G + member)[:, None] * K + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row[:, None] * K + channels[None, :], total.to(out.dtype.element_ty), mask=inside)

@@ -21,6 +21,7 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     HEAD,
     both_of_sums,
     bounded,
+    numbers_at,
     place_of,
     products_of_rows,
     put,
@@ -74,8 +75,9 @@ def _sums(sums, t, inside, h, H, DECAY: tl.constexpr):
 
 
 @triton.jit
-def _meet(t, others, LATER: tl.constexpr, STRICT: tl.constexpr):
-    """Whether each row's token t takes of the tokens beside them -> [C, C]. Those that are not there are zeros, or come after all that are."""
+def _meet(tokens, those, LATER: tl.constexpr, STRICT: tl.constexpr):
+    """Whether each row's token takes of those beside it -> [C, C]. Those that are not there are zeros, or come after all that are."""
+    t, others = tokens[1], those[1]
     if LATER:
         meet = (others[None, :] > t[:, None]) if STRICT else (others[None, :] >= t[:, None])
     else:
@@ -103,9 +105,9 @@ def _faded(x, ours, theirs, DECAY: tl.constexpr, LATER: tl.constexpr):
 @triton.jit
 def _weights(factors, t, inside, h, H, scale, DECAY: tl.constexpr, LATER: tl.constexpr):
     """What rows take of a state has to be multiplied by [C]: the gradient of a state, for LATER, has the scale in it."""
-    weights = tl.full(t.shape, 1.0, dtype=tl.float32)
+    weights = tl.full(inside.shape, 1.0, dtype=tl.float32)
     if DECAY == HEAD:
-        weights = tl.load(factors + t * H + h, mask=inside, other=0.0)
+        weights = tl.load(numbers_at(factors, t, h, H), mask=inside, other=0.0)
     if not LATER:
         weights *= scale
     return weights
@@ -140,16 +142,9 @@ def read(
     """Grid (blocks, H, V / BV) -> out [T, H, V] of z [T, H, V] for x and y [T, H / G, K]: o, or LATER dV; states [chunks, H, K, V] and their
     factors [T, H]."""
     block, h, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BV
-    chunk, begin, t, length, count, after = place_of(block, starts, chunks, begins, ends, C)
-    inside = t < length
+    chunk, t, length, count, after = place_of(block, starts, chunks, begins, ends, C)
+    inside = t[1] < length
     dtype = x.dtype.element_ty
-    x += begin * (H // G) * K
-    y += begin * (H // G) * K
-    z += begin * H * V
-    out += begin * H * V
-    if DECAY == HEAD:
-        sums += begin * H * 2
-        factors += begin * H
     step = -1
     if LATER:
         count, step = after, 1
@@ -164,8 +159,8 @@ def read(
     result *= _weights(factors, t, inside, h, H, scale, DECAY, LATER)[:, None]
     ours = _sums(sums, t, inside, h, H, DECAY)
     for n in range(count + 1):
-        others = t + step * n * C
-        exist = others < length
+        others = t[0], t[1] + step * n * C
+        exist = others[1] < length
         if BK == KEYS:
             near = tl.dot(query, tile_transposed(y, others, exist, h // G, H // G, K, BK, 0), input_precision=DOT) * scale
         else:
@@ -204,17 +199,9 @@ def read_together(
     chunk, source = tl.program_id(0), tl.program_id(1)
     begin = tl.load(begins + chunk)
     length = tl.load(ends + chunk) - begin
-    begin = begin.to(tl.int64)
-    t = tl.arange(0, C)
-    inside = t < length
+    t = begin.to(tl.int64), tl.arange(0, C)
+    inside = t[1] < length
     dtype = x.dtype.element_ty
-    x += begin * (H // G) * K
-    y += begin * (H // G) * K
-    z += begin * H * V
-    out += begin * H * V
-    if DECAY == HEAD:
-        sums += begin * H * 2
-        factors += begin * H
     query = tile(x, t, inside, source, H // G, K, BK, 0)
     near = tl.dot(query, tile_transposed(y, t, inside, source, H // G, K, BK, 0), input_precision=DOT) * scale
     near = tl.where(_meet(t, t, LATER, False), near, 0.0)
@@ -268,22 +255,12 @@ def pair_scores(
     sum_t of the same numbers, but for what a token has of itself: in reads and writes [parts, T, H], one for each such block from part `slot` on.
     """
     block, source, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    _, begin, t, length, count, _ = place_of(block, starts, chunks, begins, ends, C)
+    _, t, length, count, _ = place_of(block, starts, chunks, begins, ends, C)
     if n > count:
         return
-    inside = t < length
-    q += begin * (H // G) * K
-    k += begin * (H // G) * K
-    v += begin * H * V
-    do += begin * H * V
-    pairs += begin * (H // G) * C
-    if DECAY == HEAD:
-        sums += begin * H * 2
-    if MOVES:
-        reads += begin * H
-        writes += begin * H
-    others = t - n * C
-    exist = others < length
+    inside = t[1] < length
+    others = t[0], t[1] - n * C
+    exist = others[1] < length
     if MOVES:
         scores = products_of_rows(q, k, t, inside, others, exist, source, H // G, K, C, BK, BK == KEYS, DOT) * scale
         scores = tl.where(_meet(t, others, False, True), scores, 0.0)
@@ -299,9 +276,9 @@ def pair_scores(
         ours, theirs = _sums(sums, t, inside & more, h + 1, H, DECAY), _sums(sums, others, exist & more, h + 1, H, DECAY)
         if MOVES:
             of_head *= scores
-            part = (slot + n).to(tl.int64) * T * H + h
-            tl.store(reads + part + t * H, tl.sum(of_head, 1), mask=inside)
-            tl.store(writes + part + others * H, tl.sum(of_head, 0), mask=exist)
+            part = (slot + n).to(tl.int64) * T * H
+            tl.store(numbers_at(reads + part, t, h, H), tl.sum(of_head, 1), mask=inside)
+            tl.store(numbers_at(writes + part, others, h, H), tl.sum(of_head, 0), mask=exist)
     near = tl.where(_meet(t, others, False, False), near * scale, 0.0)
     put(pairs + n.to(tl.int64) * T * (H // G) * C, near, t, inside, source, H // G, C, C, 0)
 
@@ -349,24 +326,13 @@ def pair_gradients(
     """
     block, part, source = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     here = part * BK
-    chunk, begin, t, length, count, after = place_of(block, starts, chunks, begins, ends, C)
-    inside = t < length
+    chunk, t, length, count, after = place_of(block, starts, chunks, begins, ends, C)
+    inside = t[1] < length
     dtype = x.dtype.element_ty
-    x += begin * H * V
-    y += begin * H * V
-    z += begin * (H // G) * K
-    itself += begin * (H // G) * K
-    out += begin * (H // G) * K
-    if DECAY == HEAD:
-        sums += begin * H * 2
-        factors += begin * H
-    if MOVES:
-        moved += begin * H
     step = -1
     if LATER:
         count, step = after, 1
     if GROUPED:
-        pairs += begin * (H // G) * C
         tokens = tl.cast(T, tl.int64)
         total = tl.zeros((C, BK), dtype=tl.float32)
         if MOVES:
@@ -384,12 +350,12 @@ def pair_gradients(
                     of_state += tl.dot(row, state_transposed(states, chunk * H + h, K, V, BK, BV, here, column), input_precision=DOT)
             if MOVES:
                 moves = tl.sum(of_state * own, 1) * weights
-                tl.store(moved + (part.to(tl.int64) * T + t) * H + h, moves, mask=inside)
+                tl.store(numbers_at(moved + part.to(tl.int64) * T * H, t, h, H), moves, mask=inside)
             total += of_state * weights[:, None]
             weights = _weights(factors, t, inside & (member + 1 < G), h + 1, H, scale, DECAY, LATER)
         for n in range(count + 1):
-            others = t + step * n * C
-            exist = others < length
+            others = t[0], t[1] + step * n * C
+            exist = others[1] < length
             slot = pairs + n * tokens * (H // G) * C
             if LATER:
                 near = tile_transposed(slot, others, exist, source, H // G, C, C, 0)
@@ -410,8 +376,8 @@ def pair_gradients(
             tl.store(recalled + (part * blocks + block) * H + source, tl.sum(recalls, 0))
         ours = _sums(sums, t, inside, source, H, DECAY)
         for n in range(count + 1):
-            others = t + step * n * C
-            exist = others < length
+            others = t[0], t[1] + step * n * C
+            exist = others[1] < length
             if BV == VALUES:
                 near = tl.dot(row, tile_transposed(y, others, exist, source, H, V, BV, 0), input_precision=DOT) * scale
             else:
@@ -422,7 +388,7 @@ def pair_gradients(
             total += tl.dot(near.to(dtype), tile(z, others, exist, source, H, K, BK, here), input_precision=DOT)
         if MOVES:
             moves = tl.sum(total * tile(itself, t, inside, source, H, K, BK, here), 1)
-            tl.store(moved + (part.to(tl.int64) * T + t) * H + source, moves, mask=inside)
+            tl.store(numbers_at(moved + part.to(tl.int64) * T * H, t, source, H), moves, mask=inside)
             alone = tl.zeros((C,), dtype=tl.float32)
             for column in tl.range(0, V, BV, num_stages=1):
                 own = tile(x, t, inside, source, H, V, BV, column).to(tl.float32)

@@ -15,47 +15,78 @@ ALL = tl.constexpr(0)
 HALVES = tl.constexpr(1)
 LEVELS = tl.constexpr(2)
 
-BLOCK = tl.constexpr(16)  # rows that the triangular system is solved in one by one
 LOWEST = tl.constexpr(chunked.LOWEST)
+
+
+# Tokens are given as the first of a chunk, int64, and the distance of each row from it, int32: the address of a tile is then one number, and the
+# offsets of its rows, which are the same from chunk to chunk, need no multiplications of 64 bits, of which a processor does few at a time.
 
 
 @triton.jit
 def rows_of(starts, stops, chunk, C: tl.constexpr):
-    """Token of each row of a chunk (int64), and which rows are inside it."""
-    start = tl.load(starts + chunk).to(tl.int64)
+    """The tokens of the rows of a chunk, and which rows are inside it."""
+    start = tl.load(starts + chunk)
     rows = tl.arange(0, C)
-    return start + rows, start + rows < tl.load(stops + chunk).to(tl.int64)
+    return (start.to(tl.int64), rows), rows < tl.load(stops + chunk) - start
 
 
 @triton.jit
 def place_of(block, starts, chunks, begins, ends, C: tl.constexpr):
-    """Of a block of C tokens: its chunk, the chunk's first token (int64), from which its own are counted (int32, so that a tile's offsets are:
-    pointers go to the chunk first), the chunk's length, and how many of its blocks come before and after this one."""
+    """Of a block of C tokens: its chunk, its tokens, from the chunk's first on, the chunk's length, and how many of its blocks come before and after
+    this one."""
     chunk = tl.load(chunks + block)
     begin = tl.load(begins + chunk)
     length, start = tl.load(ends + chunk) - begin, tl.load(starts + block) - begin
-    return chunk, begin.to(tl.int64), start + tl.arange(0, C), length, start // C, (length - 1) // C - start // C
+    return chunk, (begin.to(tl.int64), start + tl.arange(0, C)), length, start // C, (length - 1) // C - start // C
+
+
+@triton.jit
+def numbers_at(x, t, head, heads):
+    """Pointers to x[t, head] of [tokens, heads] -> [C]"""
+    return x + (t[0] * heads + head) + t[1] * heads
+
+
+@triton.jit
+def _rows_at(x, t, head, heads, WIDTH):
+    """Pointers to x[t, head] of [tokens, heads, WIDTH]: of the first token, and each row's distance from it [C]"""
+    return x + (t[0] * heads + head) * WIDTH, t[1] * (heads * WIDTH)
 
 
 @triton.jit
 def tile(x, t, inside, head, heads, WIDTH, B: tl.constexpr, offset):
-    """x[t, head, offset : offset + B] of [tokens, heads, WIDTH] -> [C, B]"""
+    """x[t, head, offset : offset + B] of [tokens, heads, WIDTH] -> [C, B]; inside None: all of it is there."""
     columns = offset + tl.arange(0, B)
-    return tl.load(x + (t * heads + head)[:, None] * WIDTH + columns[None, :], mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    first, rows = _rows_at(x, t, head, heads, WIDTH)
+    at = first + (rows[:, None] + columns[None, :])
+    if inside is None:
+        found = tl.load(at)
+    else:
+        found = tl.load(at, mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    return found
 
 
 @triton.jit
 def put(x, value, t, inside, head, heads, WIDTH, B: tl.constexpr, offset):
     columns = offset + tl.arange(0, B)
-    at = x + (t * heads + head)[:, None] * WIDTH + columns[None, :]
-    tl.store(at, value.to(x.dtype.element_ty), mask=inside[:, None] & (columns < WIDTH)[None, :])
+    first, rows = _rows_at(x, t, head, heads, WIDTH)
+    at = first + (rows[:, None] + columns[None, :])
+    if inside is None:
+        tl.store(at, value.to(x.dtype.element_ty))
+    else:
+        tl.store(at, value.to(x.dtype.element_ty), mask=inside[:, None] & (columns < WIDTH)[None, :])
 
 
 @triton.jit
 def tile_transposed(x, t, inside, head, heads, WIDTH, B: tl.constexpr, offset):
     """As tile -> [B, C]"""
     columns = offset + tl.arange(0, B)
-    return tl.load(x + (t * heads + head)[None, :] * WIDTH + columns[:, None], mask=inside[None, :] & (columns < WIDTH)[:, None], other=0.0)
+    first, rows = _rows_at(x, t, head, heads, WIDTH)
+    at = first + (rows[None, :] + columns[:, None])
+    if inside is None:
+        found = tl.load(at)
+    else:
+        found = tl.load(at, mask=inside[None, :] & (columns < WIDTH)[:, None], other=0.0)
+    return found
 
 
 @triton.jit
@@ -63,6 +94,16 @@ def state_at(x, index, K, V, BK: tl.constexpr, BV: tl.constexpr, row, column):
     """Pointers to x[index, row : row + BK, column : column + BV] of [states, K, V], and which exist -> [BK, BV]"""
     rows, columns = row + tl.arange(0, BK), column + tl.arange(0, BV)
     return x + index.to(tl.int64) * K * V + rows[:, None] * V + columns[None, :], (rows < K)[:, None] & (columns < V)[None, :]
+
+
+@triton.jit
+def put_state(x, value, inside, index, K, V, BK: tl.constexpr, BV: tl.constexpr, column):
+    """x[index, :, column : column + BV] of [states, K, V]; inside None: BK and BV are whole."""
+    at, exists = state_at(x, index, K, V, BK, BV, 0, column)
+    if inside is None:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=exists)
 
 
 @triton.jit
@@ -96,7 +137,7 @@ def bounded(decay):
 def both_of_sums(sums, t, inside, h, H):
     """From sums [T, H, 2] of a head, both numbers [C, 2]. Loaded at once: Triton copies a load of fewer numbers than a program has threads to every
     place where it is needed, in its layout: a thread then loads 16 numbers for one."""
-    return tl.load(sums + ((t * H + h) * 2)[:, None] + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0.0)
+    return tile(sums, t, inside, h, H, 2, 2, 0)
 
 
 @triton.jit
@@ -111,15 +152,14 @@ def sums_of(sums, t, inside, h, H, DECAY: tl.constexpr):
 
 @triton.jit
 def fade_of(fade, chunk, exists, h, H, K, DECAY: tl.constexpr, BK: tl.constexpr, row):
-    """What a chunk or block leaves of the state before it: of channels from `row` on [BK, 1], or a number."""
+    """What a chunk or block leaves of the state before it, of channels from `row` on [BK, 1]. That of a head for each channel, too: a number alone
+    would go into a uniform register, for which a program waits as soon as it is on its way."""
+    channels = row + tl.arange(0, BK)
     if DECAY == CHANNEL:
-        channels = row + tl.arange(0, BK)
-        found = tl.load(fade + (chunk * H + h).to(tl.int64) * K + channels, mask=(channels < K) & exists, other=0.0)[:, None]
-    elif DECAY == HEAD:
-        found = tl.load(fade + (chunk * H + h).to(tl.int64), mask=exists, other=0.0)
+        at = fade + (chunk * H + h).to(tl.int64) * K + channels
     else:
-        found = 1.0
-    return found
+        at = fade + (chunk * H + h).to(tl.int64) + 0 * channels
+    return tl.load(at, mask=(channels < K) & exists, other=0.0)[:, None]
 
 
 @triton.jit
@@ -356,23 +396,17 @@ def factors_of_halves(halves, chunk, h, H, K, B: tl.constexpr, offset, high, low
 def inverse_of(a, C: tl.constexpr, DOT: tl.constexpr):
     """(I + a)^{-1} for a strictly lower triangular a [C, C], float32.
 
-    Blocks of 16 on the diagonal are solved row by row. With their inverse D and the blocks L below the diagonal,
-    (I + a)^{-1} = (I + D L)^{-1} D, where M = D L has no more than C / 16 - 1 powers: (I - M)(I + M^2) for C = 64. Powers of a itself
-    would grow like binomial coefficients where keys repeat. What is rounded to 16 bits next needs no more than TF32.
+    Of blocks of 4 on the diagonal, m, it is (I - m)(I + m^2), for m^4 = 0. From the inverse D of blocks of any size follows that of blocks of twice
+    as much, D - D L D, with L what is below D in them. Powers of all of a would grow like binomial coefficients where keys repeat, and rows one by
+    one take longer. What is rounded to 16 bits next needs no more than TF32.
     """
+    tl.static_assert(C == 64)
     precision: tl.constexpr = "tf32x3" if DOT == "ieee" else DOT
-    n: tl.constexpr = C // BLOCK
-    block = tl.arange(0, n)
-    diagonal = block[:, None, None, None] == block[None, None, :, None]
-    x = tl.sum(tl.where(diagonal, tl.reshape(-a, (n, BLOCK, n, BLOCK)), 0.0), axis=2)  # [n, 16, 16]
-    row_number = tl.arange(0, BLOCK)[None, :, None]
-    for i in range(1, BLOCK):
-        row = tl.sum(tl.where(row_number == i, x, 0.0), axis=1)  # [n, 16]
-        row += tl.sum(row[:, :, None] * x, axis=1)
-        x = tl.where(row_number == i, row[:, None, :], x)
-    rows = tl.arange(0, C)
-    d = tl.reshape(tl.where(diagonal, x[:, :, None, :], 0.0), (C, C)) + (rows[:, None] == rows[None, :]).to(tl.float32)
-    below = tl.where(rows[:, None] // BLOCK > rows[None, :] // BLOCK, a, 0.0)
-    m = tl.dot(d, below, input_precision=precision)
-    y = d - tl.dot(m, d, input_precision=precision)
-    return y + tl.dot(tl.dot(m, m, input_precision=precision), y, input_precision=precision)
+    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    m = tl.where(row // 4 == column // 4, a, 0.0)
+    d = tl.where(row == column, 1.0, -m)
+    d += tl.dot(d, tl.dot(m, m, input_precision=precision), input_precision=precision)
+    for level in tl.static_range(2, 6):
+        below = tl.where((row >> level != column >> level) & (row >> (level + 1) == column >> (level + 1)), a, 0.0)
+        d -= tl.dot(tl.dot(d, below, input_precision=precision), d, input_precision=precision)
+    return d
