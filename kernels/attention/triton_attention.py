@@ -25,7 +25,7 @@ MOST = 1 << 30  # rows: their numbers and sums of two are int32
 class Tiles(NamedTuple):
     rows: int  # of the side whose results a program sums
     columns: int  # of the other side, at a time
-    warps: int  # 8: with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
+    warps: int  # 8: with 4, narrow tiles are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
     stages: int  # loads under way
 
 

@@ -15,7 +15,7 @@ BLOCK = 64  # tokens that meet in one product
 # Blocks of a chunk where nothing is erased. A state is stored and loaded about 14 times, and each token meets those of half a chunk in 8
 # products: with 128 channels, 2 blocks take as long for the states as 4 to 8 for the products. States of half the size are stored twice as often.
 BLOCKS = 4
-WARPS = 8  # with 4, tiles of 32 channels are in the range that Triton 3.4 to 3.7 gets wrong on Hopper: prepare read from nowhere
+WARPS = 8  # with 4, narrow tiles are in the range that Triton 3.4 to 3.7 gets wrong on Hopper: of 32 channels, prepare read from nowhere
 PROGRAMS = 128  # about as many as an H100 has processors
 
 

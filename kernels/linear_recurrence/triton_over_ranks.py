@@ -8,7 +8,8 @@ segments that continue a document come first, by the only pass of those that end
 are under way.
 
 Where nothing is erased, what each chunk adds to a state is found first, for all chunks at once; maps are sums over it, and so are, when the answer
-is there, the states: to be in the middle of a document costs one more pass of sums.
+is there, the states: to be in the middle of a document costs one more pass of sums. Gradients of queries take no gradients of states, and come
+before the answer, but where decays are per channel: there one program finds them with those of keys.
 
 Kept between the phases, and from forward to backward, is what `triton_chunked` keeps, with the arrived states and M. Where that is made again, it
 is while messages are under way.

@@ -386,7 +386,7 @@ def key_gradients(
     return of_key_heads(dq, shapes.group), of_key_heads(dk, shapes.group), dv, ddecay, dbeta
 
 
-def pair_gradients(
+def head_pair_gradients(
     given: tuple[Tensor | None, ...],
     found: tuple[Tensor, Tensor | None, Tensor | None],
     chunks: Chunks,
@@ -435,10 +435,10 @@ def _head_gradients(
             *(q, k, v, do, made.sums, *chunks.places, pairs, of_reads, of_writes, scale, parts, tokens, *shapes.numbers),
             **{"KEYS": padded(shapes.key), "VALUES": padded(shapes.value), "MOVES": ddecay is not None} | shapes.options("pair_scores"),
         )
-    pair_gradients((do, v, k, q, pairs, made.sums, made.reader, states), (dq, of_reads, recalled), chunks, shapes, scale, later=False)
+    head_pair_gradients((do, v, k, q, pairs, made.sums, made.reader, states), (dq, of_reads, recalled), chunks, shapes, scale, later=False)
     dstates = after()
     dv = read(q, k, do, dstates, chunks, shapes, made, scale, later=True)
-    pair_gradients((v, do, q, k, pairs, made.sums, made.writer, dstates), (dk, of_writes, recalled), chunks, shapes, scale, later=True)
+    head_pair_gradients((v, do, q, k, pairs, made.sums, made.writer, dstates), (dk, of_writes, recalled), chunks, shapes, scale, later=True)
     if ddecay is not None:
         assert left is not None
         count, passing = chunks.chunk_count, torch.empty_like(left)

@@ -35,7 +35,7 @@ SUMMED = 32  # rows at a time where nothing is multiplied
 class Tiles(NamedTuple):
     rows: int  # heads of queries
     columns: int  # keys
-    warps: int  # 8: with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
+    warps: int  # 8: with 4, narrow tiles are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
     stages: int  # loads under way
     run: int  # tiles of rows that one program takes at the most (of keys' gradients, at the least)
 

@@ -18,7 +18,7 @@ WIDEST, WIDEST_REST = 512, 64  # of values, and of what keys have beyond them: w
 WIDEST_INDEX = 128  # of the indexer's heads
 PAIRS = 1 << 20  # of queries and slots at a time in the backward: 1.9 GB for 128 heads and 576 numbers in bfloat16
 INDEX_PAIRS = 1 << 22  # in that of the indexer's loss: 1.1 GB for 128 numbers
-WARPS = 8  # with 4, tiles of 64 are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
+WARPS = 8  # with 4, narrow tiles are in the range that Triton 3.4 to 3.7 gets wrong on Hopper
 
 
 def refusal(q: Tensor, latent: Tensor, width: int) -> str | None:

@@ -74,22 +74,23 @@ def leaves(x: Inputs, fixed: Iterable[str]) -> tuple[Inputs, list[str]]:
 
 def elapsed(run: Callable[[], object], device: torch.device, steps: int) -> float:
     """Seconds, the median of at most `steps` runs: of the clock, or of a GPU between two events. There the runs are queued behind each other, as the
-    layers of a model are: where a device waits for each run's first kernel, short ones would take as long as their launches."""
-    cold = torch.empty(COLD if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+    layers of a model are: where a device waits for each run's first kernel, short ones would take as long as their launches (and still do where
+    launching takes longer than all there is to compute)."""
     for _ in range(WARM_UP):
+        synchronise(device)
+        start = time.perf_counter()
         run()
     synchronise(device)
-    start = time.perf_counter()
-    run()
-    synchronise(device)
-    count = max(min(steps, LEAST), min(steps, int(SECONDS / (time.perf_counter() - start))))
     if device.type != "cuda":
-        times = []
-        for _ in range(count):
+        times: list[float] = []
+        began = time.perf_counter()
+        while len(times) < steps and (len(times) < LEAST or time.perf_counter() - began < SECONDS):
             start = time.perf_counter()
             run()
             times.append(time.perf_counter() - start)
         return statistics.median(times)
+    count = min(steps, max(LEAST, int(SECONDS / (time.perf_counter() - start))))
+    cold = torch.empty(COLD, dtype=torch.uint8, device=device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     for first, last in events:
         cold.zero_()

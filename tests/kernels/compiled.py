@@ -97,15 +97,16 @@ MOVES = re.compile(r"U?MOV|R2UR|IMAD\.(MOV\.)?U32|U?IADD3(\.64)?|VIADD")  # and 
 
 
 def strayed(sass: str) -> list[str]:
-    """Products whose tile in shared memory is where no address of one was computed. ptxas 12.8 takes a wrong register for it where two branches come
-    together that have computed it alike: with 4 warps and 32 channels of a tile, products read what lies there, or outside of all memory."""
+    """Products (HGMMA) whose tile in shared memory is where no address of one was computed, of the instructions as they are written, whatever
+    branches there are. ptxas 12.8 takes a wrong register for it where two branches come together that have computed it alike: with 4 warps and 32
+    channels of a tile, products read what lies there, or outside of all memory."""
     addresses: dict[str, bool | None] = {}  # whether a register has one that is cut to 14 bits; None: this cannot be told
     found: list[str] = []
     for name, rest in re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([\w.]+)\s*([^;]*);", sass):
         to, *args = [x.strip() for x in rest.split(",")]
-        if name.startswith("HGMMA"):
+        if name.startswith("HGMMA") and (named := re.search(r"gdesc\[UR(\d+)\]", rest)):
             # Four registers from the one that is named: the left tile, unless it is in registers, and the right one, two each.
-            first = int(re.search(r"gdesc\[UR(\d+)\]", rest)[1])  # type: ignore[index]
+            first = int(named[1])
             tiles = [first + 2] if re.fullmatch(r"R\d+(\.reuse)?", args[0]) else [first, first + 2]
             found += [f"{name} {rest.strip()}" for n in tiles if addresses.get(f"UR{n}") is False]
             continue
@@ -113,13 +114,13 @@ def strayed(sass: str) -> list[str]:
         if not place:
             continue
         given = [addresses.get(x.removesuffix(".reuse").lstrip("-~|")) for x in args if re.match(r"[-~|]*U?R\d", x)]
-        carried = True if True in given else None if None in given or not given else False
+        carried = True if True in given else None if None in given else False
         if (name.endswith("SGXT.U32") and args[-1] == "0xe") or ("LOP3" in name and "0x3fff" in args):
             addresses[to] = True
         elif MOVES.fullmatch(name) or ("LOP3" in name and "0xfc" in args):  # an or
             addresses[to] = carried
         else:
-            addresses[to] = None if name.startswith("LDL") or "0x3c" in args else False  # spilled, or swapped by exclusive ors
+            addresses[to] = False if carried is False and not name.startswith("LDL") else None  # which is a spilled one
         if ".64" in name or "WIDE" in name:
             addresses[f"{place[1]}{int(place[2]) + 1}"] = None if name == "UIADD3.64" else False
     return found

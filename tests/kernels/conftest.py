@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from tests.kernels.interpreter import GPU, INTERPRETED
 
@@ -57,22 +56,29 @@ class _Checked:
         self._check("store", at, mask, value.dtype.itemsize)
         self.inner.store(at, value, mask)
 
-    def atomic_rmw(self, op: Any, at: np.ndarray, value: np.ndarray, mask: np.ndarray, order: Any) -> np.ndarray:
-        self._check("atomic", at, mask, value.dtype.itemsize)
-        return self.inner.atomic_rmw(op, at, value, mask, order)
+
+def _extents(given: Any) -> list[tuple[int, int]]:
+    """First address and the one behind the last of each tensor, of its own numbers alone: it may be a part of a storage."""
+    if isinstance(given, (tuple, list)):
+        return [extent for x in given for extent in _extents(x)]
+    if not isinstance(given, Tensor) or not given.numel():
+        return []
+    last = sum((size - 1) * step for size, step in zip(given.shape, given.stride(), strict=True))
+    return [(given.data_ptr(), given.data_ptr() + (last + 1) * given.element_size())]
 
 
 @pytest.fixture(autouse=True)
 def no_address_is_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a GPU would stop for, or not: what lies beside a tensor there is most often another."""
     if INTERPRETED:
+        from triton.runtime import interpreter
+
         tensors: list[tuple[int, int]] = []
         given = interpreter.GridExecutor._init_args_hst
 
         def init(self: Any, args: Any, kwargs: Any) -> Any:
             on_host = given(self, args, kwargs)
-            of = [x for x in (*on_host[0], *on_host[1].values()) if isinstance(x, Tensor)]
-            tensors[:] = [(x.untyped_storage().data_ptr(), x.untyped_storage().data_ptr() + x.untyped_storage().nbytes()) for x in of]
+            tensors[:] = _extents([*on_host[0], *on_host[1].values()])
             return on_host
 
         monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", init)

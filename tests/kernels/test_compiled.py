@@ -66,6 +66,22 @@ def test_programs_of_an_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert found
 
 
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("delta", [True, False])
+def test_programs_of_narrow_heads(delta: bool, decay: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ltrain.kernels.linear_recurrence import linear_recurrence
+    from tests.kernels.compiled import compiling
+
+    q, k, v, decays = (torch.zeros(70, 2, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
+    beta = torch.zeros(70, 2) if delta else None
+    with compiling(monkeypatch) as found:
+        decays = decays if decay == "channel" else decays[..., 0]
+        out = linear_recurrence(q, k, v, decays, beta, torch.tensor([0, 70], dtype=torch.int32), scale=1.0, backend="triton").output
+        torch.autograd.grad(out, [q, k, v, decays], torch.ones_like(out))
+    assert found
+
+
 @pytest.mark.parametrize("delta", [True, False])
 def test_programs_of_the_widest_heads(delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of as many documents as let a program have most columns of a state."""

@@ -103,7 +103,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> threading.local:
         monkeypatch.setattr(module, name, watched)
 
     of_delta_rule = "prepare", "pass_states", "pass_gradients", "score_gradients", "key_gradients"
-    of_sums = "prepared", "add_chunks", "accumulate", "token_gradients", "pair_gradients"
+    of_sums = "prepared", "add_chunks", "accumulate", "token_gradients", "head_pair_gradients"
     for name in (*of_delta_rule, *of_sums, "read"):
         watch(triton_parts, name)
     return here
@@ -179,7 +179,7 @@ RUN = {
 }
 # And where nothing is erased: what chunks add is found once forward and once each way backward; sums over it once more in the middle of a document.
 # The gradients of queries, of which there is a pass unless decays are per channel, come before the answer: they take no gradients of states.
-ADDED, QUERIES, REST = "prepared 2, add_chunks 2", "token_gradients 2, pair_gradients 2", "read 2, pair_gradients 2"
+ADDED, QUERIES, REST = "prepared 2, add_chunks 2", "token_gradients 2, head_pair_gradients 2", "read 2, head_pair_gradients 2"
 BEGIN_SUMS = f"{ADDED}, accumulate 2, post, read 2, wait | {ADDED}, post, add_chunks 2, accumulate 2, {QUERIES}, wait, accumulate 2, {REST}"
 MIDDLE_SUMS = (
     f"{ADDED}, accumulate 2, post, wait, accumulate 2, read 2"
@@ -210,7 +210,7 @@ def test_what_each_rank_runs_where_nothing_is_erased(decay: str, recompute: bool
     values, ran, _ = over_threads(case, 3, "contiguous", here, recompute=recompute)
     expected = [log if recompute else kept(log) for log in (BEGIN_SUMS, MIDDLE_SUMS, END_SUMS)]
     if decay == "channel":
-        expected = [log.replace(", pair_gradients 2", "") for log in expected]
+        expected = [log.replace(", head_pair_gradients 2", "") for log in expected]
     assert [log.replace(", prepare 2", "") for log in ran] == expected  # a part of `prepared`, of channels
     check(case, values)
 

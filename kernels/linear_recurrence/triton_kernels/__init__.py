@@ -29,6 +29,7 @@ For the delta rule, with D = T^T dU, dA = -D U^T below the diagonal and the grad
     score_gradients     blocks at once: D (dV is beta D), dR and dA
     key_gradients       blocks at once: dQ, dK, dbeta and the decays' gradients
     sum_parts           rows at once: dV, dbeta, and the gradients of decays per head
+    sum_heads           rows at once: dQ and dK of key heads that several value heads have (of decays per channel where nothing is erased, too)
 
 Only sums of decays are exponentiated, and of positive differences none that 16 bits could not hold: see `tiles.pair_spans` for decays per
 channel. A product's result is never transposed for another product: Triton 3.4 to 3.7 computes that wrongly on Hopper. Rows past the end of

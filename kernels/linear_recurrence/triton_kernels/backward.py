@@ -64,7 +64,7 @@ def _pass_chunk_back(
         low += 0.0 * leaves
     low = low.to(k.dtype.element_ty)
     if dstates is not None:
-        put_state(dstates, low, inside, chunk * H + h, K, V, BK, BV, offset)
+        put_state(dstates, low, chunk * H + h, K, V, BK, BV, inside is None, offset)
     out = tile(do, t, inside, h, H, V, BV, offset)
     if DECAY == NONE:
         key = tile(k, t, inside, h // G, H // G, K, BK, 0)
