@@ -16,14 +16,13 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     factors_of_halves,
     factors_of_level,
     fade_between,
-    fade_of,
     fades_of_rows,
     numbers_at,
     put,
-    put_state,
     rows_of,
     split,
     state_at,
+    state_of_chunk,
     state_or_zeros,
     state_transposed,
     sums_of,
@@ -58,13 +57,7 @@ def _pass_chunk_back(
     DOT: tl.constexpr,
 ):
     """Of pass_gradients, as forward._pass_chunk, from the last chunk to the first."""
-    low = state
-    if DECAY != NONE:
-        leaves = fade_of(fade, chunk, True, h, H, K, DECAY, BK, 0)
-        low += 0.0 * leaves
-    low = low.to(k.dtype.element_ty)
-    if dstates is not None:
-        put_state(dstates, low, chunk * H + h, K, V, BK, BV, inside is None, offset)
+    low, leaves = state_of_chunk(state, dstates, fade, chunk, h, H, K, V, offset, BK, BV, inside is None, DECAY, k.dtype.element_ty)
     out = tile(do, t, inside, h, H, V, BV, offset)
     if DECAY == NONE:
         key = tile(k, t, inside, h // G, H // G, K, BK, 0)

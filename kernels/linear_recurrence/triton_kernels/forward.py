@@ -21,7 +21,6 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     decays_transposed,
     fade_across,
     fade_between,
-    fade_of,
     fades_beside,
     fades_of_rows,
     first_level,
@@ -34,11 +33,11 @@ from ltrain.kernels.linear_recurrence.triton_kernels.tiles import (
     pair_spans_transposed,
     place_of,
     put,
-    put_state,
     rows_of,
     signs_from_middle,
     split,
     state_at,
+    state_of_chunk,
     state_or_zeros,
     sums_of_halves,
     tile,
@@ -298,14 +297,7 @@ def _pass_chunk(
     DOT: tl.constexpr,
 ):
     """Of pass_states: the state over a chunk. No address is loaded, so that the tiles of the next chunk can be on their way."""
-    low = state
-    if DECAY != NONE:
-        # It adds nothing, but Triton loads ahead only what goes into a factor of a product; loaded one chunk ahead by hand, 0.1 ms more were waited.
-        leaves = fade_of(fade, chunk, True, h, H, K, DECAY, BK, 0)
-        low += 0.0 * leaves
-    low = low.to(k.dtype.element_ty)
-    if states is not None:
-        put_state(states, low, chunk * H + h, K, V, BK, BV, inside is None, offset)
+    low, leaves = state_of_chunk(state, states, fade, chunk, h, H, K, V, offset, BK, BV, inside is None, DECAY, k.dtype.element_ty)
     write = tl.dot(tile(w, t, inside, h, H, K, BK, 0), low, input_precision=DOT)
     if u is not None:
         # A difference: Triton makes what is added to a product its accumulator, and the product waits for it: 0.9 ms in place of 0.5.
